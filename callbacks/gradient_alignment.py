@@ -1,0 +1,181 @@
+"""Per-batch gradients beside the backbone of the past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from callbacks.measuring import NamesItsLosses, gradient, measuring
+from callbacks.schedule import Schedule
+from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.geometry.alignment import cosines, noise_floor
+from mini_gpt_pl.geometry.selection import Vector
+from mini_gpt_pl.logs import log_now, logging_due
+
+
+class GradientAlignment(Callback):
+    """Cosine of single-batch gradients with the backbone of the snapshots before them.
+
+    The combined gradient is the one that training has just computed (accumulated, before clipping): it costs a few
+    inner products. The gradients of the loss's parts, where the module has `named_losses`, cost a forward and a
+    backward each, so they have a slower schedule. Logged under `alignment/<group>/`, for each group against its own
+    backbone and for the whole selection against the whole's: gradient, gradient_z (in units of the noise floor
+    sqrt(2/(pi D))), bias b = <g, v_b> and bias_sum, and with named losses `<loss>`, `<loss>_z` and `<a>_vs_<b>`, the
+    cosine of two parts' gradients (interference).
+
+    Args:
+        schedule: When to measure the combined gradient.
+        split_schedule: When to measure the parts of the loss apart; None never does.
+
+    Raises:
+        UserError: The trainer has no TrajectoryRecorder.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule = Schedule(every=20),  # noqa: B008 (frozen)
+        split_schedule: Schedule | None = Schedule(every=200),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.split_schedule = split_schedule
+        self._recorder: TrajectoryRecorder | None = None
+        self._pending: list[tuple[int, dict[str, Float[Tensor, " G1"]]]] = []
+        self._bias_sum: dict[str, float] = {}
+        self._split_step = -1
+        self._trainer: Trainer | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._recorder = find_recorder(trainer, type(self).__name__)
+            self._trainer = trainer
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step + 1
+        wanted = self.split_schedule is not None and self.split_schedule.due(step)
+        if not wanted or step == self._split_step or not isinstance(pl_module, NamesItsLosses):
+            return
+        self._split_step = step  # once per optimizer step, on its first micro-batch
+        if (directions := self._directions()) is not None:
+            gradients = self._part_gradients(trainer, pl_module, batch)
+            self._pending.append((step, self._compare_parts(gradients, *directions)))
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        step = trainer.global_step + 1
+        if not self.schedule.due(step) or (directions := self._directions()) is None:
+            return
+        grad = self.recorder.selection.gradients(pl_module)
+        own, whole = directions
+        scale = _loss_scale(trainer)
+        bias = torch.cat([grad.dots(own), grad.dots(whole).sum()[None]]) / scale
+        self._pending.append((step, {"gradient": _against(grad, own, whole), "bias": bias}))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending and logging_due(trainer, trainer.global_step):
+            self._flush()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._flush()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._flush()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()
+        return {"bias_sum": dict(self._bias_sum)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._bias_sum = dict(state_dict["bias_sum"])
+
+    # --------------------------------------------------------------------------------------------- measuring
+
+    @property
+    def recorder(self) -> TrajectoryRecorder:
+        """The callback that owns the backbone."""
+        if self._recorder is None:
+            raise RuntimeError("the probe is used before Trainer.fit has set it up")
+        return self._recorder
+
+    def _directions(self) -> tuple[Vector, Vector] | None:
+        return self.recorder.backbone()
+
+    def _part_gradients(self, trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Vector]:
+        assert isinstance(module, NamesItsLosses)
+        selection = self.recorder.selection
+        with measuring(trainer, module):
+            losses = dict(module.named_losses(batch))
+            last = list(losses)[-1]
+            parts = {name: gradient(loss, module, selection, retain=name != last) for name, loss in losses.items()}
+        if trainer.world_size == 1:
+            return parts
+        reduce = trainer.strategy.reduce
+        return {name: Vector(reduce(g.values, reduce_op="mean"), selection) for name, g in parts.items()}
+
+    def _compare_parts(
+        self, gradients: dict[str, Vector], own: Vector, whole: Vector
+    ) -> dict[str, Float[Tensor, " G1"]]:
+        found = {name: _against(grad, own, whole) for name, grad in gradients.items()}
+        names = list(gradients)
+        for i, first in enumerate(names):
+            for second in names[i + 1 :]:
+                found[f"{first}_vs_{second}"] = cosines(gradients[first], gradients[second])
+        return found
+
+    # ----------------------------------------------------------------------------------------------- logging
+
+    def _flush(self) -> None:
+        """Move everything measured since the last time to the host at once, and log it step by step."""
+        if not self._pending or self._trainer is None:
+            return
+        pending, self._pending = self._pending, []
+        stacked = torch.stack([value for _, found in pending for value in found.values()]).tolist()
+        rows = iter(stacked)
+        for step, found in pending:
+            metrics: dict[str, float] = {}
+            for name in found:
+                metrics |= self._name(name, next(rows))
+            log_now(self._trainer, metrics, step)
+
+    def _name(self, quantity: str, values: list[float]) -> dict[str, float]:
+        selection = self.recorder.selection
+        labels = (*selection.groups, self.recorder.name)
+        metrics = {}
+        for label, dim, value in zip(labels, (*selection.dims, selection.dim), values, strict=True):
+            if value == 0.0:
+                continue  # a vanished gradient (a batch without the probe) has no direction
+            key = f"alignment/{label}/{quantity}"
+            metrics[key] = value
+            if quantity == "bias":
+                self._bias_sum[label] = self._bias_sum.get(label, 0.0) + value
+                metrics[f"{key}_sum"] = self._bias_sum[label]
+            elif "_vs_" not in quantity:
+                metrics[f"{key}_z"] = abs(value) / noise_floor(dim)
+        return metrics
+
+
+def _against(grad: Vector, own: Vector, whole: Vector) -> Float[Tensor, " G1"]:
+    """Cosine per group with the group's own direction, then of the whole with the whole's."""
+    return torch.cat([cosines(grad, own)[:-1], cosines(grad, whole)[-1:]])
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """Factor that fp16 training still has on its gradients when the optimizer unscales them itself (fused)."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    optimizer = trainer.optimizers[0]
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0

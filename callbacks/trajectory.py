@@ -1,0 +1,256 @@
+"""Record the trajectory of selected weights, and show its backbone while it grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from callbacks.schedule import Schedule
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.geometry.moments import decay_rate
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.snapshots import SnapshotFolder
+from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
+from mini_gpt_pl.logs import log_now
+
+TRAJECTORY_FILE = "trajectory.safetensors"
+SNAPSHOT_FOLDER = "snapshots"
+
+_T = TypeVar("_T")
+
+
+class TrajectoryRecorder(Callback):
+    r"""Snapshot selected weights on a schedule and keep the trajectory as Gram matrices.
+
+    A snapshot costs one row of inner products. Everything shown live uses snapshots up to now only. Logged per group
+    and for the whole selection, under `backbone/<group>/`: pc1 and pc1_unit (rows scaled to unit length), k95, drift
+    ||x||, coordinate a, residual ||r||, fraction a^2/||x||^2, cos_theta0 = cos(v_b, theta_0); and
+    `alignment/<group>/update`, the cosine of the latest increment with the backbone of the snapshots before it.
+
+    Args:
+        pattern: Which weights, searched in their names; a group `(?P<group>...)` in it cuts them into blocks.
+        schedule: When to take a snapshot; steps 0 and the last are always taken.
+        name: Of the whole selection, in metric names.
+        dirpath: Folder for `snapshots/` and `trajectory.safetensors`; the trainer's root folder for None.
+        dtype: Of the stored increments; bfloat16 halves memory and disk, its rounding is fed back.
+        keep_on: Where the rows stay, with the model or in host memory (D values per snapshot).
+        write_snapshots: Without the files a run cannot be resumed, reheated against its own basis or replayed.
+
+    Raises:
+        UserError: The pattern selects nothing, or a resumed run's snapshots are missing or of another model.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> recorder = TrajectoryRecorder(r"(?P<group>layer\d)\..*weight", Schedule(every=100))
+        >>> trainer = Trainer(callbacks=[recorder])
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        schedule: Schedule = Schedule(every=200),  # noqa: B008 (frozen)
+        name: str = "trunk",
+        dirpath: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        keep_on: Literal["model", "cpu"] = "model",
+        write_snapshots: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.schedule = schedule
+        self.name = name
+        self.dirpath = dirpath
+        self.dtype = getattr(torch, dtype)
+        self.keep_on = keep_on
+        self.write_snapshots = write_snapshots
+        self.trajectory: Trajectory | None = None
+        self._rows: IncrementRows | None = None
+        self._folder: SnapshotFolder | None = None
+        self._file: Path | None = None
+        self._restored: dict[str, Any] | None = None
+        self._survival = 1.0
+        self._last_step = 0
+        self._directions: tuple[int, Vector, Vector] | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(pattern=self.pattern, name=self.name)
+
+    @property
+    def selection(self) -> ParameterSelection:
+        """The recorded weights and their order; known from `setup` on."""
+        return _need(self._rows).selection
+
+    def backbone(self) -> tuple[Vector, Vector] | None:
+        """Directions of the snapshots so far: each group's own backbone, and that of the whole selection.
+
+        None until a second snapshot has been taken.
+        """
+        trajectory, rows = _need(self.trajectory), _need(self._rows)
+        if len(trajectory) < 2:
+            return None
+        if self._directions is None or self._directions[0] != len(trajectory):
+            self._directions = (len(trajectory), *backbone_vectors(trajectory, rows))
+        return self._directions[1:]
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        selection = ParameterSelection.of(pl_module, self.pattern)
+        root = Path(self.dirpath or trainer.default_root_dir)
+        self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection)
+        self._file = root / TRAJECTORY_FILE
+        self._rows = IncrementRows(selection, self.dtype, torch.device("cpu") if self.keep_on == "cpu" else None)
+        self.trajectory = Trajectory.empty(selection)
+        self._directions = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        if self._restored is not None:
+            self._restore(pl_module)
+        elif not _need(self.trajectory).steps:
+            self._record(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        parameter = self.selection.parameters(pl_module)[0]
+        self._survival *= 1.0 - decay_rate(optimizer, parameter)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._last_step:
+            return  # still accumulating
+        self._last_step = trainer.global_step
+        if self.schedule.due(trainer.global_step):
+            self._record(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > _need(self.trajectory).steps[-1]:
+            self._record(trainer, pl_module)
+        _need(self._folder).close()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._folder is not None:
+            self._folder.close()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self.trajectory is None:
+            return {}
+        if self._folder is not None:
+            self._folder.flush()  # a checkpoint must not point at snapshots that are not on disk yet
+        return {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+    # --------------------------------------------------------------------------------------------- recording
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trajectory, rows, folder = _need(self.trajectory), _need(self._rows), _need(self._folder)
+        step = trainer.global_step
+        row = rows.increment(rows.selection.weights(pl_module))
+        products = rows.dots(row).cpu()
+        if not torch.isfinite(products).all():
+            rank_zero_info(f"step {step}: the weights are no longer finite, no snapshot is taken")
+            return
+        rows.push(row)
+        trajectory.append(step, products, self._survival)
+        if trainer.is_global_zero:
+            if self.write_snapshots:
+                folder.write(step, row)
+            trajectory.save(_need(self._file))
+        if len(trajectory) > 1:
+            log_now(trainer, live_metrics(trajectory, self.name), step)
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        """Take up the rows of the interrupted run from its snapshot files."""
+        state, rows, folder = _need(self._restored), _need(self._rows), _need(self._folder)
+        self._restored = None
+        trajectory = Trajectory.from_state(state["trajectory"])
+        rows.selection.require(trajectory.fingerprint)
+        device = self.selection.parameters(pl_module)[0].device if self.keep_on == "model" else torch.device("cpu")
+        for step in trajectory.steps:
+            row = folder.read(step)
+            rows.push(Vector(row.values.to(device), row.selection))
+        folder.discard_after(trajectory.steps[-1])
+        self.trajectory, self._survival = trajectory, state["survival"]
+
+
+def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
+    """Describe the trajectory so far, per group and as a whole.
+
+    Args:
+        trajectory: At least two snapshots.
+        name: What the whole selection is called.
+    """
+    metrics: dict[str, float] = {}
+    for group in (None, *trajectory.groups):
+        label = name if group is None else group
+        gram = trajectory.gram(group)
+        metrics |= {f"backbone/{label}/{key}": value for key, value in backbone_metrics(gram).items()}
+        update = float(pca.latest_update_alignment(gram))
+        if update == update:  # the first increment has no past to be aligned with
+            metrics[f"alignment/{label}/update"] = update
+    return metrics
+
+
+def backbone_metrics(gram: pca.Gram) -> dict[str, float]:
+    """Spectrum, decomposition at the last snapshot, and the part of theta_0 in the backbone."""
+    n = len(gram)
+    rows = pca.drifts(n)[1:]
+    raw, unit = pca.pca(gram, rows), pca.pca(gram, rows, normalise=True)
+    split = pca.decompose(gram, rows[-1:], raw.backbone)
+    return {
+        "pc1": raw.pc1,
+        "pc1_unit": unit.pc1,
+        "k95": float(raw.components_for(0.95)),
+        "drift": float(split.drift_norm),
+        "coordinate": float(split.coordinate),
+        "residual": float(split.residual_norm),
+        "fraction": float(split.fraction),
+        "cos_theta0": pca.cosine(gram, raw.backbone, pca.theta0(n)),
+    }
+
+
+def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vector, Vector]:
+    """Materialise each group's own backbone, and the whole selection's, as flat vectors."""
+    n = len(trajectory)
+    path = pca.drifts(n)[1:]
+    own = [pca.pca(trajectory.gram(group), path).backbone for group in trajectory.groups]
+    whole = pca.pca(trajectory.gram(), path).backbone
+    return rows.combine(torch.stack(own)), rows.combine(whole.expand(len(trajectory.groups), n))
+
+
+def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:
+    """Return the trainer's recorder.
+
+    Raises:
+        UserError: There is none.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TrajectoryRecorder):
+            return callback
+    raise UserError(f"{asking} needs a TrajectoryRecorder among the trainer's callbacks: it owns the backbone")
+
+
+def _need(value: _T | None) -> _T:
+    if value is None:
+        raise RuntimeError("the recorder is used before Trainer.fit has set it up")
+    return value

@@ -1,0 +1,404 @@
+"""Batches of probed stories: an exactly resumable training stream and fixed evaluation sets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mini_gpt_pl.data.corpus import CorpusConfig, Split, TokenizedStories, load_texts, require_rows, tokenize
+from mini_gpt_pl.data.probe import Example, Probe, ProbeConfig, Stream, choose_codewords, sample_rng
+from mini_gpt_pl.data.tokenizer import eos_id, load_tokenizer
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.objective import count_targets
+
+EVALUATION_SETS = ("lm", "probe_in", "probe_ood")
+"""The validation data loaders, in their order."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch.
+
+    Attributes:
+        tokens: Input ids, int64.
+        targets: Ids to predict, -100 where nothing is asked.
+        probe_mask: True at the probe's answers.
+        lm_count: Ordinary targets of this process's whole optimizer batch: all micro-batches of the accumulation
+            window, not only this one. Of an evaluation batch, its own.
+        probe_count: The probe's targets, likewise.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    probe_mask: Bool[Tensor, "B T"]
+    lm_count: Int[Tensor, ""]
+    probe_count: Int[Tensor, ""]
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Stack examples; the counts are those of this batch."""
+    tokens, targets, mask = (torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True))
+    return Batch(tokens, targets, mask, *count_targets(targets, mask))
+
+
+class TrainStream:
+    """An endless sequence of epochs; each ``iter`` gives the rest of an epoch, and the state is a position in it.
+
+    An epoch is a permutation of the stories, a function of (seed, epoch), cut into global batches of
+    ``batch_size * world_size`` stories, of which rank r takes its slice of ``batch_size``; stories left over at the end
+    are dropped. Two ranks of 32 therefore see together exactly what one rank of 64 sees. A sample is a function of
+    (seed, epoch, story), so workers, restarts and validation cannot change it.
+
+    The first iteration after construction or ``load_state_dict`` continues at the position; each later one starts
+    the next epoch, whether the one before was exhausted or abandoned. Nothing happens before the first batch is
+    asked for: Lightning calls ``iter`` to look whether it can. Only one iteration may be in use at a time.
+
+    Args:
+        stories: The training stories.
+        probe: Makes the examples.
+        batch_size: Stories in a micro-batch of one rank.
+        seed: Seed of order and samples.
+        rank: This process.
+        world_size: Number of processes.
+        num_workers: Worker processes; they live as long as the stream.
+        window: Gives the number of micro-batches of an optimizer step. It is asked at the start of each window, so it
+            may change between epochs.
+        limit: Gives the number of micro-batches after which an epoch is broken off (``limit_train_batches``).
+        epoch: Where to start.
+    """
+
+    def __init__(
+        self,
+        stories: TokenizedStories,
+        probe: Probe,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        window: Callable[[], int] = lambda: 1,
+        limit: Callable[[], float] = lambda: float("inf"),
+        epoch: int = 0,
+    ) -> None:
+        self._window = window
+        self._limit = limit
+        self._epoch = epoch
+        self._batches = 0
+        self._begun = False
+        self._sampler = _EpochSampler(len(stories), batch_size, seed, rank, world_size)
+        self._loader: DataLoader[Example] = DataLoader(
+            _TrainingExamples(stories, probe, seed),
+            batch_sampler=self._sampler,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: each iteration of a DataLoader draws a number, from the global one by default.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._begun or self._batches >= self._epoch_length():
+            self._epoch, self._batches = self._epoch + 1, 0
+        self._begun = True
+        window = self._window()
+        # A window that was left in its middle is read again from its start: all of it counts for the rest of it.
+        position = self._batches - self._batches % window
+        self._sampler.epoch, self._sampler.first = self._epoch, position
+        reader = iter(self._loader)
+        while position < self._epoch_length():
+            # Lightning steps when the batch index is divisible by the window, and on the last batch.
+            size = min(window - position % window, self._epoch_length() - position)
+            held = list(islice(reader, size))
+            lm_count = torch.stack([batch.lm_count for batch in held]).sum()
+            probe_count = torch.stack([batch.probe_count for batch in held]).sum()
+            for batch in held[self._batches - position :]:
+                self._batches += 1
+                yield batch._replace(lm_count=lm_count, probe_count=probe_count)
+            position += size
+            window = self._window()
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: ``epoch`` and the ``batches`` handed out in it, without those read ahead; and what it is in."""
+        return {"epoch": self._epoch, "batches": self._batches, **self._sampler.layout()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a position; at the end of an epoch this is the start of the next.
+
+        Args:
+            state: From ``state_dict``, perhaps of a run with another number of ranks and the same global batch.
+
+        Raises:
+            UserError: The number of stories or the global batch is another, so that the position means nothing.
+        """
+        for name, here in self._sampler.layout().items():
+            if state[name] != here:
+                raise UserError(
+                    f"the checkpoint's training stream has {name}={state[name]} and this one {here}: resume with the "
+                    "same corpus, batch size times devices, or start a new run from the weights alone"
+                )
+        self._epoch, self._batches, self._begun = state["epoch"], state["batches"], False
+
+    def close(self) -> None:
+        """Stop the worker processes; a later iteration starts new ones."""
+        # A persistent iterator ends its workers when the last reference to it goes.
+        self._loader._iterator = None
+
+    def _epoch_length(self) -> int:
+        return int(min(len(self), self._limit()))
+
+
+class ProbedStories(LightningDataModule):
+    """Stories with a key-retrieval probe hidden in some of them.
+
+    Training batches come from a ``TrainStream``. Validation and test are the same three fixed sets: "lm" (stories
+    without probe), "probe_in" (gaps as in training) and "probe_ood" (longer gaps). They are built once from their own
+    random numbers, so every evaluation, of any checkpoint, sees the same bytes; ``validation_hashes`` shows it.
+
+    Args:
+        corpus: Which stories.
+        tokenizer: "builtin", the path of a rank file, or a name that tiktoken knows, e.g. gpt2.
+        probe: How the probe is hidden.
+        context: Tokens that the model sees.
+        batch_size: Stories in a micro-batch of one device.
+        val_batches: Batches of stories in the "lm" set; fewer if the corpus is smaller.
+        eval_batch_size: Examples in a batch of the probe sets.
+        num_workers: Processes that build training batches.
+        seed: Seed of the order, of the samples and of the evaluation sets.
+        cache_dir: Where Hugging Face datasets keeps its files; null for its own default.
+
+    Attributes:
+        encoding: The tokenizer.
+        vocab_size: Number of ids, end of text included.
+        eos_id: The id of end of text, which pads.
+        codewords: The probe's words.
+
+    Raises:
+        UserError: The tokenizer cannot be had, has too few codewords, or the context is too short for the gaps.
+
+    Example:
+        >>> data = ProbedStories(context=256, batch_size=32)  # doctest: +SKIP
+        >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        corpus: CorpusConfig = CorpusConfig(),  # noqa: B008  (frozen)
+        tokenizer: str = "builtin",
+        probe: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
+        context: int = 256,
+        batch_size: int = 64,
+        val_batches: int = 20,
+        eval_batch_size: int = 250,
+        num_workers: int = 0,
+        seed: int = 42,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"context": context, "batch_size": batch_size, "val_batches": val_batches}
+        for option, value in {**sizes, "eval_batch_size": eval_batch_size}.items():
+            if value < 1:
+                raise UserError(f"--data.{option}={value}: give 1 or more")
+        if num_workers < 0:
+            raise UserError(f"--data.num_workers={num_workers}: give 0 or more")
+        self.corpus = corpus
+        self.batch_size = batch_size
+        self.val_batches = val_batches
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.context = context
+        self.encoding = load_tokenizer(tokenizer)
+        self.vocab_size: int = self.encoding.n_vocab
+        self.eos_id = eos_id(self.encoding)
+        self.codewords = choose_codewords(self.encoding, probe.n_codewords, probe.codeword_seed)
+        self.probe = Probe(self.encoding, self.codewords, probe, context)
+        self._train: TokenizedStories | None = None
+        self._stream: TrainStream | None = None
+        self._evaluation: dict[str, _FixedExamples] = {}
+
+    def prepare_data(self) -> None:
+        """Download or write, and tokenize, both splits: fills the cache that the other processes read."""
+        self._read("train")
+        self._read("val")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits that ``stage`` needs and build the evaluation sets; a second call does nothing.
+
+        Raises:
+            UserError: The corpus has fewer stories than one global batch, or none to validate on.
+        """
+        if self._train is None and stage in (None, "fit"):
+            train = self._read("train")
+            require_rows(train, self.batch_size * self._world()[1], "training stories")
+            self._train = train
+        if not self._evaluation:
+            stories = self._read("val")
+            require_rows(stories, 1, "validation stories")
+            self._evaluation = self._build_evaluation(stories)
+
+    def train_dataloader(self) -> TrainStream:
+        """A fresh training stream at the trainer's epoch.
+
+        Raises:
+            UserError: The trainer is to overfit some batches, which a stream that reshuffles them cannot do.
+        """
+        trainer = self.trainer
+        if self._train is None:
+            raise RuntimeError("call setup('fit') before train_dataloader()")
+        if trainer is not None and trainer.overfit_batches:
+            raise UserError("overfit_batches is not supported; overfit with --data.corpus.train_rows=N instead")
+        rank, world_size = self._world()
+        self._stream = TrainStream(
+            self._train,
+            self.probe,
+            self.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            self.num_workers,
+            window=lambda: 1 if trainer is None else trainer.accumulate_grad_batches,
+            limit=lambda: float("inf") if trainer is None else trainer.num_training_batches,
+            epoch=0 if trainer is None else trainer.current_epoch,
+        )
+        return self._stream
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop the training stream's workers."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """The fixed sets in the order of ``EVALUATION_SETS``."""
+        sizes = (self.batch_size, self.eval_batch_size, self.eval_batch_size)
+        return [
+            DataLoader(self._sets()[name], batch_size=size, collate_fn=_identity, generator=torch.Generator())
+            for name, size in zip(EVALUATION_SETS, sizes, strict=True)
+        ]
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """The same as ``val_dataloader``."""
+        return self.val_dataloader()
+
+    @property
+    def validation_hashes(self) -> dict[str, str]:
+        """SHA-256 of each evaluation set's bytes (tokens, targets, mask), by its name; needs ``setup``."""
+        return {name: examples.sha256() for name, examples in self._sets().items()}
+
+    def _sets(self) -> dict[str, _FixedExamples]:
+        if not self._evaluation:
+            raise RuntimeError("call setup() before asking for the evaluation sets")
+        return self._evaluation
+
+    def _read(self, split: Split) -> TokenizedStories:
+        texts = load_texts(self.corpus, split, self.cache_dir)
+        return tokenize(texts, self.encoding, self.corpus.num_proc)
+
+    def _world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _build_evaluation(self, stories: TokenizedStories) -> dict[str, _FixedExamples]:
+        probe, config = self.probe, self.probe.config
+        lm = [
+            probe.lm_example(stories[i], sample_rng(self.seed, Stream.VAL_LM, 0, i))
+            for i in range(min(len(stories), self.val_batches * self.batch_size))
+        ]
+        sets = {"lm": lm}
+        for name, stream, gaps in (
+            ("probe_in", Stream.PROBE_IN, probe.train_gap),
+            ("probe_ood", Stream.PROBE_OOD, probe.ood_gap),
+        ):
+            sets[name] = [
+                probe.evaluation_example(
+                    sample_rng(self.seed, stream, 0, i),
+                    gaps,
+                    _running_text(stories, i, probe.length) if config.filler == "story" else None,
+                )
+                for i in range(config.eval_examples)
+            ]
+        return {name: _FixedExamples(examples) for name, examples in sets.items()}
+
+
+class _TrainingExamples(Dataset[Example]):
+    """Examples by (epoch, story)."""
+
+    def __init__(self, stories: TokenizedStories, probe: Probe, seed: int) -> None:
+        self.stories = stories
+        self.probe = probe
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        return self.probe.training_example(self.stories[index], sample_rng(self.seed, Stream.TRAIN, epoch, index))
+
+
+class _EpochSampler(Sampler[list[tuple[int, int]]]):
+    """One rank's batches of (epoch, story) from the micro-batch ``first`` of ``epoch`` on."""
+
+    def __init__(self, stories: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.stories = stories
+        self.batch_size = batch_size
+        self.global_batch = batch_size * world_size
+        self.offset = batch_size * rank
+        self.seed = seed
+        self.epoch = 0
+        self.first = 0
+
+    def __len__(self) -> int:
+        return self.stories // self.global_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # Bound here: another iteration may move them while workers still read ahead in this one.
+        epoch, first = self.epoch, self.first
+        order = sample_rng(self.seed, Stream.ORDER, epoch, 0).permutation(self.stories)
+        for batch in range(first, len(self)):
+            start = batch * self.global_batch + self.offset
+            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+    def layout(self) -> dict[str, int]:
+        return {"global_batch": self.global_batch, "stories": self.stories}
+
+
+class _FixedExamples(Dataset[Batch]):
+    """Examples in memory; a list of indices gives a ``Batch``."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.columns = tuple(torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        tokens, targets, mask = (column[indices] for column in self.columns)
+        return Batch(tokens, targets, mask, *count_targets(targets, mask))
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for column in self.columns:
+            digest.update(column.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _running_text(stories: TokenizedStories, index: int, length: int) -> np.ndarray:
+    """Take ``length`` tokens of text from the start of story ``index`` on, round the end of the corpus if need be."""
+    start = stories.offsets[index % len(stories)]
+    return stories.tokens.take(np.arange(start, start + length), mode="wrap")

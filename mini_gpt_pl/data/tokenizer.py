@@ -1,0 +1,115 @@
+"""Byte-pair encodings: the packaged one, a rank file, or one that tiktoken knows by name.
+
+Text is always encoded with ``encode_ordinary``: a story that contains ``<|endoftext|>`` must not end there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+from importlib import resources
+from pathlib import Path
+
+import tiktoken
+
+from mini_gpt_pl.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+"""The one special token of a rank file; it separates nothing in our batches and only pads them."""
+
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+"""How GPT-2 cuts text before merging (Radford et al. 2019): contractions, words, numbers, signs, white space."""
+
+
+def load_tokenizer(name: str) -> tiktoken.Encoding:
+    """Load an encoding by name or from a rank file.
+
+    Args:
+        name: ``"builtin"`` for the packaged ranks; a path (it exists, ends with ``.tiktoken`` or holds a path
+            separator) for a file with lines ``base64 rank``, split by GPT-2's pattern and with ``<|endoftext|>``
+            as the id after the last rank; anything else is a name for ``tiktoken.get_encoding``, e.g. ``"gpt2"``.
+
+    Returns:
+        The encoding; it pickles, so worker processes can have it.
+
+    Raises:
+        UserError: The file is missing or damaged, the name is unknown, or its ranks cannot be downloaded.
+    """
+    if name == "builtin":
+        with resources.as_file(resources.files(__package__) / "assets" / "builtin.tiktoken") as path:
+            return _from_ranks(path)
+    if name.endswith(".tiktoken") or os.sep in name or "/" in name or Path(name).is_file():
+        return _from_ranks(Path(name).expanduser())
+    try:
+        return tiktoken.get_encoding(name)
+    except (ValueError, OSError) as error:
+        # An unknown name is a ValueError; all errors of the download are OSErrors.
+        unreachable = isinstance(error, OSError)
+        problem = "its ranks cannot be downloaded" if unreachable else "tiktoken knows no such encoding"
+        raise UserError(
+            f"tokenizer {name!r}: {problem}; give a rank file's path with --data.tokenizer=/path/to/gpt2.tiktoken, "
+            "or use --data.tokenizer=builtin"
+        ) from error
+
+
+def eos_id(encoding: tiktoken.Encoding) -> int:
+    """Give the id of ``<|endoftext|>``."""
+    return encoding.eot_token
+
+
+def fingerprint(encoding: tiktoken.Encoding) -> str:
+    """Hash what decides the ids of a text, ranks and split pattern, but not the encoding's name.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(encoding._pat_str.encode())
+    for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%d %d " % (rank, len(token)) + token)
+    return digest.hexdigest()
+
+
+def _from_ranks(path: Path) -> tiktoken.Encoding:
+    ranks = _read_ranks(path)
+    return tiktoken.Encoding(
+        name=path.stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    # A damaged table would make tiktoken panic, or silently encode to other ids: look at every line.
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"tokenizer: cannot read the rank file {path} ({error.strerror}); give another with --data.tokenizer"
+        ) from error
+    entries = [(number, *_read_line(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+    ranks: dict[bytes, int] = {}
+    seen: set[int] = set()
+    for number, token, rank in entries:
+        if token in ranks:
+            raise _damaged(path, number, f"the bytes {token!r} have the rank {ranks[token]} already")
+        if rank in seen or not 0 <= rank < len(entries):
+            problem = "appears twice" if rank in seen else f"is outside 0..{len(entries) - 1}"
+            raise _damaged(path, number, f"rank {rank} {problem}")
+        ranks[token] = rank
+        seen.add(rank)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise _damaged(path, len(lines), f"the file ends without the single byte 0x{missing[0]:02x}")
+    return ranks
+
+
+def _read_line(path: Path, number: int, line: bytes) -> tuple[bytes, int]:
+    try:
+        token, rank = line.split()
+        return base64.b64decode(token, validate=True), int(rank)
+    except (ValueError, binascii.Error):
+        raise _damaged(path, number, f"expected 'base64 rank', found {line[:40]!r}") from None
+
+
+def _damaged(path: Path, number: int, problem: str) -> UserError:
+    return UserError(f"tokenizer: {path}, line {number}: {problem}; give a whole rank file with --data.tokenizer")

@@ -1,0 +1,242 @@
+r"""Principal directions of a trajectory, from inner products alone.
+
+A direction, a drift or any row is a vector of coefficients over the basis (theta_0, d_1, ..., d_T) of
+`trajectory.Trajectory`, whose Gram matrix is H: inner products are u' H w, and nothing here ever sees D numbers.
+All PCA is uncentred: the mean of the drift is the very thing looked for.
+
+Rows x_t = theta_t - theta_0 are those of `drifts`; other anchors, windows and corrected drifts are other coefficient
+matrices, so one function, `pca`, serves them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Gram = Float[Tensor, "n n"]
+Rows = Float[Tensor, "R n"]
+Direction = Float[Tensor, " n"]
+
+
+def drifts(n: int, anchor: int = 0) -> Rows:
+    """Coefficients of the drifts x_t = theta_t - theta_anchor of all n snapshots t = 0 .. n-1.
+
+    Row t of the result is over the basis (theta_0, d_1, ..., d_{n-1}); row `anchor` is zero.
+
+    Example:
+        >>> drifts(3)
+        tensor([[0., 0., 0.],
+                [0., 1., 0.],
+                [0., 1., 1.]], dtype=torch.float64)
+    """
+    path = torch.tril(torch.ones(n, n, dtype=torch.float64))
+    path[:, 0] = 0.0
+    return path - path[anchor]
+
+
+def theta0(n: int) -> Direction:
+    """Coefficients of the initial weights themselves."""
+    return torch.eye(n, dtype=torch.float64)[0]
+
+
+def inner(gram: Gram, u: Float[Tensor, "*batch n"], w: Direction) -> Float[Tensor, "*batch"]:
+    """Inner products <u, w> of vectors given by coefficients."""
+    return u @ (gram @ w)
+
+
+def norms(gram: Gram, rows: Rows) -> Float[Tensor, " R"]:
+    """Lengths of vectors given by coefficients."""
+    return (rows @ gram).mul(rows).sum(-1).clamp_min(0.0).sqrt()
+
+
+def cosine(gram: Gram, u: Direction, w: Direction) -> float:
+    """Cosine of two vectors given by coefficients; zero where either vanishes."""
+    scale = float(norms(gram, torch.stack([u, w])).prod())
+    return float(inner(gram, u, w)) / scale if scale > 0 else 0.0
+
+
+def _rounding(gram: Gram, rows: Rows) -> Float[Tensor, " R"]:
+    """Squared length that float64 cannot tell from zero, where a row's parts cancel (as in a corrected drift)."""
+    reach = rows.abs() @ gram.diagonal().clamp_min(0.0).sqrt()
+    return len(gram) * torch.finfo(torch.float64).eps * reach.square()
+
+
+@dataclass(frozen=True)
+class PCA:
+    """Uncentred principal components of some rows.
+
+    Args:
+        singular_values: Of the matrix of rows, descending.
+        directions: Coefficients of the unit right singular vectors with a non-zero singular value.
+    """
+
+    singular_values: Float[Tensor, " R"]
+    directions: Float[Tensor, "K n"]
+
+    @property
+    def ratios(self) -> Float[Tensor, " R"]:
+        """Share of the total sum of squares on each component; they sum to 1."""
+        energy = self.singular_values.square()
+        return energy / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+    @property
+    def pc1(self) -> float:
+        """Share of the first component."""
+        return float(self.ratios[0])
+
+    @property
+    def backbone(self) -> Direction:
+        """Coefficients of the first direction, v_b."""
+        return self.directions[0]
+
+    def components_for(self, share: float) -> int:
+        """Fewest leading components that hold a share of the total: k95 for 0.95, k99 for 0.99."""
+        reached = torch.cumsum(self.ratios, 0) >= share - 1e-12
+        return int(reached.to(torch.int8).argmax()) + 1
+
+
+def pca(gram: Gram, rows: Rows, *, normalise: bool = False) -> PCA:
+    """Uncentred PCA of rows given by coefficients, through their Gram matrix.
+
+    Args:
+        gram: H, inner products of the basis.
+        rows: The rows' coefficients; rows of length zero (to rounding) are ignored.
+        normalise: Scale every row to unit length first.
+
+    Returns:
+        Components whose signs are fixed so that the last row's coordinate is positive.
+
+    Raises:
+        ValueError: No row has a length.
+    """
+    lengths, noise = norms(gram, rows), _rounding(gram, rows)
+    kept = lengths.square() > noise
+    rows, lengths, noise = rows[kept], lengths[kept], noise[kept]
+    if not len(rows):
+        raise ValueError("every row is zero: a trajectory without movement has no principal direction")
+    if normalise:
+        rows, noise = rows / lengths[:, None], noise / lengths.square()
+    product = rows @ gram @ rows.T
+    energy, left = torch.linalg.eigh((product + product.T) / 2)
+    energy, left = energy.flip(0).clamp_min(0.0), left.flip(1)
+    # Below this an eigenvalue is rounding, and its direction would be noise divided by noise.
+    rank = max(1, int((energy > noise.sum()).sum()))
+    directions = (rows.T @ (left[:, :rank] / energy[:rank].sqrt())).T
+    last = inner(gram, directions, rows[-1])
+    directions = directions * torch.where(last < 0, -1.0, 1.0)[:, None]
+    return PCA(energy.sqrt(), directions)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Drift split along a direction and across it (paper, eqs. 6 to 9).
+
+    Args:
+        coordinate: a(t) = <x(t), v>, in parameter units.
+        residual_norm: ||x(t) - a(t) v||.
+        drift_norm: ||x(t)||.
+    """
+
+    coordinate: Float[Tensor, " R"]
+    residual_norm: Float[Tensor, " R"]
+    drift_norm: Float[Tensor, " R"]
+
+    @property
+    def fraction(self) -> Float[Tensor, " R"]:
+        """Backbone fraction a^2 / ||x||^2; zero where there is no drift."""
+        square = self.drift_norm.square()
+        return torch.where(square > 0, self.coordinate.square() / square.clamp_min(1e-300), 0.0)
+
+
+def decompose(gram: Gram, rows: Rows, direction: Direction) -> Decomposition:
+    """Split rows along a unit direction and across it."""
+    coordinate = inner(gram, rows, direction)
+    residual = rows - coordinate[:, None] * direction
+    return Decomposition(coordinate, norms(gram, residual), norms(gram, rows))
+
+
+def update_alignment(gram: Gram, direction: Direction) -> Float[Tensor, " T"]:
+    """Cosines of the increments d_1 .. d_T with a direction that knows them all (paper, eq. 23).
+
+    The direction lies in the span of the increments, so even a random walk shows about 1/sqrt(T) here.
+    """
+    increments = torch.eye(len(gram), dtype=torch.float64)[1:]
+    lengths = norms(gram, increments) * norms(gram, direction[None])
+    return torch.where(lengths > 0, inner(gram, increments, direction) / lengths.clamp_min(1e-300), 0.0)
+
+
+def latest_update_alignment(gram: Gram, *, normalise: bool = False) -> float:
+    """Cosine of the last increment with the backbone of the snapshots before it: chance gives zero.
+
+    NaN where there is no past, that is before the third snapshot, or where nothing had moved yet.
+    """
+    n = len(gram)
+    past = drifts(n)[1 : n - 1]
+    if n < 3 or float(norms(gram, past).max()) == 0:
+        return float("nan")
+    return cosine(gram, torch.eye(n, dtype=torch.float64)[-1], pca(gram, past, normalise=normalise).backbone)
+
+
+def past_update_alignment(gram: Gram, *, normalise: bool = False) -> Float[Tensor, " T"]:
+    """`latest_update_alignment` of every increment d_1 .. d_T in turn, as it was while the run went on."""
+    values = [latest_update_alignment(gram[:k, :k], normalise=normalise) for k in range(2, len(gram) + 1)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class RollingBackbone:
+    """How a windowed first direction turns along the run.
+
+    Args:
+        ends: Index of the last snapshot of each window; for adjacent windows, of the later one.
+        cosines: |cos| of the compared directions.
+        pc1: Share of the first component in the (later) window.
+    """
+
+    ends: list[int]
+    cosines: Float[Tensor, " W"]
+    pc1: Float[Tensor, " W"]
+
+
+def _windows(gram: Gram, width: int, *, self_anchored: bool, normalise: bool) -> tuple[list[int], list[PCA]]:
+    """PCA of every window of `width` snapshots among 1 .. T."""
+    n = len(gram)
+    ends, parts = [], []
+    for first in range(1, n - width + 1):
+        rows = drifts(n, first if self_anchored else 0)[first : first + width]
+        ends.append(first + width - 1)
+        parts.append(pca(gram, rows, normalise=normalise))
+    return ends, parts
+
+
+def _rolling(gram: Gram, ends: list[int], parts: list[PCA], against: Direction | None) -> RollingBackbone:
+    shares = torch.tensor([part.pc1 for part in parts], dtype=torch.float64)
+    if against is not None:
+        values = [abs(cosine(gram, part.backbone, against)) for part in parts]
+        return RollingBackbone(ends, torch.tensor(values, dtype=torch.float64), shares)
+    pairs = itertools.pairwise(parts)
+    values = [abs(cosine(gram, earlier.backbone, later.backbone)) for earlier, later in pairs]
+    return RollingBackbone(ends[1:], torch.tensor(values, dtype=torch.float64), shares[1:])
+
+
+def rolling_origin_anchored(gram: Gram, width: int = 10) -> RollingBackbone:
+    """|cos| of adjacent windows of drifts from theta_0, raw rows: what the paper's 0.997 is.
+
+    Windows that share all but one row and the common origin are nearly parallel on any path: a random walk gives 0.998.
+    """
+    return _rolling(gram, *_windows(gram, width, self_anchored=False, normalise=False), None)
+
+
+def rolling_self_anchored(gram: Gram, width: int = 10) -> RollingBackbone:
+    """|cos| of adjacent windows of drifts from the window's own first snapshot, unit rows (rotation curve)."""
+    return _rolling(gram, *_windows(gram, width, self_anchored=True, normalise=True), None)
+
+
+def rolling_against_global(gram: Gram, width: int = 10) -> RollingBackbone:
+    """|cos| of each window's first direction with the whole run's v_b, raw rows from theta_0 (paper, eq. 5)."""
+    whole = pca(gram, drifts(len(gram))).backbone
+    return _rolling(gram, *_windows(gram, width, self_anchored=False, normalise=False), whole)

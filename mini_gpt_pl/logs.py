@@ -1,0 +1,129 @@
+"""Metrics from the device to every logger, and the CSV that every run writes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+STEP = "step"
+
+
+def to_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Turn device scalars into floats with one transfer for all of them."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, Tensor)}
+    if tensors:
+        stacked = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+        numbers.update(zip(tensors, stacked.tolist(), strict=True))
+    return {name: numbers[name] for name in metrics}
+
+
+def log_now(trainer: Trainer, metrics: Mapping[str, Tensor | float], step: int) -> dict[str, float]:
+    """Hand metrics to every logger at the step that they belong to, and return them as floats.
+
+    `self.log` would average them over, and stamp them with, the next multiple of `log_every_n_steps`.
+    """
+    numbers = to_host(metrics)
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=step)
+    return numbers
+
+
+def logging_due(trainer: Trainer, step: int) -> bool:
+    """Whether the trainer's `log_every_n_steps` asks for values at this optimizer step."""
+    every = int(getattr(trainer, "log_every_n_steps", 1))
+    return step % max(1, every) == 0
+
+
+class MetricsCSV(Logger):
+    """One row per step, one column per metric; survives a crash, and a resumed run continues it.
+
+    The file is rewritten whole and atomically, at most every few seconds, because columns appear as probes speak for
+    the first time, and because a probe may report a step after later ones have been reported.
+
+    Args:
+        path: The file, `metrics.csv` in a run folder.
+        seconds: Least time between two writes; the end of a run always writes.
+    """
+
+    def __init__(self, path: Path | str, seconds: float = 5.0) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.seconds = seconds
+        self.rows: dict[int, dict[str, float]] = {}
+        self._columns: dict[str, None] = {}
+        self._written = 0.0
+        self._dirty = False
+
+    @property
+    @override
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @override
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved config lies beside the CSV."""
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if step is None:
+            raise ValueError("every row of the CSV belongs to a step")
+        kept = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        self.rows.setdefault(step, {}).update(kept)
+        self._columns.update(dict.fromkeys(kept))
+        self._dirty = True
+
+    def resume(self, step: int) -> None:
+        """Take up the file of an earlier session, without the rows after `step`: those are about to be redone."""
+        if not self.path.is_file():
+            return
+        with self.path.open(newline="") as handle:
+            for row in csv.DictReader(handle):
+                values = {name: float(value) for name, value in row.items() if name != STEP and value != ""}
+                if int(row[STEP]) <= step:
+                    self.log_metrics(values, step=int(row[STEP]))
+
+    @override
+    @rank_zero_only
+    def save(self) -> None:
+        if self._dirty and time.monotonic() - self._written >= self.seconds:
+            self._write()
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._dirty:
+            self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, [STEP, *sorted(self._columns)], restval="")
+            writer.writeheader()
+            writer.writerows({STEP: step, **self.rows[step]} for step in sorted(self.rows))
+        os.replace(partial, self.path)
+        self._written = time.monotonic()
+        self._dirty = False

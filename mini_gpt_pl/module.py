@@ -1,0 +1,348 @@
+"""ProbedGPT: the model, the composite objective, the optimizer and the evaluation, as one LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from mini_gpt_pl.data.datamodule import Batch
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.gpt import GPT, PRESETS, GPTSize
+from mini_gpt_pl.logs import log_now, logging_due, to_host
+from mini_gpt_pl.objective import (
+    LossTerms,
+    ProbeWeight,
+    TargetCounts,
+    combine,
+    count_targets,
+    loss_terms,
+)
+from mini_gpt_pl.optim import ClippedCosine, decay_groups, lambda_lr
+
+# The evaluation sets in the order of the data module's loaders.
+EVALUATIONS = ("lm", "in", "ood")
+
+
+class ProbedGPT(LightningModule):
+    """A small GPT trained on L = L_LM + lambda(t) L_probe.
+
+    Args:
+        size: A preset (`quickstart`, `16m`, `51m`) or the sizes themselves.
+        vocab_size: Number of tokens; on the command line it comes from the data.
+        context: Longest sequence in tokens; on the command line it comes from the data.
+        vocab_multiple: Pads the token table to a multiple (64 suits tensor cores).
+        optimizer: Any optimizer, by class path and arguments. It receives two parameter groups: matrices and embedding
+            tables, and the LayerNorms, which are never decayed.
+        schedule: Factor on the learning rate, a linear warm-up and a cosine clipped at a floor.
+        probe_weight: lambda(t), in two phases.
+        compile: Compile the model with `torch.compile`, in place: parameter names stay as they are.
+    """
+
+    def __init__(
+        self,
+        size: Literal["quickstart", "16m", "51m"] | GPTSize = "51m",
+        vocab_size: int = 50257,
+        context: int = 256,
+        vocab_multiple: int = 1,
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.5),
+        schedule: ClippedCosine = ClippedCosine(),  # noqa: B008 (frozen)
+        probe_weight: ProbeWeight = ProbeWeight(),  # noqa: B008 (frozen)
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = PRESETS[size] if isinstance(size, str) else size
+        self.gpt = GPT(replace(sizes, context=context), vocab_size, vocab_multiple)
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.probe_weight = probe_weight
+        self.peak_lr: float | None = None
+        self._compile = compile
+        self.means = _EvaluationMeans()
+        self._window = _Window()
+        self._grad_norm: Tensor | None = None
+        self._lr_used = 0.0
+        self._configured: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------------------------------------------ model
+
+    @override
+    def configure_model(self) -> None:
+        if self._compile:
+            self.gpt.compile()  # in place: `gpt.blocks...` keeps its name, and a checkpoint loads without it
+            self._compile = False
+
+    @override
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        logits: Tensor = self.gpt(tokens)
+        return logits
+
+    # --------------------------------------------------------------------------------------------- training
+
+    def lambda_now(self) -> float:
+        """Weight of the probe loss at the optimizer step being prepared."""
+        return self.probe_weight(self.trainer.global_step + 1)
+
+    def named_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of one batch taken alone, by name, for probes that need their gradients apart."""
+        scores = self.gpt(batch.tokens, batch.targets)
+        counts = count_targets(batch.targets, batch.probe_mask)
+        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
+        return {"lm": terms.lm, "probe": terms.probe}
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        scores = self.gpt(batch.tokens, batch.targets)
+        counts = self._batch_counts(batch)
+        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
+        answered = (scores.hit & batch.probe_mask).sum() / counts.probe.clamp_min(1)
+        loss = combine(terms, counts, self.lambda_now())
+        self._window.add(loss, terms, answered)
+        # The terms are shares of the whole optimizer batch already; Lightning is about to divide by the number of
+        # micro-batches, and DDP by the number of ranks, as if each had brought a mean of its own.
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _batch_counts(self, batch: Batch) -> TargetCounts:
+        counts = torch.stack([batch.lm_count, batch.probe_count])
+        if self.trainer.world_size > 1:
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        return TargetCounts(counts[0], counts[1])
+
+    @override
+    def on_train_start(self) -> None:
+        self._window = _Window(step=self.trainer.global_step)
+        if self.trainer.global_step > 0:
+            self._reapply_settings()
+
+    def _reapply_settings(self) -> None:
+        """Give a resumed optimizer the configured settings: a checkpoint restores its own over them."""
+        optimizer = self.trainer.optimizers[0]
+        for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
+            group.update(configured)
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
+            rates = [rate * self.schedule(scheduler.last_epoch + 1) for rate in scheduler.base_lrs]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        if step == self._window.step:
+            return  # still accumulating
+        if step == 1 or logging_due(self.trainer, step):
+            self._log_window(step)
+        self._window = _Window(step=step)
+
+    def _log_window(self, step: int) -> None:
+        metrics = self._window.metrics()
+        if self.trainer.world_size > 1:
+            metrics = {name: self.trainer.strategy.reduce(v, reduce_op="sum") for name, v in metrics.items()}
+        if self._grad_norm is not None:
+            metrics["train/grad_norm"] = self._grad_norm
+        rates = {"train/lr": self._lr_used, "train/probe_weight": self.probe_weight(step)}
+        numbers = log_now(self.trainer, {**metrics, **rates}, step)
+        self.log("loss", numbers["train/loss"], prog_bar=True, logger=False)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own way refuses fused optimizers under mixed precision, and hides the norm.
+        self._lr_used = float(optimizer.param_groups[0]["lr"])
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            return
+        limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        # An iterable of groups is what every torch optimizer takes; the callable's type only knows parameters.
+        optimizer = self.make_optimizer(decay_groups(self))
+        if self.peak_lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.peak_lr
+        schedule = lambda_lr(optimizer, self.schedule)  # sets initial_lr in each group
+        self._configured = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, EVALUATIONS[dataloader_idx])
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, EVALUATIONS[dataloader_idx])
+
+    def _evaluate(self, batch: Batch, name: str) -> None:
+        scores = self.gpt(batch.tokens, batch.targets)
+        counts = count_targets(batch.targets, batch.probe_mask)
+        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
+        if name == "lm":
+            self.means["val_nll"].update(terms.lm, counts.lm)
+            return
+        asked = batch.probe_mask.any(-1)
+        exact = (scores.hit | ~batch.probe_mask).all(-1)  # every masked position is right
+        self.means[f"p_{name}"].update(exact[asked].float())
+        self.means[f"nll_{name}"].update(terms.probe, counts.probe)
+        if name == "ood":
+            self.means["lm_ood"].update(terms.lm, counts.lm)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._report_evaluation()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._report_evaluation()
+
+    def _report_evaluation(self) -> None:
+        values = self.means.take()
+        metrics = {
+            "val/loss": values["val_nll"],
+            "val/perplexity": float(torch.tensor(values["val_nll"]).exp()),
+            "probe/p_in": values["p_in"],
+            "probe/p_ood": values["p_ood"],
+            "probe/nll_in": values["nll_in"],
+            "probe/nll_ood": values["nll_ood"],
+            "probe/lm_ood": values["lm_ood"],
+            "probe/r_ood": values["nll_ood"] / max(values["lm_ood"], 1e-8),
+        }
+        if self.trainer.sanity_checking:
+            return
+        for name, value in metrics.items():
+            short = name in ("val/loss", "probe/p_in", "probe/p_ood")
+            self.log(name, value, prog_bar=short, logger=False)
+        log_now(self.trainer, metrics, self.trainer.global_step)
+
+    # ------------------------------------------------------------------------------------------ generation
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Int[Tensor, "B S"]:
+        """Continue a prompt; the batch holds the prompt's tokens and the settings of `GPT.generate`."""
+        settings = dict(batch)
+        tokens = settings.pop("tokens")
+        generator = torch.Generator(tokens.device).manual_seed(settings.pop("seed"))
+        return self.gpt.generate(tokens, generator=generator, **settings)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gpt"] = self._identity()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_identity(checkpoint, self)
+
+    def _identity(self) -> dict[str, int]:
+        size = self.gpt.size
+        return {
+            "vocab_size": self.gpt.vocab_size,
+            "n_layer": size.n_layer,
+            "n_head": size.n_head,
+            "d_model": size.d_model,
+            "d_ff": size.d_ff,
+            "context": size.context,
+        }
+
+
+class _EvaluationMeans(torch.nn.Module):
+    """Running means over the evaluation sets; a submodule, so that they follow the module to its device."""
+
+    NAMES = ("val_nll", "p_in", "p_ood", "nll_in", "nll_ood", "lm_ood")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metrics = torch.nn.ModuleList([MeanMetric() for _ in self.NAMES])
+
+    def __getitem__(self, name: str) -> MeanMetric:
+        metric = self._metrics[self.NAMES.index(name)]
+        assert isinstance(metric, MeanMetric)
+        return metric
+
+    def take(self) -> dict[str, float]:
+        """Compute every mean (over all ranks), reset them, and move the values to the host at once."""
+        values = to_host({name: self[name].compute() for name in self.NAMES})
+        for name in self.NAMES:
+            self[name].reset()
+        return values
+
+
+class _Window:
+    """Sums over the micro-batches of one optimizer step, kept on the device."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, loss: Tensor, terms: LossTerms, answered: Tensor) -> None:
+        new = {
+            "train/loss": loss,
+            "train/lm_loss": terms.lm,
+            "train/probe_loss": terms.probe,
+            "train/probe_accuracy": answered,
+        }
+        for name, value in new.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def metrics(self) -> dict[str, Tensor | float]:
+        return dict(self._sums)
+
+
+def check_identity(checkpoint: Mapping[str, Any], module: ProbedGPT) -> None:
+    """Refuse a checkpoint of another architecture or vocabulary before torch lists every tensor that does not fit.
+
+    Raises:
+        UserError: Naming the first number that differs.
+    """
+    found = checkpoint.get("gpt")
+    if found is None:
+        raise UserError("the checkpoint was not written by this project's model: it names no GPT sizes")
+    for name, value in module._identity().items():
+        if found.get(name) != value:
+            raise UserError(
+                f"the checkpoint's model has {name} {found.get(name)}, the configured one {value}: "
+                "use the tokenizer and the model size that the checkpoint was trained with"
+            )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint's tensors and primitives on the CPU.
+
+    Raises:
+        UserError: It is missing, cut short, or no Lightning checkpoint.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for broken archives
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the checkpoint {path} cannot be read ({reason[:120]}): it is cut short or corrupt") from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is no Lightning checkpoint: it holds no state_dict")
+    return checkpoint

@@ -1,0 +1,157 @@
+"""Helpers around PyTorch's optimizers: what is decayed, decoupled decay for SGD, the schedule of the rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from mini_gpt_pl.errors import UserError
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters: tensors with two or more axes are decayed, vectors are not.
+
+    For the GPT of this project the decayed ones are the block matrices and both embedding tables, the others
+    the LayerNorms.
+
+    Args:
+        module: The model; a tied parameter is listed once, a frozen one not at all.
+
+    Returns:
+        Parameter groups for an optimizer, empty ones left out. The first kind has no ``weight_decay`` of its
+        own and so follows the optimizer's; the second has 0.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]  # parameters() lists a tied one once
+    decayed: dict[str, Any] = {"params": [p for p in trainable if p.ndim >= 2]}
+    exempt: dict[str, Any] = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
+    return [group for group in (decayed, exempt) if group["params"]]
+
+
+class SGDW(torch.optim.SGD):
+    r"""SGD with decoupled weight decay, applied after the step.
+
+    With gradient g, momentum m and dampening tau, as in ``torch.optim.SGD`` (b <- g on the first step):
+
+        b <- m b + (1 - tau) g
+        theta <- theta - lr u,   u = b, or g + m b with Nesterov, or g with m = 0
+        theta <- theta (1 - lr weight_decay)
+
+    ``torch.optim.SGD`` adds weight_decay * theta to g instead, so its decay passes through the momentum and
+    shrinks the weights at the rate lr weight_decay / (1 - m). Decoupled decay: Loshchilov and Hutter,
+    arXiv 1711.05101.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        momentum: Momentum factor m.
+        nesterov: Whether to look ahead; needs a momentum and no dampening.
+        weight_decay: Decay rate; the weights shrink by lr * weight_decay a step.
+        dampening: The tau above.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        dampening: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        )
+
+    # Not super().step(): PyTorch hooks the step of each class, so every step hook would run twice.
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; ``closure``, if given, computes the gradients first and gives the returned loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for theta in group["params"]:
+                if theta.grad is not None:
+                    theta.sub_(group["lr"] * self._direction(theta, group))
+                    theta.mul_(1 - group["lr"] * group["weight_decay"])
+        return loss
+
+    def _direction(self, theta: Tensor, group: dict[str, Any]) -> Tensor:
+        grad, momentum = theta.grad, group["momentum"]
+        assert grad is not None
+        if momentum == 0:
+            return grad
+        state = self.state[theta]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = grad.clone()
+        else:
+            state["momentum_buffer"].mul_(momentum).add_(grad, alpha=1 - group["dampening"])
+        buffer: Tensor = state["momentum_buffer"]
+        return grad + momentum * buffer if group["nesterov"] else buffer
+
+
+@dataclass(frozen=True)
+class ClippedCosine:
+    """Linear warmup, then a cosine cut off at a floor: the factor of the learning rate at optimizer step t.
+
+        t / W                                                         for t < W
+        max( (1 + cos(pi min(1, (t - W) / max(1, T - W)))) / 2, f )   else
+
+    The cosine is clipped, not rescaled to end at the floor: with f = 0.1 the factor is constant once 79.5 %
+    of the decay has passed (t = 8259 for W = 1500, T = 10000).
+
+    Args:
+        warmup: W, in optimizer steps; the peak is reached at step W.
+        total: T, the step at which the unclipped cosine would reach 0. Longer runs stay on the floor.
+        floor: f, the smallest factor after the warmup, between 0 and 1.
+
+    Raises:
+        UserError: ``warmup`` is not in [0, ``total``], ``total`` is below 1, or ``floor`` is not in [0, 1].
+    """
+
+    warmup: int = 1500
+    total: int = 10000
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.total < 1:
+            raise UserError(f"schedule: total is {self.total}; give 1 step or more")
+        if not 0 <= self.warmup <= self.total:
+            raise UserError(f"schedule: warmup is {self.warmup}; give 0 to total ({self.total}) steps")
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"schedule: floor is {self.floor}; give a fraction from 0 to 1")
+
+    def __call__(self, step: int) -> float:
+        """Give the factor for optimizer step ``step``; the first one is 1."""
+        if step < self.warmup:
+            return step / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        return max((1 + math.cos(math.pi * progress)) / 2, self.floor)
+
+
+def lambda_lr(optimizer: Optimizer, schedule: Callable[[int], float]) -> LambdaLR:
+    """A scheduler, stepped once per optimizer step, under which optimizer step t uses lr * schedule(t).
+
+    Args:
+        optimizer: Its learning rates are the peaks.
+        schedule: Factor for steps 1, 2, ...
+
+    Returns:
+        The scheduler. Its state holds the step and the peak rates but none of the schedule's constants, so a
+        resumed run follows the schedule of its own configuration.
+    """
+    # A plain function: LambdaLR stores the attributes of other callables in checkpoints and restores them.
+    return LambdaLR(optimizer, lambda epoch: schedule(epoch + 1))

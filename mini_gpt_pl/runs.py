@@ -1,0 +1,123 @@
+"""A run folder as an object: what was configured, what was measured, where the weights went."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.trajectory import Trajectory
+
+CONFIG = "config.yaml"
+METRICS = "metrics.csv"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+TRAJECTORY = "trajectory.safetensors"
+FIGURES = "figures"
+# Everything a run writes into its folder; overwriting a run removes these and nothing else.
+PRODUCTS = (CONFIG, METRICS, CHECKPOINTS, SNAPSHOTS, TRAJECTORY, FIGURES, "reheat.json", "wandb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training run.
+
+    Args:
+        path: The folder.
+
+    Example:
+        >>> run = Run(Path("runs/quickstart"))  # doctest: +SKIP
+        >>> run.metrics["probe/p_ood"].dropna()  # doctest: +SKIP
+    """
+
+    path: Path
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path) -> Run | None:
+        """Return the run that a checkpoint lies in, or None if it lies in no run folder."""
+        folder = Path(checkpoint).resolve().parent
+        for candidate in (folder, folder.parent):
+            if (candidate / CONFIG).is_file():
+                return cls(candidate)
+        return None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return any((self.path / product).exists() for product in (CONFIG, METRICS, TRAJECTORY))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration.
+
+        Raises:
+            UserError: There is none, or it is no YAML.
+        """
+        file = self.path / CONFIG
+        if not file.is_file():
+            raise UserError(f"{self.path} is no run folder: it has no {CONFIG}")
+        try:
+            loaded = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"the configuration {file} is no valid YAML: {str(error).splitlines()[0]}") from None
+        return dict(loaded)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """All logged numbers, one row per step; a number that was not logged at a step is NaN.
+
+        Raises:
+            UserError: There are none.
+        """
+        file = self.path / METRICS
+        if not file.is_file():
+            raise UserError(f"the run {self.path} has no {METRICS}: it ended before it logged anything")
+        return pd.read_csv(file, index_col="step")
+
+    def series(self, name: str) -> pd.Series[float]:
+        """Return one metric at the steps where it was logged; empty if it never was."""
+        if name not in self.metrics:
+            return pd.Series(dtype=float)
+        return self.metrics[name].dropna()
+
+    def last(self, name: str) -> float:
+        """Return the last value of a metric, NaN if it was never logged."""
+        values = self.series(name)
+        return float(values.iloc[-1]) if len(values) else float("nan")
+
+    @cached_property
+    def trajectory(self) -> Trajectory:
+        """The Gram matrices of the recorded weights.
+
+        Raises:
+            UserError: The file is missing or corrupt.
+        """
+        return Trajectory.load(self.path / TRAJECTORY)
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """Full checkpoints by optimizer step."""
+        found = {}
+        for file in (self.path / CHECKPOINTS).glob("*.ckpt"):
+            if match := re.search(r"(\d+)\.ckpt$", file.name):
+                found[int(match.group(1))] = file
+        return dict(sorted(found.items()))
+
+    @property
+    def snapshot_folder(self) -> Path:
+        """Where the recorded weights lie."""
+        return self.path / SNAPSHOTS
+
+    @property
+    def trunk(self) -> str:
+        """What the recorder calls the whole of its weights."""
+        for callback in (self.config.get("trainer") or {}).get("callbacks") or []:
+            if callback["class_path"].endswith("TrajectoryRecorder"):
+                return str(callback["init_args"].get("name", "trunk"))
+        return "trunk"

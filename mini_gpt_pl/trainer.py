@@ -1,0 +1,143 @@
+"""The Trainer with `reheat`, and with `predict` from a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from callbacks.reheat import ReheatProbe
+from callbacks.trajectory import TrajectoryRecorder
+from mini_gpt_pl.basis import FrozenBasis
+from mini_gpt_pl.data.datamodule import ProbedStories
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.selection import ParameterSelection
+from mini_gpt_pl.module import ProbedGPT, check_identity, read_checkpoint
+from mini_gpt_pl.objective import ProbeWeight
+from mini_gpt_pl.optim import ClippedCosine
+from mini_gpt_pl.runs import Run
+
+
+class GeometryTrainer(Trainer):
+    """Lightning's Trainer with two more things to do: restart a late checkpoint, and continue a prompt."""
+
+    def reheat(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str = "",
+        steps: int = 2000,
+        lr: float | None = None,
+        warmup: int = 200,
+        floor: float = 0.1,
+        probe_weight: float = 4.0,
+        eval_every: int = 100,
+        basis: str | None = None,
+    ) -> dict[str, float]:
+        """Restart a checkpoint with a fresh optimizer and a fresh learning-rate schedule.
+
+        Only the weights are taken: neither moments, nor schedule, nor counters. The probe's accuracy is measured
+        before the first step, so that the gain is against the checkpoint itself.
+
+        Args:
+            model: The module whose weights are replaced.
+            datamodule: Its data.
+            ckpt_path: The checkpoint to restart.
+            steps: Optimizer steps to take.
+            lr: Peak learning rate; that of the configured optimizer for None.
+            warmup: Steps of linear warm-up.
+            floor: Smallest factor of the clipped cosine.
+            probe_weight: Weight lambda of the probe loss, constant.
+            eval_every: Optimizer steps between evaluations.
+            basis: Run folder whose backbone the displacement is split by; that of the checkpoint for None.
+
+        Returns:
+            p0, peak, peak_step and gain; with a basis, a and ||r|| in it before and after.
+        """
+        assert isinstance(model, ProbedGPT)
+        checkpoint = read_checkpoint(ckpt_path)
+        check_identity(checkpoint, model)
+        model.load_state_dict(checkpoint["state_dict"])
+        frozen = self._frozen_basis(model, ckpt_path, basis, int(checkpoint["global_step"]))
+        p0 = self._probe_accuracy(model, datamodule)
+        model.schedule = ClippedCosine(warmup=min(warmup, steps), total=steps, floor=floor)
+        model.probe_weight = ProbeWeight(probe_weight, probe_weight, 0)
+        model.peak_lr = lr
+        probe = ReheatProbe(p0, frozen)
+        # Before ModelCheckpoint, which Lightning keeps last.
+        self.callbacks.insert(0, probe)  # type: ignore[attr-defined]
+        self.fit_loop.epoch_loop.max_steps = steps
+        self.fit_loop.max_epochs = -1
+        self.val_check_interval = eval_every * self.accumulate_grad_batches
+        self.check_val_every_n_epoch = None
+        self.fit(model, datamodule=datamodule)
+        return probe.summary
+
+    def _frozen_basis(self, model: ProbedGPT, ckpt_path: str, basis: str | None, step: int) -> FrozenBasis | None:
+        run = Run(Path(basis)) if basis else Run.of_checkpoint(ckpt_path)
+        pattern = next((c.pattern for c in self.callbacks if isinstance(c, TrajectoryRecorder)), None)  # type: ignore[attr-defined]
+        if run is None or pattern is None:
+            rank_zero_warn("no parent run or no recorder: the displacement is not split along the parent's backbone")
+            return None
+        selection = ParameterSelection.of(model, pattern)
+        last = step if basis is None else run.trajectory.steps[-1]
+        return FrozenBasis.read(run.snapshot_folder, run.trajectory, selection, last)
+
+    def _probe_accuracy(self, model: ProbedGPT, datamodule: LightningDataModule | None) -> float:
+        loggers, self.loggers = self.loggers, []
+        try:
+            self.validate(model, datamodule=datamodule, verbose=False)
+        finally:
+            self.loggers = loggers
+        return float(self.callback_metrics["probe/p_ood"])
+
+    @override
+    def predict(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        prompt: str = "Once upon a time",
+        max_new_tokens: int = 150,
+        temperature: float = 0.8,
+        top_k: int | None = 50,
+        seed: int = 0,
+    ) -> str:
+        """Continue a prompt with a trained model.
+
+        Args:
+            model: The module.
+            datamodule: Its data, for the tokenizer.
+            ckpt_path: The checkpoint to read.
+            prompt: How the text begins.
+            max_new_tokens: Tokens to add.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_k: Sample among the k most likely tokens only.
+            seed: Of the sampling.
+
+        Returns:
+            The prompt and its continuation.
+        """
+        assert isinstance(datamodule, ProbedStories)
+        tokens = datamodule.encoding.encode_ordinary(prompt)
+        if not tokens:
+            raise UserError("the prompt is empty: give --prompt at least one word")
+        request: Mapping[str, Any] = {
+            "tokens": torch.tensor([tokens]),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "seed": seed,
+        }
+        loader: DataLoader[Any] = DataLoader([request], batch_size=None)  # type: ignore[arg-type]
+        outputs: Any = super().predict(model, loader, ckpt_path=ckpt_path)
+        new = outputs[0][0].tolist()
+        if datamodule.eos_id in new:
+            new = new[: new.index(datamodule.eos_id)]
+        return datamodule.encoding.decode(new)

@@ -1,0 +1,85 @@
+"""Shape checks at run time for the numerics, and the builders that several test files share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+# Before anything imports the package: jaxtyping rewrites modules as they load. The model is left out, as the checks
+# break the graph that `torch.compile` makes of it.
+install_import_hook(["mini_gpt_pl.geometry", "mini_gpt_pl.objective"], "beartype.beartype")
+
+from collections.abc import Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from mini_gpt_pl.errors import UserError  # noqa: E402
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector  # noqa: E402
+from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory  # noqa: E402
+
+torch.set_num_threads(1)
+# Examples are derived from the test, not from a clock: a red test stays red.
+settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("suite")
+
+# Two groups of unequal size, three weights: D = 6 + 9.
+SMALL = ParameterSelection(("a.w", "b.w", "b.v"), ((2, 3), (5,), (2, 2)), ("a", "b", "b"))
+
+
+def flat_selection(dim: int) -> ParameterSelection:
+    """One weight, one group."""
+    return ParameterSelection(("w",), ((dim,),), ("all",))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal values in float64, a pure function of shape and seed."""
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).standard_normal(shape))
+
+
+def bent_path(snapshots: int, dim: int, seed: int = 0) -> Tensor:
+    """Weights (snapshots, dim) of a walk with a drift, neither a line nor pure chance, in float64."""
+    return normal(snapshots, dim, seed=seed).cumsum(0) + torch.arange(snapshots)[:, None] * normal(dim, seed=seed + 1)
+
+
+def basis_of(weights: Tensor) -> Tensor:
+    """theta_0 above the increments."""
+    return torch.cat([weights[:1], weights.diff(dim=0)])
+
+
+def gram_of(weights: Tensor) -> Tensor:
+    """H by brute force."""
+    basis = basis_of(weights)
+    return basis @ basis.T
+
+
+def walk_gram(increments: int) -> Tensor:
+    """H of a random walk in the limit of many dimensions: orthogonal increments of one length."""
+    return torch.eye(increments + 1, dtype=torch.float64)
+
+
+def record(
+    selection: ParameterSelection, weights: Tensor, dtype: torch.dtype | None = None
+) -> tuple[IncrementRows, Trajectory]:
+    """Follow weights (n, D) as a run would, a snapshot every hundred steps."""
+    rows, trajectory = IncrementRows(selection, dtype or weights.dtype), Trajectory.empty(selection)
+    for k, values in enumerate(weights):
+        new = rows.increment(Vector(values, selection))
+        trajectory.append(100 * k, rows.dots(new), survival=0.9**k)
+        rows.push(new)
+    return rows, trajectory
+
+
+@contextmanager
+def one_line_error(match: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Expect an error for the user, on one line."""
+    with pytest.raises(kind, match=match) as caught:
+        yield
+    assert len(str(caught.value).splitlines()) == 1
