@@ -94,6 +94,7 @@ class MetricsCSV(Logger):
         self.rows.setdefault(step, {}).update(kept)
         self._columns.update(dict.fromkeys(kept))
         self._dirty = True
+        self.save()  # Lightning itself asks for it only when training is about to stop
 
     def resume(self, step: int) -> None:
         """Take up the file of an earlier session, without the rows after `step`: those are about to be redone."""

@@ -120,6 +120,7 @@ def test_update_alignment_is_the_cosine_with_each_increment() -> None:
 def test_past_alignment_knows_no_future(normalise: bool) -> None:
     found = geometry.past_update_alignment(H, normalise=normalise)
     assert found[0].isnan() and len(found) == T
+    assert math.isnan(geometry.latest_update_alignment(H[:1, :1]))  # theta_0 alone
     for k in range(2, T + 1):
         past = svd(WEIGHTS[1:k] - WEIGHTS[0], normalise)[1][0]
         assert float(found[k - 1]) == pytest.approx(

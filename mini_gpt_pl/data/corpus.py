@@ -284,7 +284,8 @@ def _read_files(paths: list[str], column: str, cache_dir: str | None) -> tuple[d
     named = ", ".join(paths)
     try:
         texts = datasets.load_dataset(builder, data_files=paths, split="train", cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        # StopIteration: the JSON builder's word for files without a single row
         reason = _first_line(error.__cause__ or error)
         raise UserError(f"corpus files: cannot read {named} as {builder} ({reason}); check the files") from error
     column = "text" if builder == "text" else column
@@ -306,6 +307,8 @@ def _builder(paths: list[str]) -> str:
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"corpus files: there is no file {path}; correct --data.corpus.train_files or val_files")
+        if path.stat().st_size == 0:
+            raise UserError(f"corpus files: {path} is empty; take it out of --data.corpus.train_files or val_files")
         packed = path.suffix == ".gz"
         suffix = Path(path.stem).suffix if packed else path.suffix
         builder = _BUILDERS.get(suffix)

@@ -258,7 +258,7 @@ class ProbedStories(LightningDataModule):
         trainer = self.trainer
         if self._train is None:
             raise RuntimeError("call setup('fit') before train_dataloader()")
-        if trainer is not None and trainer.overfit_batches:
+        if trainer is not None and getattr(trainer, "overfit_batches", False):
             raise UserError("overfit_batches is not supported; overfit with --data.corpus.train_rows=N instead")
         rank, world_size = self._world()
         self._stream = TrainStream(

@@ -292,7 +292,8 @@ class Probe:
         if low > self.longest_gap:
             raise UserError(
                 f"context of {self.context} tokens is too short for gaps of at least {low} tokens: the longest gap "
-                f"that fits is {max(self.longest_gap, 0)}; give a larger --data.context or a smaller --data.probe.{option}"
+                f"that fits is {max(self.longest_gap, 0)}; "
+                f"give a larger --data.context or a smaller --data.probe.{option}"
             )
         return low, min(high, self.longest_gap)
 
