@@ -14,7 +14,7 @@ from callbacks.measuring import NamesItsLosses, gradient, measuring
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.alignment import cosines, noise_floor
-from mini_gpt_pl.geometry.selection import Vector
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now, logging_due
 
 
@@ -115,12 +115,9 @@ class GradientAlignment(Callback):
         return self.recorder.backbone()
 
     def _part_gradients(self, trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Vector]:
-        assert isinstance(module, NamesItsLosses)
         selection = self.recorder.selection
         with measuring(trainer, module):
-            losses = dict(module.named_losses(batch))
-            last = list(losses)[-1]
-            parts = {name: gradient(loss, module, selection, retain=name != last) for name, loss in losses.items()}
+            parts = part_gradients(module, batch, selection)
         if trainer.world_size == 1:
             return parts
         reduce = trainer.strategy.reduce
@@ -166,6 +163,21 @@ class GradientAlignment(Callback):
             elif "_vs_" not in quantity:
                 metrics[f"{key}_z"] = abs(value) / noise_floor(dim)
         return metrics
+
+
+def part_gradients(module: LightningModule, batch: Any, selection: ParameterSelection) -> dict[str, Vector]:
+    """Gradient of each named loss of a batch by the selected weights.
+
+    Each takes a forward of its own: a compiled graph gives its buffers away and cannot be walked through twice.
+    """
+    assert isinstance(module, NamesItsLosses)
+    losses = dict(module.named_losses(batch))
+    parts: dict[str, Vector] = {}
+    for name in tuple(losses):
+        losses = losses or dict(module.named_losses(batch))
+        parts[name] = gradient(losses[name], module, selection)
+        losses = {}  # frees the graph before the next forward
+    return parts
 
 
 def _against(grad: Vector, own: Vector, whole: Vector) -> Float[Tensor, " G1"]:

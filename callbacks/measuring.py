@@ -40,16 +40,15 @@ def measuring(trainer: Trainer, module: LightningModule) -> Iterator[None]:
                 part.training = mode
 
 
-def gradient(loss: Tensor, module: LightningModule, selection: ParameterSelection, *, retain: bool) -> Vector:
+def gradient(loss: Tensor, module: LightningModule, selection: ParameterSelection) -> Vector:
     """Gradient of a loss by the selected weights, as a new vector.
 
     Args:
         loss: A scalar with a graph.
         module: Owner of the weights.
         selection: Which weights, in which order.
-        retain: Keep the graph for a further gradient.
     """
     parameters = selection.parameters(module)
-    parts = torch.autograd.grad(loss, parameters, retain_graph=retain, allow_unused=True)
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True)
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
     return selection.flatten(filled)

@@ -269,7 +269,9 @@ def test_evaluation_hash_is_that_of_the_bytes(module: Build) -> None:
 def test_evaluation_batches(module: Build) -> None:
     data = module()
     data.setup("validate")
+    before = torch.get_rng_state()
     lm, inside, outside = (list(loader) for loader in data.val_dataloader())
+    assert torch.equal(before, torch.get_rng_state())
     assert [len(batch.tokens) for batch in lm] == [4, 4]
     assert [len(batch.tokens) for batch in inside] == [len(batch.tokens) for batch in outside] == [8, 8, 8, 6]
     assert not any(batch.probe_mask.any() for batch in lm)
