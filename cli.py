@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import sys
+import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
+from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import wandb
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -38,7 +45,21 @@ _TRAINING = ("fit", "reheat")
 
 
 class RunConfig(SaveConfigCallback):
-    """Write the resolved configuration into the run folder, and hand it to W&B."""
+    """Write the resolved configuration into the run folder, and hand it to W&B, once training begins.
+
+    Not earlier: a resume that is refused (another tokenizer, a missing snapshot) must leave the folder as it was.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing yet."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV) and trainer.global_step > 0:
+                logger.resume(trainer.global_step)
+        self.save_config(trainer, pl_module, "fit")
 
     @override
     @rank_zero_only
@@ -53,7 +74,14 @@ class RunConfig(SaveConfigCallback):
 
 
 class ProbedCLI(LightningCLI):
-    """LightningCLI with a run folder, one CSV for every run, and `reheat`."""
+    """LightningCLI with a run folder, one CSV for every run, `reheat`, and errors of one line.
+
+    Raises:
+        UserError: For anything on the command line, or in a file that it names, that is not as it should be.
+    """
+
+    checkpoint: dict[str, Any] | None = None
+    """Counters and callback states of `--ckpt_path`, without its weights."""
 
     @staticmethod
     @override
@@ -73,22 +101,47 @@ class ProbedCLI(LightningCLI):
         parser.link_arguments("data.context", "model.context", apply_on="instantiate")
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            command = next((arg for arg in args if arg in self.subcommands()), None)
+            known = self._subcommand_parsers[command]._option_string_actions if command else ()
+            raise UserError(_one_line_usage(str(error), command, list(known))) from None
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Look into the checkpoint; nothing that it holds overrides the command line."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path:
+            loaded = read_checkpoint(path)
+            self.checkpoint = {key: loaded.get(key) for key in ("global_step", "callbacks")}
+        elif self.config.subcommand != "fit":
+            raise UserError(f"{self.config.subcommand} needs a checkpoint: give --ckpt_path RUN/checkpoints/STEP.ckpt")
+
+    @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         run = Run(Path(config.run_dir))
         config.trainer.default_root_dir = config.run_dir
+        self._logger_as_given = deepcopy(config.trainer.logger)
         if self.subcommand not in _TRAINING:
+            self.save_config_callback = None
             config.trainer.logger = False
             config.trainer.enable_checkpointing = False
             config.trainer.callbacks = None
             return
-        resumed = _resumed_run(self.subcommand, config)
-        _claim(run, overwrite=config.overwrite, resumed=resumed)
-        _direct_wandb(config, run, str(self.subcommand))
+        _claim(run, config, str(self.subcommand))
+        _direct_wandb(config, run, str(self.subcommand), self.checkpoint)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
+        # What W&B is told of this one session (its id, its group) is no part of the configuration that is kept.
+        self.config[self.subcommand].trainer.logger = self._logger_as_given
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"the trainer refuses its settings: {error}; correct --trainer") from error
         if self.subcommand in _TRAINING:
             self._complete(trainer)
         return trainer
@@ -96,15 +149,11 @@ class ProbedCLI(LightningCLI):
     def _complete(self, trainer: Trainer) -> None:
         """Give every training run what it must have, whatever its configuration lists."""
         root = Path(trainer.default_root_dir)
-        table = MetricsCSV(root / METRICS)
-        config = self.config[self.subcommand]
-        if self.subcommand == "fit" and config.ckpt_path:
-            table.resume(int(read_checkpoint(config.ckpt_path)["global_step"]))
-        trainer.loggers = [table, *trainer.loggers]
+        trainer.loggers = [MetricsCSV(root / METRICS), *trainer.loggers]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root / CHECKPOINTS)
-        extra = [StopOnDivergence(), WandbSegments()]
+        extra = [Timer(), StopOnDivergence(), WandbSegments()]
         trainer.callbacks[:0] = extra  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------------------------------ after a command
@@ -120,11 +169,13 @@ class ProbedCLI(LightningCLI):
     def _close(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        _finish_wandb()  # before the table, which is to be the last thing on the screen
         run = Run(Path(self.config[self.subcommand].run_dir))
         figures = draw_all(run)
         console = Console()
         print_summary(run, console)
         _print_reheat(run, console)
+        _print_time(self.trainer, console)
         _print_products(run, figures, console)
         stopped = next(c for c in self.trainer.callbacks if isinstance(c, StopOnDivergence))  # type: ignore[attr-defined]
         if stopped.step is not None:
@@ -138,19 +189,27 @@ class ProbedCLI(LightningCLI):
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-def _resumed_run(subcommand: str, config: Any) -> Run | None:
-    """The run that a `fit --ckpt_path` continues."""
-    if subcommand != "fit" or not config.ckpt_path:
-        return None
-    read_checkpoint(config.ckpt_path)
-    return Run.of_checkpoint(config.ckpt_path)
-
-
 @rank_zero_only
-def _claim(run: Run, *, overwrite: bool, resumed: Run | None) -> None:
-    """Make sure that nothing already recorded is lost by mistake."""
-    if not run.exists or (resumed is not None and resumed.path.resolve() == run.path.resolve()):
-        return
+def _claim(run: Run, config: Any, command: str) -> None:
+    """Make sure that nothing already recorded is lost by mistake, and that there is a folder to write to."""
+    origin = Run.of_checkpoint(config.ckpt_path) if config.ckpt_path else None
+    at_home = origin is not None and origin.path.resolve() == run.path.resolve()
+    if command == "reheat" and at_home:
+        raise UserError(f"{run.path} is the run of the checkpoint itself: give the reheated one its own --run_dir")
+    if command == "fit" and origin is not None and not at_home and origin.snapshot_folder.is_dir():
+        raise UserError(
+            f"a run goes on in its own folder, {origin.path}, where its snapshots lie: leave out --run_dir, "
+            "or copy that folder and resume the copy's checkpoint"
+        )
+    if run.exists and not at_home:
+        _clear(run, overwrite=config.overwrite)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.path} cannot be a run folder ({error.strerror}): choose another --run_dir") from None
+
+
+def _clear(run: Run, *, overwrite: bool) -> None:
     if not overwrite:
         last = next(reversed(run.checkpoints.values()), None)
         resume = f"resume it with --ckpt_path {last}, " if last else ""
@@ -160,37 +219,45 @@ def _claim(run: Run, *, overwrite: bool, resumed: Run | None) -> None:
         )
     for product in PRODUCTS:
         path = run.path / product
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _direct_wandb(config: Any, run: Run, command: str) -> None:
+def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any] | None) -> None:
     """Point W&B loggers at the run folder, obey WANDB_MODE, and trace resumed and reheated runs to their origin."""
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     mode = os.environ.get("WANDB_MODE")
-    origin = _wandb_origin(config.ckpt_path) if config.get("ckpt_path") else {}
+    origin = ((checkpoint or {}).get("callbacks") or {}).get(WandbSegments.__name__, {})
     for logger in loggers:
         if not str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
             continue
-        run.path.mkdir(parents=True, exist_ok=True)
         arguments = logger.init_args
         arguments.save_dir = str(run.path)
         arguments.name = arguments.get("name") or run.path.name
         if mode is not None:
-            arguments.offline = mode == "offline"  # the logger's flag would win over the variable
+            # The logger's flag would win over the variable. Lightning's own word for offline is the older one.
+            arguments.offline = mode in ("offline", "dryrun")
+        if arguments.offline:
+            os.environ.setdefault("WANDB_SILENT", "true")  # there is no address to show
         more = dict(logger.get("dict_kwargs") or {})
         if origin.get("group"):
             more.setdefault("group", origin["group"])
         if command == "reheat":
             more.setdefault("job_type", "reheat")
+            if origin.get("run_id"):
+                more["config"] = {**more.get("config", {}), "parent_run": origin["run_id"]}
         elif origin.get("run_id") and not arguments.offline:
             arguments.id = origin["run_id"]  # online the run goes on; offline it gets a new segment in its group
         if more:
             logger.dict_kwargs = more
 
 
-def _wandb_origin(checkpoint: str) -> dict[str, str]:
-    states = read_checkpoint(checkpoint).get("callbacks", {})
-    return dict(states.get(WandbSegments.__name__, {}))
+def _finish_wandb() -> None:
+    """End the process's W&B run: a second run of this process would be logged into it."""
+    if wandb.run is not None:
+        wandb.finish()
 
 
 def _print_reheat(run: Run, console: Console) -> None:
@@ -207,6 +274,13 @@ def _print_reheat(run: Run, console: Console) -> None:
             f"in the parent's basis: a {found['coordinate_before']:.2f} -> {found['coordinate_after']:.2f}, "
             f"||r|| {found['residual_before']:.2f} -> {found['residual_after']:.2f}"
         )
+
+
+def _print_time(trainer: Trainer, console: Console) -> None:
+    timer = next(c for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+    console.print(
+        f"{trainer.global_step} steps in {timer.time_elapsed('train'):.1f} s, evaluations and probes included"
+    )
 
 
 def _print_products(run: Run, figures: list[Path], console: Console) -> None:
@@ -248,29 +322,73 @@ def _value_of(option: str, args: Sequence[str]) -> str | None:
     return None
 
 
+# Lines of a parser's complaint that only say that alternatives nobody meant do not fit either.
+_NOISE = re.compile(
+    r"Expected a path but|Does not validate against|Subtypes:|Errors:|Given value type|Given value: \[?Namespace"
+    r"|Expected a NoneType|Expected a dot import|Not a valid subclass|Subclass types expect|a class path|a dict with"
+)
+
+
+def _one_line_usage(message: str, command: str | None, known: list[str]) -> str:
+    """Condense a parser's complaint to the option, what is wrong with it, and where to look."""
+    message = re.sub(r"Type typing\.Callable\[.*\] expects a function or a callable class: ", "", message)
+    message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
+    message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
+    message = re.sub(r"<class '([\w.]*?)(\w+)'>", r"\2", message)
+    message = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+    lines = [line.strip(" -") if line.startswith(" ") else line for line in message.splitlines()]
+    told = [line for line in lines if line and not _NOISE.match(line)]
+    text = "; ".join(told or lines).replace(":;", ":")
+    unknown = re.search(r"unrecognized arguments: (--[\w.]+)|not accept option '([\w.]+)'", text)
+    near = get_close_matches(unknown[1] or f"--{unknown[2]}", known, n=1) if unknown else []
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{text}; {hint}see mini_gpt_pl {f'{command} ' if command else ''}--help"
+
+
 def run_cli(args: Sequence[str]) -> ProbedCLI:
-    """Parse and run one command."""
-    return ProbedCLI(
-        ProbedGPT,
-        ProbedStories,
-        save_config_callback=RunConfig,
-        trainer_class=GeometryTrainer,
-        trainer_defaults={
-            "num_sanity_val_steps": 0,
-            "inference_mode": False,
-            "max_epochs": -1,
-            "gradient_clip_val": 1.0,
-        },
-        seed_everything_default=42,
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": "mini_gpt_pl"},
-        args=list(args),
-    )
+    """Parse and run one command.
+
+    Raises:
+        UserError: Something in it, or in a file that it names, is not as it should be.
+    """
+    raises = {"exit_on_error": False}
+    try:
+        return ProbedCLI(
+            ProbedGPT,
+            ProbedStories,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_class=GeometryTrainer,
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                "inference_mode": False,
+                "max_epochs": -1,
+                "gradient_clip_val": 1.0,
+            },
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "mini_gpt_pl", **raises, **dict.fromkeys(ProbedCLI.subcommands(), raises)},
+            args=list(args),
+        )
+    finally:
+        _finish_wandb()
+
+
+def _quiet() -> None:
+    """Silence an advertisement, and a deprecation inside Lightning that no user can act on."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_no_advertisement)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return not re.search(r"Tip: .*pypi\.org/project/lit", record.getMessage())
 
 
 def main() -> None:
     """Run the command line; an error that the user can put right is one line and exit status 2."""
     args = sys.argv[1:]
+    _quiet()
     try:
         args = with_run_config(args)
         sys.argv = sys.argv[:1]  # Lightning warns when arguments come both ways

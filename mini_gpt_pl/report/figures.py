@@ -114,7 +114,7 @@ def backbone(run: Run) -> Figure:
         _line(twin, run.series("probe/p_ood"), "$p_{ood}$", PROBE, ls="--", lw=1)
         twin.set(ylim=(-0.03, 1.03), ylabel="$p_{ood}$")
         axes.plot([], [], "--", color=PROBE, lw=1, label="$p_{ood}$")
-        axes.legend(loc="upper left")
+        axes.legend(loc="best", fontsize=8)
     return figure
 
 
