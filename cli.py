@@ -16,7 +16,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import wandb
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -126,12 +125,14 @@ class ProbedCLI(LightningCLI):
         config.trainer.default_root_dir = config.run_dir
         self._logger_as_given = deepcopy(config.trainer.logger)
         if self.subcommand not in _TRAINING:
+            # Lightning would ask for the callbacks that we leave out on purpose.
+            warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
             self.save_config_callback = None
             config.trainer.logger = False
             config.trainer.enable_checkpointing = False
             config.trainer.callbacks = None
             return
-        _claim(run, config, str(self.subcommand))
+        self._replaces = _claim(run, config, str(self.subcommand))
         _direct_wandb(config, run, str(self.subcommand), self.checkpoint)
 
     @override
@@ -141,8 +142,9 @@ class ProbedCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
-            raise UserError(f"the trainer refuses its settings: {error}; correct --trainer") from error
+            raise UserError(f"{str(error).rstrip('.!')}: correct the --trainer options") from error
         if self.subcommand in _TRAINING:
+            _make_folder(Run(Path(trainer.default_root_dir)), clear=self._replaces)
             self._complete(trainer)
         return trainer
 
@@ -161,6 +163,14 @@ class ProbedCLI(LightningCLI):
     def after_fit(self) -> None:
         """Print what was found and where it lies."""
         self._close()
+
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation()
+
+    def after_test(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation()
 
     def after_reheat(self) -> None:
         """Print what was found, the gain, and where it lies."""
@@ -181,17 +191,28 @@ class ProbedCLI(LightningCLI):
         if stopped.step is not None:
             raise UserError(f"the run diverged: its loss was not finite at step {stopped.step}; its records are kept")
 
+    @rank_zero_only
+    def _print_evaluation(self) -> None:
+        # Lightning's own table leaves out what it did not hand to the loggers itself.
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print(f"{name:<16} {float(value):.4f}")
+
     def predict(self, **kwargs: Any) -> None:
         """Print the continuation of the prompt."""
-        print(self.trainer.predict(**kwargs))
+        text = self.trainer.predict(**kwargs)
+        if self.trainer.is_global_zero:
+            print(text)
 
 
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-@rank_zero_only
-def _claim(run: Run, config: Any, command: str) -> None:
-    """Make sure that nothing already recorded is lost by mistake, and that there is a folder to write to."""
+def _claim(run: Run, config: Any, command: str) -> bool:
+    """Make sure that nothing already recorded is lost by mistake.
+
+    Returns:
+        Whether the folder holds a run that is to be replaced; not before model, data and trainer could be made.
+    """
     origin = Run.of_checkpoint(config.ckpt_path) if config.ckpt_path else None
     at_home = origin is not None and origin.path.resolve() == run.path.resolve()
     if command == "reheat" and at_home:
@@ -201,28 +222,29 @@ def _claim(run: Run, config: Any, command: str) -> None:
             f"a run goes on in its own folder, {origin.path}, where its snapshots lie: leave out --run_dir, "
             "or copy that folder and resume the copy's checkpoint"
         )
-    if run.exists and not at_home:
-        _clear(run, overwrite=config.overwrite)
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run.path} cannot be a run folder ({error.strerror}): choose another --run_dir") from None
-
-
-def _clear(run: Run, *, overwrite: bool) -> None:
-    if not overwrite:
+    if at_home or not run.exists:
+        return False
+    if not config.overwrite and rank_zero_only.rank == 0:  # the other ranks may come when the first has begun
         last = next(reversed(run.checkpoints.values()), None)
         resume = f"resume it with --ckpt_path {last}, " if last else ""
         raise UserError(
             f"{run.path} already holds a run: {resume}replace it with --overwrite true, "
             "or choose another folder with --run_dir"
         )
-    for product in PRODUCTS:
-        path = run.path / product
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    return True
+
+
+@rank_zero_only
+def _make_folder(run: Run, *, clear: bool) -> None:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        for path in [run.path / product for product in PRODUCTS if clear]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.path} cannot be a run folder ({error.strerror}): choose another --run_dir") from None
 
 
 def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any] | None) -> None:
@@ -256,7 +278,8 @@ def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any
 
 def _finish_wandb() -> None:
     """End the process's W&B run: a second run of this process would be logged into it."""
-    if wandb.run is not None:
+    wandb = sys.modules.get("wandb")  # imported by the logger if there is one
+    if wandb is not None and wandb.run is not None:
         wandb.finish()
 
 
@@ -325,17 +348,22 @@ def _value_of(option: str, args: Sequence[str]) -> str | None:
 # Lines of a parser's complaint that only say that alternatives nobody meant do not fit either.
 _NOISE = re.compile(
     r"Expected a path but|Does not validate against|Subtypes:|Errors:|Given value type|Given value: \[?Namespace"
-    r"|Expected a NoneType|Expected a dot import|Not a valid subclass|Subclass types expect|a class path|a dict with"
+    r"|expected NoneType|Expected a dot import|Not a valid subclass|Subclass types expect|a class path|a dict with"
 )
 
 
 def _one_line_usage(message: str, command: str | None, known: list[str]) -> str:
     """Condense a parser's complaint to the option, what is wrong with it, and where to look."""
-    message = re.sub(r"Type typing\.Callable\[.*\] expects a function or a callable class: ", "", message)
-    message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
-    message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
-    message = re.sub(r"<class '([\w.]*?)(\w+)'>", r"\2", message)
-    message = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+    for pattern, plain in (
+        (r"Type typing\.Callable\[.*\] expects a function or a callable class: ", ""),
+        (r"\.* Got value: Namespace\(.*", ""),
+        (r"(\w+ a )?typing\.Literal\[(.*?)\]", r"expected one of \2"),
+        (r"Expected a <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1"),
+        (r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1"),
+        (r'^Parser key "([\w.]+)":', r"--\1:"),
+        (r'Parser key "([\w.]+)":', r"\1:"),
+    ):
+        message = re.sub(pattern, plain, message)
     lines = [line.strip(" -") if line.startswith(" ") else line for line in message.splitlines()]
     told = [line for line in lines if line and not _NOISE.match(line)]
     text = "; ".join(told or lines).replace(":;", ":")
@@ -370,6 +398,8 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
             parser_kwargs={"prog": "mini_gpt_pl", **raises, **dict.fromkeys(ProbedCLI.subcommands(), raises)},
             args=list(args),
         )
+    except MisconfigurationException as error:  # Lightning's word for an error of the user
+        raise UserError(str(error)) from error
     finally:
         _finish_wandb()
 

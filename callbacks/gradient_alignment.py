@@ -55,6 +55,7 @@ class GradientAlignment(Callback):
         if stage == "fit":
             self._recorder = find_recorder(trainer, type(self).__name__)
             self._trainer = trainer
+            self._pending, self._bias_sum, self._split_step = [], {}, -1
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -76,6 +76,7 @@ class TrajectoryRecorder(Callback):
         self._restored: dict[str, Any] | None = None
         self._survival = 1.0
         self._last_step = 0
+        self._device = torch.device("cpu")
         self._directions: tuple[int, Vector, Vector] | None = None
 
     @property
@@ -91,13 +92,14 @@ class TrajectoryRecorder(Callback):
     def backbone(self) -> tuple[Vector, Vector] | None:
         """Directions of the snapshots so far: each group's own backbone, and that of the whole selection.
 
-        None until a second snapshot has been taken.
+        On the model's device, wherever the rows are kept. None until a second snapshot has been taken.
         """
         trajectory, rows = _need(self.trajectory), _need(self._rows)
         if len(trajectory) < 2:
             return None
         if self._directions is None or self._directions[0] != len(trajectory):
-            self._directions = (len(trajectory), *backbone_vectors(trajectory, rows))
+            own, whole = backbone_vectors(trajectory, rows)
+            self._directions = (len(trajectory), own.to(self._device), whole.to(self._device))
         return self._directions[1:]
 
     # ------------------------------------------------------------------------------------------------ hooks
@@ -112,13 +114,13 @@ class TrajectoryRecorder(Callback):
         self._file = root / TRAJECTORY_FILE
         self._rows = IncrementRows(selection, self.dtype, torch.device("cpu") if self.keep_on == "cpu" else None)
         self.trajectory = Trajectory.empty(selection)
-        self._directions = None
+        self._directions, self._restored, self._survival = None, None, 1.0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+        self._last_step, self._device = trainer.global_step, pl_module.device
         if self._restored is not None:
-            self._restore(pl_module)
+            self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
             self._record(trainer, pl_module)
 
@@ -139,7 +141,8 @@ class TrajectoryRecorder(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > _need(self.trajectory).steps[-1]:
+        taken = _need(self.trajectory).steps
+        if not taken or trainer.global_step > taken[-1]:
             self._record(trainer, pl_module)
         _need(self._folder).close()
 
@@ -179,7 +182,7 @@ class TrajectoryRecorder(Callback):
         if len(trajectory) > 1:
             log_now(trainer, live_metrics(trajectory, self.name), step)
 
-    def _restore(self, pl_module: LightningModule) -> None:
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of the interrupted run from its snapshot files."""
         state, rows, folder = _need(self._restored), _need(self._rows), _need(self._folder)
         self._restored = None
@@ -189,7 +192,8 @@ class TrajectoryRecorder(Callback):
         for step in trajectory.steps:
             row = folder.read(step)
             rows.push(Vector(row.values.to(device), row.selection))
-        folder.discard_after(trajectory.steps[-1])
+        if trainer.is_global_zero:
+            folder.discard_after(trajectory.steps[-1])
         self.trajectory, self._survival = trajectory, state["survival"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -65,6 +66,7 @@ class MetricsCSV(Logger):
         self._columns: dict[str, None] = {}
         self._written = 0.0
         self._dirty = False
+        self._checkpointed = -1
 
     @property
     @override
@@ -90,11 +92,16 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if step is None:
             raise ValueError("every row of the CSV belongs to a step")
-        kept = {name: float(value) for name, value in metrics.items() if name != "epoch"}
-        self.rows.setdefault(step, {}).update(kept)
-        self._columns.update(dict.fromkeys(kept))
+        self._add(step, {name: float(value) for name, value in metrics.items() if name != "epoch"})
         self._dirty = True
-        self.save()  # Lightning itself asks for it only when training is about to stop
+        if step <= self._checkpointed:
+            self._write()
+        else:
+            self.save()  # Lightning itself asks for it only when training is about to stop
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.setdefault(step, {}).update(values)
+        self._columns.update(dict.fromkeys(values))
 
     def resume(self, step: int) -> None:
         """Take up the file of an earlier session, without the rows after `step`: those are about to be redone."""
@@ -104,12 +111,20 @@ class MetricsCSV(Logger):
             for row in csv.DictReader(handle):
                 values = {name: float(value) for name, value in row.items() if name != STEP and value != ""}
                 if int(row[STEP]) <= step:
-                    self.log_metrics(values, step=int(row[STEP]))
+                    self._add(int(row[STEP]), values)  # not written: until something new is said, the file stands
 
     @override
     @rank_zero_only
     def save(self) -> None:
         if self._dirty and time.monotonic() - self._written >= self.seconds:
+            self._write()
+
+    @override
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Write at once, and whatever is still said about the checkpoint's step: no resumed run will say it again."""
+        self._checkpointed = checkpoint_callback._last_global_step_saved
+        if self._dirty:
             self._write()
 
     @override

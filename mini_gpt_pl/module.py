@@ -286,8 +286,9 @@ class _EvaluationMeans(torch.nn.Module):
     def take(self) -> dict[str, float]:
         """Compute every mean (over all ranks), reset them, and move the values to the host at once."""
         values = to_host({name: self[name].compute() for name in self.NAMES})
-        for name in self.NAMES:
-            self[name].reset()
+        with torch.inference_mode(False):  # what `validate` resets there, `fit` could not add to
+            for name in self.NAMES:
+                self[name].reset()
         return values
 
 

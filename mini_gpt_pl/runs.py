@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import pca
 from mini_gpt_pl.geometry.trajectory import Trajectory
 
 CONFIG = "config.yaml"
@@ -57,7 +58,7 @@ class Run:
         """The resolved configuration.
 
         Raises:
-            UserError: There is none, or it is no YAML.
+            UserError: There is none, or it is no YAML mapping.
         """
         file = self.path / CONFIG
         if not file.is_file():
@@ -66,19 +67,24 @@ class Run:
             loaded = yaml.safe_load(file.read_text())
         except yaml.YAMLError as error:
             raise UserError(f"the configuration {file} is no valid YAML: {str(error).splitlines()[0]}") from None
-        return dict(loaded)
+        if not isinstance(loaded, dict):
+            raise UserError(f"the configuration {file} holds no options: restore it, or give another with --config")
+        return loaded
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """All logged numbers, one row per step; a number that was not logged at a step is NaN.
 
         Raises:
-            UserError: There are none.
+            UserError: There are none, or the file is damaged.
         """
         file = self.path / METRICS
         if not file.is_file():
             raise UserError(f"the run {self.path} has no {METRICS}: it ended before it logged anything")
-        return pd.read_csv(file, index_col="step")
+        try:
+            return pd.read_csv(file, index_col="step")
+        except ValueError as error:  # pandas' own errors are ValueErrors too
+            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): restore or delete it") from None
 
     def series(self, name: str) -> pd.Series[float]:
         """Return one metric at the steps where it was logged; empty if it never was."""
@@ -101,6 +107,17 @@ class Run:
         return Trajectory.load(self.path / TRAJECTORY)
 
     @property
+    def drift_rows(self) -> pca.Rows:
+        """Coefficients of the drift of every snapshot but the first, whose drift is zero.
+
+        Raises:
+            UserError: Nothing has moved, so that there is no direction to speak of.
+        """
+        if not bool((self.trajectory.gram().diagonal()[1:] > 0).any()):
+            raise UserError(f"the weights of {self.path} have not moved between snapshots: there is no path to show")
+        return pca.drifts(len(self.trajectory))[1:]
+
+    @property
     def checkpoints(self) -> dict[int, Path]:
         """Full checkpoints by optimizer step."""
         found = {}
@@ -117,7 +134,8 @@ class Run:
     @property
     def trunk(self) -> str:
         """What the recorder calls the whole of its weights."""
-        for callback in (self.config.get("trainer") or {}).get("callbacks") or []:
+        callbacks = (self.config.get("trainer") or {}).get("callbacks") or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             if callback["class_path"].endswith("TrajectoryRecorder"):
                 return str(callback["init_args"].get("name", "trunk"))
         return "trunk"

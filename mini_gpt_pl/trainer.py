@@ -59,8 +59,13 @@ class GeometryTrainer(Trainer):
 
         Returns:
             p0, peak, peak_step and gain; with a basis, a and ||r|| in it before and after.
+
+        Raises:
+            UserError: A setting is out of range, or the checkpoint or the basis cannot be read or is of another model.
         """
         assert isinstance(model, ProbedGPT)
+        if steps < 1 or eval_every < 1 or (lr is not None and lr < 0):
+            raise UserError("reheat: give --steps and --eval_every of 1 or more, and an --lr that is not negative")
         checkpoint = read_checkpoint(ckpt_path)
         check_identity(checkpoint, model)
         model.load_state_dict(checkpoint["state_dict"])
@@ -87,6 +92,9 @@ class GeometryTrainer(Trainer):
             return None
         selection = ParameterSelection.of(model, pattern)
         last = step if basis is None else run.trajectory.steps[-1]
+        if len(run.trajectory.until(last)) < 2:
+            rank_zero_warn(f"{run.path} has no path before step {last}: the displacement is not split")
+            return None
         return FrozenBasis.read(run.snapshot_folder, run.trajectory, selection, last)
 
     def _probe_accuracy(self, model: ProbedGPT, datamodule: LightningDataModule | None) -> float:
@@ -123,6 +131,9 @@ class GeometryTrainer(Trainer):
 
         Returns:
             The prompt and its continuation.
+
+        Raises:
+            UserError: The prompt is empty.
         """
         assert isinstance(datamodule, ProbedStories)
         tokens = datamodule.encoding.encode_ordinary(prompt)

@@ -100,8 +100,9 @@ def test_workers_do_not_change_the_stream(window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3, 10])
 def test_resume_at_every_position(window: int) -> None:
+    length = len(stream_of(window))
     whole = epochs(stream_of(window), 3)
-    for position in range(0, 15):
+    for position in range(2 * length + 1):
         stream = stream_of(window)
         seen, iterator = [], iter(stream)
         for _ in range(position):
@@ -113,13 +114,13 @@ def test_resume_at_every_position(window: int) -> None:
             seen.append(digest(batch))
         state = stream.state_dict()
         assert seen == whole[:position]
-        assert state["epoch"] * 7 + state["batches"] == position
+        assert state["epoch"] * length + state["batches"] == position
         fresh = stream_of(window)
         iter(fresh)
         fresh.load_state_dict(state)
         # the position at the end of an epoch and the start of the next are one
         rest = [digest(batch) for batch in fresh]
-        while len(rest) < 21 - position:
+        while len(rest) < 3 * length - position:
             rest += [digest(batch) for batch in fresh]
         assert rest == whole[position:]
 
@@ -167,7 +168,8 @@ def test_ranks_together_see_the_global_batch(world_size: int) -> None:
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 9])
 def test_counts_are_those_of_the_whole_window(window: int) -> None:
     batches = list(stream_of(window))
-    for start in range(0, 7, window):
+    assert len(batches) == (7 // window * window or 7)  # whole optimizer batches, if the stories suffice for one
+    for start in range(0, len(batches), window):
         members = batches[start : start + window]
         counts = [count_targets(batch.targets, batch.probe_mask) for batch in members]
         for batch in members:
@@ -175,7 +177,7 @@ def test_counts_are_those_of_the_whole_window(window: int) -> None:
             assert batch.probe_count == sum(count.probe for count in counts)
     assert sum(int(batch.probe_mask.sum()) for batch in batches) > 0
     plain = stream_of()
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, plain, strict=True))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, plain, strict=False))
 
 
 def test_limit_ends_the_epoch_and_its_last_window() -> None:

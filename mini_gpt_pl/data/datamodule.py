@@ -106,7 +106,10 @@ class TrainStream:
         )
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        # Whole optimizer batches only: a short last one would be noisier than the others, and would let the count of
+        # micro-batches, by which Lightning validates, run away from the count of optimizer steps.
+        batches = len(self._sampler)
+        return batches - batches % self._window() if batches >= self._window() else batches
 
     def __iter__(self) -> Iterator[Batch]:
         if self._begun or self._batches >= self._epoch_length():

@@ -218,6 +218,10 @@ class Vector:
         self.selection.require(other.selection.fingerprint)
         return torch.stack([_dot(self.values[part], other.values[part]) for part in self.selection.slices])
 
+    def to(self, device: torch.device) -> Vector:
+        """Move the coordinates."""
+        return Vector(self.values.to(device), self.selection)
+
     def __sub__(self, other: Vector) -> Vector:
         self.selection.require(other.selection.fingerprint)
         return Vector(self.values - other.values, self.selection)

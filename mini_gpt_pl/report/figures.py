@@ -59,21 +59,24 @@ def learning(run: Run) -> Figure:
     _line(left, run.series("val/loss"), "validation, LM", BACKBONE, marker="o", ms=3)
     left.set(xlabel="step", ylabel="nats per token", title="Loss")
     left.set_ylim(bottom=0)
-    left.legend()
     _line(right, run.series("probe/p_in"), "$p_{in}$, short gap", BACKBONE, marker="o", ms=3)
     _line(right, run.series("probe/p_ood"), "$p_{ood}$, long gap", RESIDUAL, marker="o", ms=3)
     right.set(xlabel="step", ylabel="exact match", title="Key retrieval", ylim=(-0.03, 1.03))
-    right.legend()
+    for axes in (left, right):
+        if axes.lines:
+            axes.legend()
     return figure
 
 
 def spectrum(run: Run) -> Figure:
     """Share of each principal component of the drift, whole trunk and blocks, raw and unit rows."""
     trajectory = run.trajectory
-    rows = _drift_rows(run)
+    rows = run.drift_rows
     figure = Figure(figsize=(9, 3.4))
     for axes, unit in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
-        for group in trajectory.groups:
+        for group, moved in zip(trajectory.groups, trajectory.grams.diagonal(dim1=1, dim2=2)[:, 1:], strict=True):
+            if not moved.any():
+                continue  # frozen weights have no direction
             ratios = pca.pca(trajectory.gram(group), rows, normalise=unit).ratios
             axes.plot(range(1, len(ratios) + 1), ratios, color=GREY, lw=0.8)
         whole = pca.pca(trajectory.gram(), rows, normalise=unit)
@@ -96,7 +99,7 @@ def backbone(run: Run) -> Figure:
     """Backbone coordinate and residual norm with the probe's accuracy behind (paper, Figure 1)."""
     trajectory = run.trajectory
     gram, rows = trajectory.gram(), pca.drifts(len(trajectory))
-    direction = pca.pca(gram, rows[1:]).backbone
+    direction = pca.pca(gram, run.drift_rows).backbone
     split = pca.decompose(gram, rows, direction)
     cos0 = pca.cosine(gram, direction, pca.theta0(len(trajectory)))
     decayed = (1 - np.array(trajectory.survival)) * float(gram[0, 0]) ** 0.5
@@ -121,7 +124,7 @@ def backbone(run: Run) -> Figure:
 def alignment(run: Run) -> Figure:
     """Gradients and updates beside the backbone (paper, Figure 2)."""
     trajectory, trunk = run.trajectory, run.trunk
-    gram, rows = trajectory.gram(), _drift_rows(run)
+    gram, rows = trajectory.gram(), run.drift_rows
     figure = Figure(figsize=(7.5, 4.6))
     axes = figure.subplots()
     steps = trajectory.steps[1:]
@@ -151,12 +154,6 @@ FIGURE_FUNCTIONS: dict[str, Callable[[Run], Figure]] = {
     "backbone": backbone,
     "alignment": alignment,
 }
-
-
-def _drift_rows(run: Run) -> pca.Rows:
-    if len(run.trajectory) < 2:
-        raise UserError(f"the run {run.path} has a single snapshot: there is no path to draw yet")
-    return pca.drifts(len(run.trajectory))[1:]
 
 
 def _orthogonal(run: Run) -> pca.Gram:

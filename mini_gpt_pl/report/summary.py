@@ -30,14 +30,18 @@ class Line:
 def lines(run: Run) -> list[Line]:
     """Collect the rows: loss and probe, then the geometry if the run recorded a trajectory."""
     table = [
-        Line("validation loss (nats per token)", f"{run.last('val/loss'):.3f}"),
-        Line("p_in, exact match at short gaps", f"{run.last('probe/p_in'):.3f}"),
-        Line("p_ood, exact match at long gaps", f"{run.last('probe/p_ood'):.3f}"),
+        Line("validation loss (nats per token)", _last(run, "val/loss")),
+        Line("p_in, exact match at short gaps", _last(run, "probe/p_in")),
+        Line("p_ood, exact match at long gaps", _last(run, "probe/p_ood")),
     ]
     try:
         return table + geometry_lines(run)
     except UserError:
         return table
+
+
+def _last(run: Run, name: str) -> str:
+    return f"{run.last(name):.3f}" if len(run.series(name)) else "-"
 
 
 def geometry_lines(run: Run) -> list[Line]:
@@ -47,10 +51,7 @@ def geometry_lines(run: Run) -> list[Line]:
         UserError: The run has no trajectory, or one without movement.
     """
     trajectory = run.trajectory
-    n = len(trajectory)
-    if n < 2:
-        raise UserError(f"the run {run.path} has a single snapshot")
-    rows, gram = pca.drifts(n)[1:], trajectory.gram()
+    n, rows, gram = len(trajectory), run.drift_rows, trajectory.gram()
     walk = gram.diag().diag()
     raw, unit = pca.pca(gram, rows), pca.pca(gram, rows, normalise=True)
     raw_walk, unit_walk = pca.pca(walk, rows), pca.pca(walk, rows, normalise=True)

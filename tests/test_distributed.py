@@ -1,0 +1,96 @@
+"""Two processes on the CPU measure and train what one does with twice the batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import checkpoints, metrics, probes, quiet_trainer, same, tiny_gpt, tiny_stories
+
+from mini_gpt_pl.geometry.trajectory import Trajectory
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+
+STEPS = 7
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train(folder: Path, batch_size: int, accumulate: int, resume: Path | None = None, **settings: Any) -> None:
+    """Twenty stories on each of two ranks, or forty on one: a few micro-batches an epoch, evaluated every four."""
+    callbacks = [*probes(every=2), checkpoints(folder)]
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer = quiet_trainer(
+        folder, callbacks, max_steps=STEPS, accumulate_grad_batches=accumulate, **validation, **settings
+    )
+    module = tiny_gpt(seed=1 if resume is None else 2)
+    # As many probes as chance gives: the ranks' counts differ.
+    data = tiny_stories(batch_size=batch_size, eval_examples=8)
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+
+
+# Lightning starts this file again for the second rank.
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_distributed import train
+
+root = Path(sys.argv[1])
+two = {"strategy": "ddp", "devices": 2}
+for accumulate in (1, 2):
+    train(root / str(accumulate), 2, accumulate, **two)
+train(root / "1", 2, 1, resume=root / "1" / "checkpoints" / "000004.ckpt", **two)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with 1 and 2 micro-batches a step; the first is resumed in the same folder, behind its snapshots."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_are_one_with_the_double_batch(tmp_path: Path, two_ranks: Path, accumulate: int) -> None:
+    folder = two_ranks / str(accumulate)
+    train(tmp_path, 4, accumulate)
+    last = f"checkpoints/{STEPS:06d}.ckpt"
+    one, two = (torch.load(path / last, weights_only=True)["state_dict"] for path in (tmp_path, folder))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+    here, there = (Trajectory.load(path / "trajectory.safetensors") for path in (tmp_path, folder))
+    assert here.steps == there.steps == [0, 2, 4, 6, 7]
+    assert same(here.survival, there.survival)
+    torch.testing.assert_close(there.grams, here.grams, rtol=1e-4, atol=1e-6)
+    logged = metrics(folder)
+    assert {step: row.keys() for step, row in logged.items()} == {s: r.keys() for s, r in metrics(tmp_path).items()}
+    assert {"alignment/trunk/gradient", "alignment/trunk/lm_vs_probe", "train/loss"} <= logged[STEPS].keys()
+    for step, row in metrics(tmp_path).items():
+        for name, value in row.items():
+            assert logged[step][name] == pytest.approx(value, rel=1e-3, abs=2e-5), (step, name)
+
+
+def test_probes_of_the_two_ranks_differ() -> None:
+    """Else the comparison would not see whether counts are taken over both."""
+    data = tiny_stories(batch_size=2)
+    data.prepare_data()
+    data.setup("fit")
+    stream = iter(data.train_dataloader())
+    counts = [int(next(stream).probe_count) for _ in range(8)]
+    assert any(a != b for a, b in zip(counts[::2], counts[1::2], strict=True))

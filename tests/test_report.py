@@ -1,0 +1,220 @@
+"""Figures and the closing table, against singular value decompositions of the weights themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, bent_path, record
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from rich.console import Console
+
+from mini_gpt_pl.report import figures
+from mini_gpt_pl.report.summary import lines, print_summary
+from mini_gpt_pl.runs import Run
+
+SNAPSHOTS = 7
+WEIGHTS = bent_path(SNAPSHOTS, SMALL.dim).numpy()
+DRIFTS = (WEIGHTS - WEIGHTS[0])[1:]
+INCREMENTS = np.diff(WEIGHTS, axis=0)
+STEPS = [100 * k for k in range(SNAPSHOTS)]
+SURVIVAL = np.array([0.9**k for k in range(SNAPSHOTS)])
+# What a walk with the same step lengths in orthogonal directions does, in coordinates of its own.
+WALK = np.tril(np.ones((SNAPSHOTS - 1, SNAPSHOTS - 1))) * np.linalg.norm(INCREMENTS, axis=1)
+
+METRICS = """step,alignment/net/gradient,alignment/net/lm,probe/p_in,probe/p_ood,train/lm_loss,val/loss
+10,0.1,0.30,,,5.0,
+60,0.3,,,,4.0,
+100,0.5,,0.25,0.125,3.0,3.5
+150,0.9,0.40,,,2.0,
+600,,,0.75,0.5,1.0,2.25
+"""
+CONFIG = "trainer: {callbacks: [{class_path: callbacks.TrajectoryRecorder, init_args: {name: net}}]}\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    record(SMALL, bent_path(SNAPSHOTS, SMALL.dim))[1].save(tmp_path / "trajectory.safetensors")
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return Run(tmp_path)
+
+
+def backbone_of(rows: np.ndarray) -> np.ndarray:
+    """Leading right singular vector, turned so that the last row has a positive coordinate."""
+    v = np.linalg.svd(rows)[2][0]
+    return v if rows[-1] @ v > 0 else -v
+
+
+def ratios_of(rows: np.ndarray, *, unit: bool) -> np.ndarray:
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True) if unit else rows
+    energy = np.linalg.svd(rows, compute_uv=False) ** 2
+    return energy / energy.sum()
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def line(axes: Axes, label: str) -> Line2D:
+    """The one line whose label holds these words and that has data."""
+    found = [part for part in axes.lines if label in str(part.get_label()) and len(np.asarray(part.get_xdata()))]
+    assert len(found) == 1, [part.get_label() for part in axes.lines]
+    return found[0]
+
+
+def y(part: Line2D) -> np.ndarray:
+    return np.asarray(part.get_ydata(), dtype=float)
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def test_every_figure_is_drawn_as_a_png(run: Run) -> None:
+    written = figures.draw_all(run)
+    assert [file.stem for file in written] == ["learning", "spectrum", "backbone", "alignment"]
+    for file in written:
+        assert file.parent == run.path / "figures"
+        assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_learning_shows_the_logged_values_at_their_steps(run: Run) -> None:
+    left, right = figures.learning(run).axes
+    for axes, label, expected in (
+        (left, "training, LM", {10: 5.0, 60: 4.0, 100: 3.0, 150: 2.0, 600: 1.0}),
+        (left, "validation, LM", {100: 3.5, 600: 2.25}),
+        (right, "short gap", {100: 0.25, 600: 0.75}),
+        (right, "long gap", {100: 0.125, 600: 0.5}),
+    ):
+        drawn = line(axes, label)
+        assert dict(zip(np.asarray(drawn.get_xdata()), y(drawn), strict=True)) == expected
+    assert left.get_ylim()[0] == 0
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["$p_{in}$, short gap", "$p_{ood}$, long gap"]
+
+
+def test_spectrum_shows_the_shares_of_groups_whole_and_walk(run: Run) -> None:
+    groups = [DRIFTS[:, part] for part in SMALL.slices]
+    for axes, unit in zip(figures.spectrum(run).axes, (False, True), strict=True):
+        drawn = [y(part) for part in axes.lines if len(y(part))]
+        expected = [ratios_of(rows, unit=unit) for rows in (*groups, DRIFTS, WALK)]
+        assert len(drawn) == len(expected)
+        for found, wanted in zip(drawn, expected, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-12)
+        assert f"PC1 {100 * expected[2][0]:.1f} %" in axes.get_title()
+
+
+def test_backbone_shows_coordinate_residual_and_decay(run: Run) -> None:
+    top, bottom, *_ = figures.backbone(run).axes
+    v = backbone_of(DRIFTS)
+    drift = WEIGHTS - WEIGHTS[0]
+    a = drift @ v
+    for axes, label, expected in (
+        (top, "a(t)", a),
+        (top, "||x(t)||", np.linalg.norm(drift, axis=1)),
+        (top, "weight decay", (1 - SURVIVAL) * np.linalg.norm(WEIGHTS[0])),
+        (bottom, "||r(t)||", np.linalg.norm(drift - np.outer(a, v), axis=1)),
+    ):
+        assert list(np.asarray(line(axes, label).get_xdata())) == STEPS
+        np.testing.assert_allclose(y(line(axes, label)), expected, atol=1e-7)
+    assert f"{cosine(v, WEIGHTS[0]):+.2f}" in top.get_title()
+
+
+def test_the_probe_is_drawn_behind_both_backbone_panels(run: Run) -> None:
+    twins = figures.backbone(run).axes[2:]
+    assert len(twins) == 2
+    for twin in twins:
+        assert list(y(line(twin, "p_{ood}"))) == [0.125, 0.5]
+
+
+def test_alignment_shows_updates_with_whole_past_and_chance(run: Run) -> None:
+    (axes,) = figures.alignment(run).axes
+    v = backbone_of(DRIFTS)
+    np.testing.assert_allclose(y(line(axes, "contains it")), [cosine(d, v) for d in INCREMENTS], atol=1e-12)
+    past = [cosine(INCREMENTS[k], backbone_of(DRIFTS[:k])) for k in range(1, SNAPSHOTS - 1)]
+    drawn = y(line(axes, "of its past"))
+    assert np.isnan(drawn[0])
+    np.testing.assert_allclose(drawn[1:], past, atol=1e-12)
+    walk = [cosine(d, backbone_of(WALK)) for d in np.diff(np.vstack([np.zeros_like(WALK[0]), WALK]), axis=0)]
+    np.testing.assert_allclose(y(line(axes, "random directions")), walk, atol=1e-12)
+    assert list(np.asarray(line(axes, "LM gradient").get_xdata())) == [10, 150]
+
+
+def test_gradients_are_averaged_between_snapshots(run: Run) -> None:
+    (axes,) = figures.alignment(run).axes
+    (bars,) = axes.containers
+    centres, means = bars.lines[0].get_data()
+    np.testing.assert_allclose(centres, [50, 150])  # (0, 100] and (100, 200]
+    np.testing.assert_allclose(means, [0.3, 0.9])
+    low, high = (points[:, 1] for points in bars.lines[2][0].get_segments())
+    np.testing.assert_allclose(high - low, 2 * np.std([0.1, 0.3, 0.5], ddof=1))
+
+
+def test_the_noise_band_is_the_mean_cosine_of_chance(run: Run) -> None:
+    (axes,) = figures.alignment(run).axes
+    assert f"{np.sqrt(2 / np.pi / SMALL.dim):.1e}" in axes.get_title()
+
+
+def test_a_run_without_recorder_still_shows_its_learning(run: Run) -> None:
+    (run.path / "trajectory.safetensors").unlink()
+    assert [file.stem for file in figures.draw_all(run)] == ["learning"]
+
+
+@pytest.mark.parametrize("snapshots", [1, 4])
+def test_a_run_that_never_moved_shows_its_learning(tmp_path: Path, run: Run, snapshots: int) -> None:
+    still = bent_path(1, SMALL.dim).expand(snapshots, -1)
+    record(SMALL, still)[1].save(run.path / "trajectory.safetensors")
+    assert [file.stem for file in figures.draw_all(run)] == ["learning"]
+    assert len(lines(run)) == 3
+
+
+def test_a_frozen_group_has_no_spectrum(run: Run) -> None:
+    weights = bent_path(SNAPSHOTS, SMALL.dim)
+    weights[:, SMALL.slices[0]] = weights[0, SMALL.slices[0]]
+    record(SMALL, weights)[1].save(run.path / "trajectory.safetensors")
+    raw = figures.spectrum(run).axes[0]
+    assert len([part for part in raw.lines if len(y(part))]) == 3  # the other group, the whole, the walk
+
+
+# ------------------------------------------------------------------------------------------- closing table
+
+
+def test_the_table_holds_the_numbers_of_a_plain_decomposition(run: Run) -> None:
+    v = backbone_of(DRIFTS)
+    past = [cosine(INCREMENTS[k], backbone_of(DRIFTS[:k])) for k in range(1, SNAPSHOTS - 1)]
+
+    def k95(rows: np.ndarray) -> str:
+        return str(int(np.argmax(np.cumsum(ratios_of(rows, unit=False)) >= 0.95)) + 1)
+
+    expected = [
+        ("validation loss", "2.250", ""),
+        ("p_in", "0.750", ""),
+        ("p_ood", "0.500", ""),
+        ("PC1 of the drift, raw", *(f"{100 * ratios_of(rows, unit=False)[0]:.1f} %" for rows in (DRIFTS, WALK))),
+        ("PC1 of the drift, unit", *(f"{100 * ratios_of(rows, unit=True)[0]:.1f} %" for rows in (DRIFTS, WALK))),
+        ("k95", k95(DRIFTS), k95(WALK)),
+        ("drift ||x(T)||", *(f"{np.linalg.norm(rows[-1]):.2f}" for rows in (DRIFTS, WALK))),
+        ("update alignment", f"{np.mean(past):+.3f}", "0"),
+        ("cos(v_b, theta_0)", f"{cosine(v, WEIGHTS[0]):+.3f}", "0"),
+        ("initial weights left", f"{100 * SURVIVAL[-1]:.0f} %", ""),
+    ]
+    found = lines(run)
+    assert len(found) == len(expected)
+    for shown, (quantity, value, null) in zip(found, expected, strict=True):
+        assert shown.quantity.startswith(quantity)
+        assert (shown.value, shown.null) == (value, null)
+
+
+def test_what_was_never_measured_is_a_dash(run: Run) -> None:
+    (run.path / "metrics.csv").write_text("step,train/lm_loss\n1,5.0\n")
+    assert [shown.value for shown in lines(run)[:3]] == ["-", "-", "-"]
+
+
+def test_the_printed_table_names_the_run_and_what_its_null_is(run: Run) -> None:
+    console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(run, console)
+    text = console.export_text()
+    assert str(run.path) in text
+    assert "p_ood, exact match at long gaps" in text
+    assert "mutually orthogonal directions" in text
