@@ -67,7 +67,7 @@ def tiny_stories(rows: int = 40, batch_size: int = 4, val_rows: int = 8, **probe
         probe=ProbeConfig(**{**settings, **probe}),  # type: ignore[arg-type]
         context=CONTEXT,
         batch_size=batch_size,
-        val_batches=2,
+        val_batches=val_rows,  # all of them, whatever the batch size
         eval_batch_size=6,  # the last batch of eight examples is a short one
         seed=7,
         cache_dir=cache_dir(),

@@ -29,6 +29,8 @@ def train(folder: Path, batch_size: int, accumulate: int, resume: Path | None = 
     trainer = quiet_trainer(
         folder, callbacks, max_steps=STEPS, accumulate_grad_batches=accumulate, **validation, **settings
     )
+    if resume is not None:
+        trainer.logger.resume(4)  # type: ignore[union-attr]
     module = tiny_gpt(seed=1 if resume is None else 2)
     # As many probes as chance gives: the ranks' counts differ.
     data = tiny_stories(batch_size=batch_size, eval_examples=8)
