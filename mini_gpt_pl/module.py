@@ -95,16 +95,20 @@ class ProbedGPT(LightningModule):
         return self.probe_weight(self.trainer.global_step + 1)
 
     def named_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses of one batch taken alone, by name, for probes that need their gradients apart."""
+        """Losses of one batch taken alone, by name, for probes that need their gradients apart.
+
+        With several ranks their mean over the ranks is the loss of all the ranks' batches together.
+        """
         scores = self.gpt(batch.tokens, batch.targets)
-        counts = count_targets(batch.targets, batch.probe_mask)
+        counts = self._over_ranks(count_targets(batch.targets, batch.probe_mask))
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
-        return {"lm": terms.lm, "probe": terms.probe}
+        ranks = self._ranks()
+        return {"lm": terms.lm * ranks, "probe": terms.probe * ranks}
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         scores = self.gpt(batch.tokens, batch.targets)
-        counts = self._batch_counts(batch)
+        counts = self._over_ranks(TargetCounts(batch.lm_count, batch.probe_count))
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         answered = (scores.hit & batch.probe_mask).sum() / counts.probe.clamp_min(1)
         loss = combine(terms, counts, self.lambda_now())
@@ -113,11 +117,14 @@ class ProbedGPT(LightningModule):
         # micro-batches, and DDP by the number of ranks, as if each had brought a mean of its own.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _batch_counts(self, batch: Batch) -> TargetCounts:
-        counts = torch.stack([batch.lm_count, batch.probe_count])
-        if self.trainer.world_size > 1:
-            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-        return TargetCounts(counts[0], counts[1])
+    def _ranks(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def _over_ranks(self, counts: TargetCounts) -> TargetCounts:
+        if self._ranks() == 1:
+            return counts
+        total = self.trainer.strategy.reduce(torch.stack(counts), reduce_op="sum")
+        return TargetCounts(total[0], total[1])
 
     @override
     def on_train_start(self) -> None:

@@ -61,10 +61,16 @@ def adamw(params: Params) -> AdamW:
 
 def tiny_stories(rows: int = 40, batch_size: int = 4, val_rows: int = 8, **probe: Any) -> ProbedStories:
     """Forty stories are ten micro-batches of four: no multiple of three."""
-    settings = {"p_probe": 0.5, "n_codewords": 16, "train_gap": (2, 6), "ood_gap": (8, 16), "eval_examples": 8}
+    settings: dict[str, Any] = {
+        "p_probe": 0.5,
+        "n_codewords": 16,
+        "train_gap": (2, 6),
+        "ood_gap": (8, 16),
+        "eval_examples": 8,
+    }
     return ProbedStories(
         CorpusConfig(train_rows=rows, val_rows=val_rows),
-        probe=ProbeConfig(**{**settings, **probe}),  # type: ignore[arg-type]
+        probe=ProbeConfig(**{**settings, **probe}),
         context=CONTEXT,
         batch_size=batch_size,
         val_batches=val_rows,  # all of them, whatever the batch size
@@ -76,9 +82,9 @@ def tiny_stories(rows: int = 40, batch_size: int = 4, val_rows: int = 8, **probe
 
 def tiny_gpt(seed: int = 1, **settings: Any) -> ProbedGPT:
     torch.manual_seed(seed)
-    defaults = {"size": SIZE, "vocab_size": load_tokenizer("builtin").n_vocab, "context": CONTEXT}
+    defaults: dict[str, Any] = {"size": SIZE, "vocab_size": load_tokenizer("builtin").n_vocab, "context": CONTEXT}
     training = {"optimizer": adamw, "schedule": SCHEDULE, "probe_weight": WEIGHT}
-    return ProbedGPT(**{**defaults, **training, **settings})  # type: ignore[arg-type]
+    return ProbedGPT(**{**defaults, **training, **settings})
 
 
 def quiet_trainer(folder: Path, callbacks: Sequence[Callback] = (), **settings: Any) -> GeometryTrainer:
@@ -127,9 +133,9 @@ def checkpoints(folder: Path, every: int = 1) -> ModelCheckpoint:
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
     """What a run logged: step -> name -> value."""
     table = Run(folder).metrics
-    return {
-        int(step): {str(name): float(value) for name, value in row.dropna().items()} for step, row in table.iterrows()
-    }
+    rows: list[dict[str, float]] = table.to_dict("records")  # type: ignore[assignment]
+    kept = [{name: value for name, value in row.items() if value == value} for row in rows]
+    return dict(zip(map(int, table.index), kept, strict=True))
 
 
 def same(a: Any, b: Any) -> bool:

@@ -17,11 +17,8 @@ from helpers import (
     DECAY,
     PEAK,
     SCHEDULE,
-    SIZE,
-    WEIGHT,
     At,
     Spy,
-    adamw,
     cache_dir,
     checkpoints,
     drifts,
@@ -246,8 +243,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, case: Case) -> N
     files = {file.relative_to(whole) for file in (*whole.glob("snapshots/*"), whole / "metrics.csv")}
     assert files == {file.relative_to(left) for file in (*left.glob("snapshots/*"), left / "metrics.csv")}
     for file in files:  # safetensors orders a file's header by chance
-        read = load_file if file.suffix == ".safetensors" else Path.read_bytes
-        assert same(read(left / file), read(whole / file)), file  # type: ignore[operator]
+        read: Any = load_file if file.suffix == ".safetensors" else Path.read_bytes
+        assert same(read(left / file), read(whole / file)), file
 
 
 def test_resuming_does_not_touch_the_table_before_something_is_logged(tmp_path: Path) -> None:
@@ -304,7 +301,9 @@ def _brute_force_validation(gpt: GPT, data: Any) -> dict[str, float]:
     gpt = gpt.double().eval()
     sets = []
     for loader in data.val_dataloader():
-        lm, probe, right = [], [], []
+        lm: list[float] = []
+        probe: list[float] = []
+        right: list[float] = []
         for batch in loader:
             for tokens, targets, mask in zip(batch.tokens, batch.targets, batch.probe_mask, strict=True):
                 with torch.no_grad():
@@ -337,7 +336,8 @@ def test_validation_equals_brute_force_over_the_fixed_sets(tmp_path: Path) -> No
     assert [step for step, row in logged.items() if "val/loss" in row] == [4, 8, 12]
     expected = _brute_force_validation(module.gpt, data)
     assert 0 < expected["probe/p_ood"] < 1 or 0 < expected["probe/p_in"] < 1
-    assert {k: v for k, v in logged[12].items() if k.startswith(("val/", "probe/"))} == pytest.approx(expected, rel=1e-5)
+    found = {name: value for name, value in logged[12].items() if name.startswith(("val/", "probe/"))}
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_sanity_check_logs_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_the_configured_optimizer_settings_win_over_the_checkpoint(tmp_path: Pat
     )
     trainer = quiet_trainer(tmp_path / "second", [spy], max_steps=7)
     trainer.fit(module, datamodule=tiny_stories(), ckpt_path=tmp_path / "first/checkpoints/000004.ckpt")
-    assert [float(state["step"]) for state in spy.optimizer["state"].values()][0] == 4  # the moments go on
+    assert next(float(state["step"]) for state in spy.optimizer["state"].values()) == 4  # the moments go on
     matrices, norms = trainer.optimizers[0].param_groups
     assert (matrices["weight_decay"], norms["weight_decay"]) == (0.3, 0.0)
     assert matrices["betas"] == norms["betas"] == (0.8, 0.9)

@@ -1,0 +1,115 @@
+"""What every probe has in common: when it speaks, what it costs, and how its numbers reach the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from callbacks.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a probe will take, as far as can be said before training.
+
+    Args:
+        name: Of the probe.
+        bytes: Memory it holds at the end of training, in bytes.
+        passes: Forward and backward passes of one micro-batch that it adds to each optimizer step, on average.
+    """
+
+    name: str
+    bytes: float
+    passes: float
+
+
+class Deferred:
+    """Device numbers by step, kept where they are until one transfer moves them all."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, Sequence[str], Float[Tensor, " k"]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    def add(self, step: int, names: Sequence[str], values: Float[Tensor, " k"]) -> None:
+        """Remember one number per name."""
+        assert len(names) == values.numel(), "one number per name"
+        self._pending.append((step, names, values.detach().double().reshape(-1)))
+
+    def take(self) -> list[tuple[int, dict[str, float]]]:
+        """Move everything to the host at once and forget it."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        flat = iter(torch.cat([values for _, _, values in pending]).tolist())
+        return [(step, {name: next(flat) for name in names}) for step, names, _ in pending]
+
+
+class Stopwatch:
+    """Time spent in a probe, without waiting for the device: CUDA events are read once they have passed."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens inside: device time where there is a GPU, and never less than the host's."""
+        begun = time.perf_counter()
+        pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if _on_gpu() else None
+        if pair:
+            pair[0].record()
+        try:
+            yield
+        finally:
+            if pair:
+                pair[1].record()
+                self._events.append(pair)
+            else:
+                self._seconds += time.perf_counter() - begun
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far; on a GPU, those of the intervals that the device has finished."""
+        waiting = []
+        for begin, end in self._events:
+            if end.query():
+                self._seconds += begin.elapsed_time(end) / 1e3
+            else:
+                waiting.append((begin, end))
+        self._events = waiting
+        return self._seconds
+
+
+class Probe(Callback):
+    """Base of the callbacks that measure: a schedule that a budget may stretch, and a stopwatch.
+
+    Args:
+        schedule: When to measure.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.stretch = 1
+        self.watch = Stopwatch()
+        self._asked = 0
+
+    def due(self, step: int) -> bool:
+        """Whether to measure at this step: every `stretch`-th time that the schedule asks."""
+        if not self.schedule.due(step):
+            return False
+        self._asked += 1
+        return (self._asked - 1) % self.stretch == 0
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
