@@ -261,11 +261,14 @@ def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any
         if mode is not None:
             # The logger's flag would win over the variable. Lightning's own word for offline is the older one.
             arguments.offline = mode in ("offline", "dryrun")
+        more = dict(logger.get("dict_kwargs") or {})
         if arguments.offline:
             os.environ.setdefault("WANDB_SILENT", "true")  # there is no address to show
-        more = dict(logger.get("dict_kwargs") or {})
+            more["mode"] = "offline"  # the logger sets the variable, which wandb reads once a process
+        elif mode is not None:
+            more["mode"] = mode
         if origin.get("group"):
-            more.setdefault("group", origin["group"])
+            more.setdefault("group", arguments.get("group") or origin["group"])
         if command == "reheat":
             more.setdefault("job_type", "reheat")
             if origin.get("run_id"):

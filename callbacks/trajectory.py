@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,7 +13,7 @@ from typing_extensions import override
 
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.geometry import nulls, pca
 from mini_gpt_pl.geometry.moments import decay_rate
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
@@ -22,6 +23,9 @@ from mini_gpt_pl.logs import log_now
 TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
 
+# The live metrics that are shown beside their null and their excess over it.
+CALIBRATED = ("pc1", "pc1_unit", "k95", "cos_theta0", "pc1_corrected", "persistence", "autocorrelation")
+
 _T = TypeVar("_T")
 
 
@@ -29,8 +33,10 @@ class TrajectoryRecorder(Callback):
     r"""Snapshot selected weights on a schedule and keep the trajectory as Gram matrices.
 
     A snapshot costs one row of inner products. Everything shown live uses snapshots up to now only. Logged per group
-    and for the whole selection, under `backbone/<group>/`: pc1 and pc1_unit (rows scaled to unit length), k95, drift
-    ||x||, coordinate a, residual ||r||, fraction a^2/||x||^2, cos_theta0 = cos(v_b, theta_0); and
+    and for the whole selection, under `backbone/<group>/`: the numbers of `nulls.statistics` (pc1, pc1_unit with rows
+    scaled to unit length, k95, drift ||x||, cos_theta0 = cos(v_b, theta_0), persistence, autocorrelation of updates,
+    pc1_corrected with the decay of theta_0 taken out, ...), those of `CALIBRATED` also as `<name>_null`, what a
+    decaying walk with the same step lengths gives, and `<name>_excess`; coordinate a, residual ||r||, fraction a^2/||x||^2; and
     `alignment/<group>/update`, the cosine of the latest increment with the backbone of the snapshots before it.
 
     Args:
@@ -198,7 +204,7 @@ class TrajectoryRecorder(Callback):
 
 
 def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
-    """Describe the trajectory so far, per group and as a whole.
+    """Describe the trajectory so far, per group and as a whole, beside what decay and chance would have given.
 
     Args:
         trajectory: At least two snapshots.
@@ -208,29 +214,29 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
     for group in (None, *trajectory.groups):
         label = name if group is None else group
         gram = trajectory.gram(group)
-        metrics |= {f"backbone/{label}/{key}": value for key, value in backbone_metrics(gram).items()}
-        update = float(pca.latest_update_alignment(gram))
+        found = backbone_metrics(gram, trajectory.survival)
+        metrics |= {f"backbone/{label}/{key}": value for key, value in found.items() if value == value}
+        update = pca.latest_update_alignment(gram)
         if update == update:  # the first increment has no past to be aligned with
             metrics[f"alignment/{label}/update"] = update
     return metrics
 
 
-def backbone_metrics(gram: pca.Gram) -> dict[str, float]:
-    """Spectrum, decomposition at the last snapshot, and the part of theta_0 in the backbone."""
-    n = len(gram)
-    rows = pca.drifts(n)[1:]
-    raw, unit = pca.pca(gram, rows), pca.pca(gram, rows, normalise=True)
-    split = pca.decompose(gram, rows[-1:], raw.backbone)
-    return {
-        "pc1": raw.pc1,
-        "pc1_unit": unit.pc1,
-        "k95": float(raw.components_for(0.95)),
-        "drift": float(split.drift_norm),
+def backbone_metrics(gram: pca.Gram, survival: Sequence[float]) -> dict[str, float]:
+    """Statistics of the drift with the null of a decaying walk, and the decomposition at the last snapshot."""
+    rows = pca.drifts(len(gram))[1:]
+    split = pca.decompose(gram, rows[-1:], pca.pca(gram, rows).backbone)
+    found = nulls.statistics(gram, survival)
+    null = nulls.statistics(nulls.decaying_walk(gram, survival), survival)
+    for key in CALIBRATED:
+        found[f"{key}_null"] = null[key]
+        found[f"{key}_excess"] = found[key] - null[key]
+    decomposition = {
         "coordinate": float(split.coordinate),
         "residual": float(split.residual_norm),
         "fraction": float(split.fraction),
-        "cos_theta0": pca.cosine(gram, raw.backbone, pca.theta0(n)),
     }
+    return found | decomposition
 
 
 def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vector, Vector]:

@@ -119,12 +119,12 @@ class Run:
 
     @property
     def checkpoints(self) -> dict[int, Path]:
-        """Full checkpoints by optimizer step."""
-        found = {}
+        """Full checkpoints by optimizer step; the last version (`-v1`, `-v2`) where a resumed run came by again."""
+        found = []
         for file in (self.path / CHECKPOINTS).glob("*.ckpt"):
-            if match := re.search(r"(\d+)\.ckpt$", file.name):
-                found[int(match.group(1))] = file
-        return dict(sorted(found.items()))
+            if match := re.search(r"(\d+)(?:-v(\d+))?\.ckpt$", file.name):
+                found.append((int(match[1]), int(match[2] or 0), file))
+        return {step: file for step, _, file in sorted(found)}
 
     @property
     def snapshot_folder(self) -> Path:

@@ -62,17 +62,29 @@ def test_metrics_are_read_by_step_and_unlogged_values_are_left_out(tmp_path: Pat
 def test_checkpoints_are_found_by_their_step_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name in ("000100.ckpt", "step=20.ckpt", "000003.ckpt", "last.ckpt", "000007.txt"):
+    for name in (
+        "000100.ckpt",
+        "step=20.ckpt",
+        "000003.ckpt",
+        "000003-v9.ckpt",
+        "000003-v10.ckpt",
+        "last.ckpt",
+        "7.txt",
+    ):
         (folder / name).touch()
     found = Run(tmp_path).checkpoints
     assert list(found) == [3, 20, 100]
     assert found[20] == folder / "step=20.ckpt"
+    assert found[3] == folder / "000003-v10.ckpt"
 
 
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ("trainer: {callbacks: [{class_path: x.Y}, {class_path: a.TrajectoryRecorder, init_args: {name: net}}]}", "net"),
+        (
+            "trainer: {callbacks: [{class_path: x.Y}, {class_path: a.TrajectoryRecorder, init_args: {name: net}}]}",
+            "net",
+        ),
         ("trainer: {callbacks: {class_path: a.TrajectoryRecorder, init_args: {name: net}}}", "net"),
         ("trainer: {callbacks: [{class_path: a.TrajectoryRecorder, init_args: {pattern: w}}]}", "trunk"),
         ("trainer: {callbacks: null}", "trunk"),

@@ -41,6 +41,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import GradientAlignment, Schedule, StopOnDivergence, TrajectoryRecorder
+from callbacks.measuring import gradient
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.gpt import GPT, TRUNK_PATTERN, GPTSize
@@ -81,7 +82,8 @@ class Denoiser(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4))
+        norms = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.layers = nn.Sequential(nn.Linear(4, 8), *norms, nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4))
 
     def named_losses(self, batch: list[Tensor]) -> dict[str, Tensor]:
         (x,) = batch
@@ -107,14 +109,27 @@ def _denoiser(folder: Path, callbacks: list[Callback]) -> tuple[dict[str, Tensor
 
 def test_probes_leave_a_foreign_model_alone(tmp_path: Path) -> None:
     watch = [
-        TrajectoryRecorder(r"layers\.(?P<group>[04])\.weight", Schedule(every=1), name="layers"),
+        TrajectoryRecorder(r"layers\.(?P<group>[05])\.weight", Schedule(every=1), name="layers"),
         GradientAlignment(Schedule(every=1), Schedule(every=1)),
         StopOnDivergence(),
     ]
     bare = _denoiser(tmp_path / "bare", [])
     assert same(bare, _denoiser(tmp_path / "probed", list(watch)))
     logged = metrics(tmp_path / "probed")[8]
-    assert {"backbone/layers/pc1", "alignment/4/rebuild", "alignment/layers/rebuild_vs_small"} <= logged.keys()
+    assert {"backbone/layers/pc1", "alignment/5/rebuild", "alignment/layers/rebuild_vs_small"} <= logged.keys()
+
+
+def test_a_gradient_of_its_own_leaves_grad_alone() -> None:
+    """Alone, because Lightning would wipe the traces before its own backward."""
+    module = Denoiser()
+    selection = ParameterSelection.of(module, r"layers\.0\.weight")
+    weight = selection.parameters(module)[0]
+    weight.grad = torch.full_like(weight, 3.0)
+    losses = module.named_losses([torch.randn(6, 4)])
+    twin = torch.autograd.grad(losses["rebuild"], [weight], retain_graph=True)[0]
+    assert torch.equal(gradient(losses["rebuild"], module, selection).values, twin.ravel())
+    assert bool((weight.grad == 3.0).all())
+    assert all(p.grad is None for p in module.parameters() if p is not weight)
 
 
 # -------------------------------------------------------------------------------------------------- accumulation
@@ -181,6 +196,7 @@ def _train(folder: Path, case: Case, extra: list[Callback], resume: Path | None 
         logger=table,
         max_steps=steps or case.total,
         accumulate_grad_batches=case.accumulate,
+        log_every_n_steps=3,  # a checkpoint finds probes that have not spoken yet
         limit_val_batches=1.0,
         val_check_interval=4,
         check_val_every_n_epoch=None,
@@ -245,6 +261,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, case: Case) -> N
     for file in files:  # safetensors orders a file's header by chance
         read: Any = load_file if file.suffix == ".safetensors" else Path.read_bytes
         assert same(read(left / file), read(whole / file)), file
+
+
+def test_resuming_discards_the_snapshots_behind_the_checkpoint(tmp_path: Path) -> None:
+    """Also those that the resumed run does not overwrite."""
+    case = Case(1, 4, "")
+    _train(tmp_path, case, [], steps=8)
+    _train(tmp_path, case, [], resume=tmp_path / "checkpoints/000004.ckpt", steps=5)
+    assert read_path(tmp_path, "trunk")[0] == [0, 2, 4, 5]
+    assert Trajectory.load(tmp_path / "trajectory.safetensors").steps == [0, 2, 4, 5]
 
 
 def test_resuming_does_not_touch_the_table_before_something_is_logged(tmp_path: Path) -> None:

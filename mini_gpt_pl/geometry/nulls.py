@@ -1,0 +1,254 @@
+r"""What chance and weight decay alone would have given, in closed form from what the run itself recorded.
+
+Two nulls, each a Gram matrix over the same basis (theta_0, d_1, ..., d_T) as the measured one, so that every function
+of `pca` applies to it unchanged and nothing has to be sampled:
+
+* `walk`: increments of the measured lengths in mutually orthogonal directions, orthogonal to theta_0 too. In millions
+  of dimensions that is what independent directions do.
+* `decaying_walk`: theta_k = rho_k theta_{k-1} + e_k, where rho_k is the share that the run's own lr x weight decay
+  leaves over interval k, and the innovations e_k are mutually orthogonal, as long as they must be for ||d_k|| to be the
+  measured length. Decay pulls on theta_0 and on the accumulated noise alike, so d_k = (rho_k - 1) theta_{k-1} + e_k.
+
+Without weight decay the second is the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.geometry.pca import Gram, Rows
+
+
+def walk(gram: Gram) -> Gram:
+    """Gram of a walk with the measured increment lengths and no preferred direction."""
+    return gram.diag().diag()
+
+
+def decaying_walk(gram: Gram, survival: Sequence[float]) -> Gram:
+    """Gram of a decaying walk with the measured increment lengths.
+
+    Args:
+        gram: H of the run, for ||theta_0|| and the increment lengths.
+        survival: Share of theta_0 that decay alone leaves at each snapshot, 1 at the first.
+
+    Returns:
+        H of the null. An interval in which decay alone moves further than was measured gets no innovation, so its
+        increment is the decay's (longer than the measured one).
+
+    Raises:
+        ValueError: There is not one share per snapshot.
+    """
+    n = len(gram)
+    if len(survival) != n:
+        raise ValueError(f"expected one surviving share per snapshot, {n}, got {len(survival)}")
+    # Coordinates over the orthonormal basis (theta_0 / ||theta_0||, e_1 / ||e_1||, ...): one row per vector.
+    position = torch.zeros(n, dtype=torch.float64)
+    position[0] = gram[0, 0].clamp_min(0.0).sqrt()
+    basis = [position]
+    for k in range(1, n):
+        shrink = survival[k] / survival[k - 1] - 1.0 if survival[k - 1] > 0 else 0.0
+        increment = shrink * position
+        left = gram[k, k] - increment.square().sum()
+        increment[k] = left.clamp_min(0.0).sqrt()
+        position = position + increment
+        basis.append(increment)
+    coordinates = torch.stack(basis)
+    return coordinates @ coordinates.T
+
+
+def decay_corrected(survival: Sequence[float]) -> Rows:
+    """Coefficients of the drifts with the decay of theta_0 taken out, x(t) + (1 - S_t) theta_0, t = 1 .. T."""
+    rows = pca.drifts(len(survival))[1:].clone()
+    rows[:, 0] = 1.0 - torch.tensor(survival[1:], dtype=torch.float64)
+    return rows
+
+
+# ------------------------------------------------------------------------------------- statistics of the updates
+
+
+def autocorrelation(gram: Gram, lags: int, *, off_theta0: bool = False) -> Float[Tensor, " L"]:
+    """Correlation of increments by lag, sum <d_k, d_{k+L}> / sum ||d_k|| ||d_{k+L}||, for L = 1 .. lags.
+
+    Zero for a free walk, whatever its PC1. Decay alone makes it differ from zero: positive where it pulls theta_0 in,
+    negative where it pulls back what has just been walked, so compare with the decaying walk.
+
+    Args:
+        gram: H.
+        lags: Largest lag; lags beyond T - 1 are NaN.
+        off_theta0: Project theta_0 out of every increment first.
+    """
+    n = len(gram)
+    rows = torch.eye(n, dtype=torch.float64)[1:]
+    if off_theta0 and float(gram[0, 0]) > 0:
+        rows[:, 0] = -gram[1:, 0] / gram[0, 0]
+    products = rows @ gram @ rows.T
+    lengths = products.diag().clamp_min(0.0).sqrt()
+    out = torch.full((lags,), torch.nan, dtype=torch.float64)
+    for lag in range(1, min(lags, n - 2) + 1):
+        scale = (lengths[:-lag] * lengths[lag:]).sum()
+        if scale > 0:
+            out[lag - 1] = products.diagonal(lag).sum() / scale
+    return out
+
+
+def persistence(gram: Gram) -> Float[Tensor, " T"]:
+    """||x(t)|| over the length of a free walk with the same increments, sqrt(sum ||d_k||^2): 1 for a free walk."""
+    drift = pca.norms(gram, pca.drifts(len(gram))[1:])
+    free = gram.diag()[1:].cumsum(0).clamp_min(0.0).sqrt()
+    return torch.where(free > 0, drift / free.clamp_min(1e-300), 0.0)
+
+
+def participation(gram: Gram, rows: Rows) -> float:
+    """Participation ratio (sum s^2)^2 / sum s^4 of rows: the number of directions that share their energy."""
+    products = rows @ gram @ rows.T  # sum s^2 is its trace, sum s^4 the square of its Frobenius norm
+    scale = float(products.square().sum())
+    return float(products.trace().square()) / scale if scale > 0 else 0.0
+
+
+# ------------------------------------------------------------------------------------------ numbers beside nulls
+
+
+def statistics(gram: Gram, survival: Sequence[float]) -> dict[str, float]:
+    """The single numbers that describe a trajectory: what is compared with the nulls.
+
+    PC1 and PC2, k95 and k99 with raw and with unit rows; the first component of the decay-corrected drift; persistence
+    at the end; participation of drifts and of updates; autocorrelation at lag 1, raw and off theta_0;
+    cos(v_b, theta_0).
+    """
+    n = len(gram)
+    rows = pca.drifts(n)[1:]
+    found: dict[str, float] = {}
+    raw, unit = pca.pca(gram, rows), pca.pca(gram, rows, normalise=True)
+    for suffix, parts in (("", raw), ("_unit", unit)):
+        found[f"pc1{suffix}"] = parts.pc1
+        found[f"pc2{suffix}"] = float(parts.ratios[1]) if len(parts.ratios) > 1 else 0.0
+        found[f"k95{suffix}"] = float(parts.components_for(0.95))
+        found[f"k99{suffix}"] = float(parts.components_for(0.99))
+    found["cos_theta0"] = pca.cosine(gram, raw.backbone, pca.theta0(n))
+    found["pc1_corrected"] = _pc1(gram, decay_corrected(survival))
+    found["drift"] = float(pca.norms(gram, rows[-1:]))
+    found["drift_corrected"] = float(pca.norms(gram, decay_corrected(survival)[-1:]))
+    found["persistence"] = float(persistence(gram)[-1])
+    found["participation"] = participation(gram, rows)
+    found["participation_updates"] = participation(gram, torch.eye(n, dtype=torch.float64)[1:])
+    found["autocorrelation"] = float(autocorrelation(gram, 1)[0])
+    found["autocorrelation_off"] = float(autocorrelation(gram, 1, off_theta0=True)[0])
+    return found
+
+
+def profile_statistics(gram: Gram, width: int = 10) -> dict[str, float]:
+    """Numbers that summarise a curve along the run: the three window variants and the update alignment.
+
+    Means of |cos| between windows (left out where the run has fewer than `width` + 1 snapshots) and of the cosine of
+    increments with the whole-run and with the past-only backbone.
+    """
+    found: dict[str, float] = {}
+    if len(gram) > width + 1:
+        for name, rolling in _ROLLING.items():
+            found[name] = float(rolling(gram, width).cosines.mean())
+    direction = pca.pca(gram, pca.drifts(len(gram))[1:]).backbone
+    found["update_alignment"] = float(pca.update_alignment(gram, direction).abs().mean())
+    past = pca.past_update_alignment(gram)
+    found["update_alignment_past"] = float(past[~past.isnan()].mean()) if (~past.isnan()).any() else math.nan
+    return found
+
+
+_ROLLING: Mapping[str, Callable[[Gram, int], pca.RollingBackbone]] = {
+    "windows_origin_anchored": pca.rolling_origin_anchored,
+    "windows_self_anchored": pca.rolling_self_anchored,
+    "windows_against_global": pca.rolling_against_global,
+}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A number beside its nulls.
+
+    Args:
+        value: As measured.
+        walk: Of the walk with the same step lengths.
+        decay: Of the decaying walk with the same step lengths.
+        low: Lower end of the 95 % interval of `value`, NaN if none was asked for.
+        high: Its upper end.
+    """
+
+    value: float
+    walk: float
+    decay: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def excess(self) -> float:
+        """Measured minus decaying walk: what neither chance nor decay explains."""
+        return self.value - self.decay
+
+
+def calibrate(
+    gram: Gram, survival: Sequence[float], *, curves: bool = False, bootstrap: int = 0, seed: int = 0
+) -> dict[str, Calibrated]:
+    """Put every statistic beside its two nulls.
+
+    Args:
+        gram: H of the run.
+        survival: Share of theta_0 that decay alone leaves, per snapshot.
+        curves: Include `profile_statistics`.
+        bootstrap: Resamples for 95 % intervals of PC1 and of the other spectral numbers; 0 for none.
+        seed: Of the resampling.
+    """
+
+    def describe(h: Gram) -> dict[str, float]:
+        return statistics(h, survival) | (profile_statistics(h) if curves else {})
+
+    measured, free, decaying = describe(gram), describe(walk(gram)), describe(decaying_walk(gram, survival))
+    intervals = block_bootstrap(gram, draws=bootstrap, seed=seed) if bootstrap else {}
+    return {
+        name: Calibrated(value, free[name], decaying[name], *intervals.get(name, (math.nan, math.nan)))
+        for name, value in measured.items()
+    }
+
+
+def block_bootstrap(gram: Gram, draws: int = 200, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the spectral numbers by a moving-block bootstrap over snapshots.
+
+    Rows are resampled in blocks of about T^(1/3) consecutive snapshots (Kuensch 1989), because neighbours on a path are
+    anything but independent. The intervals say how much a number depends on which snapshots were taken; they say
+    nothing about another seed of the run.
+    """
+    rows = pca.drifts(len(gram))[1:]
+    total = len(rows)
+    length = max(1, round(total ** (1 / 3)))
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    samples: dict[str, list[float]] = {}
+    for _ in range(draws):
+        starts = rng.integers(0, total - length + 1, size=math.ceil(total / length))
+        chosen = np.concatenate([np.arange(s, s + length) for s in starts])[:total]
+        for name, value in _spectral(gram, rows[torch.from_numpy(chosen)]).items():
+            samples.setdefault(name, []).append(value)
+    return {name: tuple(np.quantile(values, (0.025, 0.975)).tolist()) for name, values in samples.items()}
+
+
+def _spectral(gram: Gram, rows: Rows) -> dict[str, float]:
+    raw, unit = pca.pca(gram, rows), pca.pca(gram, rows, normalise=True)
+    return {
+        "pc1": raw.pc1,
+        "pc1_unit": unit.pc1,
+        "k95": float(raw.components_for(0.95)),
+        "k95_unit": float(unit.components_for(0.95)),
+    }
+
+
+def _pc1(gram: Gram, rows: Rows) -> float:
+    """Share of the first component, NaN where nothing is left (pure decay, corrected)."""
+    try:
+        return pca.pca(gram, rows).pc1
+    except ValueError:
+        return math.nan

@@ -1,0 +1,1 @@
+"""Worked examples that run as scripts: `python -m notebooks.<name>`."""
