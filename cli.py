@@ -224,7 +224,9 @@ def _claim(run: Run, config: Any, command: str) -> bool:
         )
     if at_home or not run.exists:
         return False
-    if not config.overwrite and rank_zero_only.rank == 0:  # the other ranks may come when the first has begun
+    if (
+        not config.overwrite and getattr(rank_zero_only, "rank", 0) == 0
+    ):  # the other ranks may come when the first has begun
         last = next(reversed(run.checkpoints.values()), None)
         resume = f"resume it with --ckpt_path {last}, " if last else ""
         raise UserError(

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from callbacks.measuring import NamesItsLosses, gradient, measuring
+from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.alignment import cosines, noise_floor
@@ -18,7 +19,7 @@ from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now, logging_due
 
 
-class GradientAlignment(Callback):
+class GradientAlignment(Probe):
     """Cosine of single-batch gradients with the backbone of the snapshots before them.
 
     The combined gradient is the one that training has just computed (accumulated, before clipping): it costs a few
@@ -41,14 +42,19 @@ class GradientAlignment(Callback):
         schedule: Schedule = Schedule(every=20),  # noqa: B008 (frozen)
         split_schedule: Schedule | None = Schedule(every=200),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__()
-        self.schedule = schedule
+        super().__init__(schedule)
         self.split_schedule = split_schedule
         self._recorder: TrajectoryRecorder | None = None
         self._pending: list[tuple[int, dict[str, Float[Tensor, " G1"]]]] = []
         self._bias_sum: dict[str, float] = {}
         self._split_step = -1
         self._trainer: Trainer | None = None
+
+    @override
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        splits = 0 if self.split_schedule is None else sum(self.split_schedule.due(step) for step in range(1, steps))
+        # Two flat directions and a flat gradient; two parts of the loss at a forward and a backward each.
+        return Estimate(type(self).__name__, bytes=12.0 * dim, passes=2 * splits / max(1, steps))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,24 +66,27 @@ class GradientAlignment(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1
-        wanted = self.split_schedule is not None and self.split_schedule.due(step)
-        if not wanted or step == self._split_step or not isinstance(pl_module, NamesItsLosses):
+        if self.split_schedule is None or step == self._split_step or not isinstance(pl_module, NamesItsLosses):
             return
         self._split_step = step  # once per optimizer step, on its first micro-batch
-        if (directions := self._directions()) is not None:
-            gradients = self._part_gradients(trainer, pl_module, batch)
-            self._pending.append((step, self._compare_parts(gradients, *directions)))
+        if not self.due(step, self.split_schedule, "split"):
+            return
+        with self.watch.running():
+            if (directions := self._directions()) is not None:
+                gradients = self._part_gradients(trainer, pl_module, batch)
+                self._pending.append((step, self._compare_parts(gradients, *directions)))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         step = trainer.global_step + 1
-        if not self.schedule.due(step) or (directions := self._directions()) is None:
+        if not self.due(step):
             return
-        grad = self.recorder.selection.gradients(pl_module)
-        own, whole = directions
-        scale = _loss_scale(trainer)
-        bias = torch.cat([grad.dots(own), grad.dots(whole).sum()[None]]) / scale
-        self._pending.append((step, {"gradient": _against(grad, own, whole), "bias": bias}))
+        with self.watch.running():
+            if (directions := self._directions()) is not None:
+                grad = self.recorder.selection.gradients(pl_module)
+                own, whole = directions
+                bias = torch.cat([grad.dots(own), grad.dots(whole).sum()[None]]) / loss_scale(trainer)
+                self._pending.append((step, {"gradient": _against(grad, own, whole), "bias": bias}))
 
     @override
     def on_train_batch_end(
@@ -186,7 +195,7 @@ def _against(grad: Vector, own: Vector, whole: Vector) -> Float[Tensor, " G1"]:
     return torch.cat([cosines(grad, own)[:-1], cosines(grad, whole)[-1:]])
 
 
-def _loss_scale(trainer: Trainer) -> float:
+def loss_scale(trainer: Trainer) -> float:
     """Factor that fp16 training still has on its gradients when the optimizer unscales them itself (fused)."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     optimizer = trainer.optimizers[0]

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 
 
@@ -20,6 +21,48 @@ class NamesItsLosses(Protocol):
     def named_losses(self, batch: Any) -> Mapping[str, Tensor]:
         """Return scalars with a graph, one per part."""
         ...
+
+
+@runtime_checkable
+class KnowsItsLoss(Protocol):
+    """A module that can give its training loss for one batch taken alone."""
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Return a scalar with a graph; logs nothing and changes nothing."""
+        ...
+
+
+@runtime_checkable
+class SamplesItsLabels(Protocol):
+    """A module that can answer for itself, for the true Fisher."""
+
+    def sampled_loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw every label of a batch from the module's own prediction.
+
+        Args:
+            batch: Its true labels only say where labels are asked for.
+            generator: The one source of randomness, on the module's device.
+
+        Returns:
+            Mean negative log-likelihood of the drawn labels, a scalar with a graph, and their number.
+        """
+        ...
+
+
+def training_loss(module: LightningModule, batch: Any) -> Tensor:
+    """Training loss of one batch taken alone: `batch_loss`, else the sum of `named_losses`.
+
+    Raises:
+        UserError: The module has neither. `training_step` cannot stand in: it may log, and change state.
+    """
+    if isinstance(module, KnowsItsLoss):
+        return module.batch_loss(batch)
+    if isinstance(module, NamesItsLosses):
+        return torch.stack([loss.reshape(()) for loss in module.named_losses(batch).values()]).sum()
+    raise UserError(
+        f"{type(module).__name__} has no batch_loss(batch) that returns the training loss of one batch, "
+        "which measuring its gradients needs: add one"
+    )
 
 
 @contextmanager

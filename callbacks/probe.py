@@ -96,19 +96,44 @@ class Probe(Callback):
         schedule: When to measure.
     """
 
+    stretchable = True
+    """Whether a budget may make this probe speak less often."""
+
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
         self.stretch = 1
         self.watch = Stopwatch()
-        self._asked = 0
+        self.asked = 0
+        self.answered = 0
+        self._waits: dict[str, int] = {}
 
-    def due(self, step: int) -> bool:
-        """Whether to measure at this step: every `stretch`-th time that the schedule asks."""
-        if not self.schedule.due(step):
+    def due(self, step: int, schedule: Schedule | None = None, name: str = "") -> bool:
+        """Whether to measure at this step: every `stretch`-th time that the schedule asks.
+
+        Args:
+            step: Optimizer step.
+            schedule: A second schedule of the probe; its own for None.
+            name: Of the second schedule.
+        """
+        if not (schedule or self.schedule).due(step):
             return False
-        self._asked += 1
-        return (self._asked - 1) % self.stretch == 0
+        self.asked += 1
+        self._waits[name] = self._waits.get(name, 0) - 1
+        if self._waits[name] > 0:
+            return False
+        self._waits[name] = self.stretch
+        self.answered += 1
+        return True
+
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        """Say what the probe will take.
+
+        Args:
+            steps: Optimizer steps of the run.
+            dim: Number of recorded weights, D.
+        """
+        return Estimate(type(self).__name__, bytes=0.0, passes=0.0)
 
 
 def _on_gpu() -> bool:

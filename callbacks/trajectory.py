@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import nulls, pca
@@ -29,15 +30,16 @@ CALIBRATED = ("pc1", "pc1_unit", "k95", "cos_theta0", "pc1_corrected", "persiste
 _T = TypeVar("_T")
 
 
-class TrajectoryRecorder(Callback):
+class TrajectoryRecorder(Probe):
     r"""Snapshot selected weights on a schedule and keep the trajectory as Gram matrices.
 
     A snapshot costs one row of inner products. Everything shown live uses snapshots up to now only. Logged per group
     and for the whole selection, under `backbone/<group>/`: the numbers of `nulls.statistics` (pc1, pc1_unit with rows
     scaled to unit length, k95, drift ||x||, cos_theta0 = cos(v_b, theta_0), persistence, autocorrelation of updates,
     pc1_corrected with the decay of theta_0 taken out, ...), those of `CALIBRATED` also as `<name>_null`, what a
-    decaying walk with the same step lengths gives, and `<name>_excess`; coordinate a, residual ||r||, fraction a^2/||x||^2; and
-    `alignment/<group>/update`, the cosine of the latest increment with the backbone of the snapshots before it.
+    decaying walk with the same step lengths gives, and `<name>_excess`; coordinate a, residual ||r||, fraction
+    a^2/||x||^2; and `alignment/<group>/update`, the cosine of the latest increment with the backbone of the snapshots
+    before it.
 
     Args:
         pattern: Which weights, searched in their names; a group `(?P<group>...)` in it cuts them into blocks.
@@ -57,6 +59,8 @@ class TrajectoryRecorder(Callback):
         >>> trainer = Trainer(callbacks=[recorder])
     """
 
+    stretchable = False  # its schedule defines what is measured
+
     def __init__(
         self,
         pattern: str,
@@ -67,9 +71,8 @@ class TrajectoryRecorder(Callback):
         keep_on: Literal["model", "cpu"] = "model",
         write_snapshots: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(schedule)
         self.pattern = pattern
-        self.schedule = schedule
         self.name = name
         self.dirpath = dirpath
         self.dtype = getattr(torch, dtype)
@@ -108,6 +111,18 @@ class TrajectoryRecorder(Callback):
             self._directions = (len(trajectory), own.to(self._device), whole.to(self._device))
         return self._directions[1:]
 
+    @override
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        snapshots = 2 + sum(self.schedule.due(step) for step in range(1, steps))
+        return Estimate(type(self).__name__, bytes=(4 + self.dtype.itemsize * (snapshots - 1)) * dim, passes=0.0)
+
+    def direction(self, coefficients: Float[Tensor, "G n"]) -> Vector:
+        """Materialise a direction over the basis (theta_0, d_1, ...), one set of coefficients per group.
+
+        On the model's device, wherever the rows are kept.
+        """
+        return _need(self._rows).combine(coefficients).to(self._device)
+
     # ------------------------------------------------------------------------------------------------ hooks
 
     @override
@@ -142,7 +157,7 @@ class TrajectoryRecorder(Callback):
         if trainer.global_step == self._last_step:
             return  # still accumulating
         self._last_step = trainer.global_step
-        if self.schedule.due(trainer.global_step):
+        if self.due(trainer.global_step):
             self._record(trainer, pl_module)
 
     @override
@@ -172,6 +187,10 @@ class TrajectoryRecorder(Callback):
     # --------------------------------------------------------------------------------------------- recording
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with self.watch.running():
+            self._snapshot(trainer, pl_module)
+
+    def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trajectory, rows, folder = _need(self.trajectory), _need(self._rows), _need(self._folder)
         step = trainer.global_step
         row = rows.increment(rows.selection.weights(pl_module))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -22,6 +23,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.gpt import GPT, PRESETS, GPTSize
 from mini_gpt_pl.logs import log_now, logging_due, to_host
 from mini_gpt_pl.objective import (
+    IGNORE,
     LossTerms,
     ProbeWeight,
     TargetCounts,
@@ -104,6 +106,27 @@ class ProbedGPT(LightningModule):
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         ranks = self._ranks()
         return {"lm": terms.lm * ranks, "probe": terms.probe * ranks}
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Training loss of one batch taken alone, on this rank alone: L_LM + lambda(t) L_probe with its own means."""
+        scores = self.gpt(batch.tokens, batch.targets)
+        counts = count_targets(batch.targets, batch.probe_mask)
+        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
+        return combine(terms, counts, self.lambda_now())
+
+    def sampled_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mean negative log-likelihood of labels drawn from the model, and their number, for the true Fisher.
+
+        A label is drawn at every position that has a target; lambda plays no part, as it is no probability.
+        """
+        logits = self.gpt(batch.tokens)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
+        # Sequence by sequence: the probabilities of a whole batch would be a second set of logits.
+        drawn = [torch.multinomial(row.detach().softmax(-1), 1, generator=generator)[:, 0] for row in logits]
+        labels = torch.stack(drawn).masked_fill(batch.targets == IGNORE, IGNORE)  # (B, T)
+        count = (labels != IGNORE).sum()
+        nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return nll / count.clamp_min(1), count
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -60,7 +60,7 @@ def adamw(params: Params) -> AdamW:
 
 
 def tiny_stories(rows: int = 40, batch_size: int = 4, val_rows: int = 8, **probe: Any) -> ProbedStories:
-    """Forty stories are ten micro-batches of four: no multiple of three."""
+    """Forty stories are ten micro-batches of four."""
     settings: dict[str, Any] = {
         "p_probe": 0.5,
         "n_codewords": 16,

@@ -83,6 +83,7 @@ def one_process_many_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """Put back what a command changes in its process; work in a folder of the test's own."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(cli, "draw_all", lambda run: [])  # seconds; the whole command of `finished` draws them
     monkeypatch.chdir(tmp_path)
 
 
@@ -345,6 +346,7 @@ def reheated(finished: tuple[Run, object], tmp_path_factory: pytest.TempPathFact
     options = ["--steps", "3", "--lr", "0.01", "--warmup", "1", "--probe_weight", "7", "--eval_every", "1"]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(cli, "draw_all", lambda run: [])
         patch.setattr(
             sys, "argv", ["", "reheat", "--ckpt_path", checkpoint(parent), "--trainer.logger", "false", *options]
         )
@@ -554,7 +556,7 @@ def test_online_a_resumed_run_goes_on_under_its_id(monkeypatch: pytest.MonkeyPat
         (["fit", "-c", "broken.yaml"], "parsing config"),
         (["fit", "-c", "typo.yaml"], r"'model\.sizee'; did you mean --model\.size\?"),
         (["fit", "--trainer.accelerator", "bogus"], "accelerator.*bogus.*--trainer"),
-        (["fit", "--trainer.callbacks", "[{class_path: callbacks.Bogus}]"], r"--trainer\.callbacks: .*callbacks\.Bogus"),
+        (["fit", "--trainer.callbacks", "[{class_path: callbacks.Bogus}]"], r"trainer\.callbacks: .*callbacks\.Bogus"),
         (["validate"], "needs a checkpoint: give --ckpt_path"),
         (["reheat"], "needs a checkpoint: give --ckpt_path"),
         (["fit", "--data.probe.p_probe", "2"], r"--data\.probe\.p_probe=2"),

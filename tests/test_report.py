@@ -93,7 +93,9 @@ def test_learning_shows_the_logged_values_at_their_steps(run: Run) -> None:
         drawn = line(axes, label)
         assert dict(zip(np.asarray(drawn.get_xdata()), y(drawn), strict=True)) == expected
     assert left.get_ylim()[0] == 0
-    assert [text.get_text() for text in right.get_legend().get_texts()] == [
+    legend = right.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
         "$p_{in}$, short gap",
         "$p_{ood}$, long gap",
     ]

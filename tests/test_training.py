@@ -60,10 +60,11 @@ def _final(folder: Path, callbacks: list[Callback], **settings: Any) -> tuple[di
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_probes_leave_weights_and_random_state_alone(tmp_path: Path, accumulate: int, precision: Any) -> None:
-    """Steps 5 and up lie in the second epoch, behind an accumulation window cut short by the epoch's end."""
+    """Into the second epoch, behind an accumulation window that the first one's end cuts short."""
     settings: dict[str, Any] = {
         "max_steps": 12 // accumulate + 2,
         "accumulate_grad_batches": accumulate,
+        "limit_train_batches": 8,
         "precision": precision,
         "limit_val_batches": 1.0,
         "val_check_interval": 4,
@@ -263,13 +264,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, case: Case) -> N
         assert same(read(left / file), read(whole / file)), file
 
 
-def test_resuming_discards_the_snapshots_behind_the_checkpoint(tmp_path: Path) -> None:
-    """Also those that the resumed run does not overwrite."""
+def test_resuming_discards_what_lies_behind_the_checkpoint(tmp_path: Path) -> None:
+    """Also the snapshots and rows that the resumed run does not overwrite."""
     case = Case(1, 4, "")
     _train(tmp_path, case, [], steps=8)
     _train(tmp_path, case, [], resume=tmp_path / "checkpoints/000004.ckpt", steps=5)
     assert read_path(tmp_path, "trunk")[0] == [0, 2, 4, 5]
     assert Trajectory.load(tmp_path / "trajectory.safetensors").steps == [0, 2, 4, 5]
+    assert max(metrics(tmp_path)) == 5
 
 
 def test_resuming_does_not_touch_the_table_before_something_is_logged(tmp_path: Path) -> None:
@@ -291,10 +293,11 @@ def test_resuming_does_not_touch_the_table_before_something_is_logged(tmp_path: 
 
 def test_training_metrics_are_those_of_the_whole_optimizer_batch(tmp_path: Path) -> None:
     spy, module = Spy(), tiny_gpt()
-    quiet_trainer(tmp_path, [spy], max_steps=5, accumulate_grad_batches=3).fit(module, datamodule=tiny_stories())
+    trainer = quiet_trainer(tmp_path, [spy], max_steps=5, accumulate_grad_batches=3, limit_train_batches=8)
+    trainer.fit(module, datamodule=tiny_stories())
     logged = metrics(tmp_path)
     assert sorted(logged) == [1, 2, 3, 4, 5]
-    assert [len(spy.batches[step]) for step in (1, 2, 3, 4, 5)] == [3, 3, 3, 1, 3]
+    assert [len(spy.batches[step]) for step in (1, 2, 3, 4, 5)] == [3, 3, 2, 3, 3]
     for step, row in logged.items():
         gpt, batches = spy.before[step], spy.batches[step]
         lm, probe = part_losses(gpt, batches)

@@ -1,0 +1,106 @@
+"""What the probes cost, and a budget that they keep."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from callbacks.probe import Probe
+from callbacks.trajectory import TrajectoryRecorder
+from mini_gpt_pl.logs import log_now, logging_due
+
+# Beyond this a probe is as good as off.
+_LONGEST_STRETCH = 1024
+
+
+class CostControl(Callback):
+    """Measure what the probes cost and, given a budget, stretch their schedules until they keep it.
+
+    Logs `overhead/fraction`, the probes' share of training time without them (evaluations left out), and
+    `overhead/<probe>`, each when the trainer logs. With a budget, a common factor thins the schedules of all probes
+    that allow it: the recorder does not, as its schedule defines what is measured. At the start it prints an estimate
+    of memory and of extra passes. Times differ between runs, so these metrics alone are not reproducible.
+
+    Args:
+        max_overhead: Largest share, such as 0.02; None only measures.
+        warmup: Optimizer steps before the budget acts: compilation and first snapshots say nothing about the rest.
+    """
+
+    def __init__(self, max_overhead: float | None = None, warmup: int = 20) -> None:
+        super().__init__()
+        self.max_overhead = max_overhead
+        self.warmup = warmup
+        self._begun: float | None = None
+        self._paused = 0.0
+        self._pause = 0.0
+        self._spent_before: dict[int, float] = {}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
+        dim = next((p.selection.dim for p in _probes(trainer) if isinstance(p, TrajectoryRecorder)), 0)
+        for probe in _probes(trainer):
+            found = probe.estimate(steps, dim)
+            if found.bytes or found.passes:
+                rank_zero_info(
+                    f"{found.name}: about {found.bytes / 2**20:,.0f} MiB, {found.passes:.3f} extra passes a step"
+                )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self._begun is None:
+            if step >= self.warmup:
+                self._begun, self._paused = time.perf_counter(), 0.0
+                self._spent_before = {id(probe): probe.watch.seconds for probe in _probes(trainer)}
+                for probe in _probes(trainer):
+                    probe.asked = probe.answered = 0
+            return
+        if logging_due(trainer, step):
+            self._settle(trainer, step)
+
+    def _settle(self, trainer: Trainer, step: int) -> None:
+        assert self._begun is not None
+        spent = {probe: probe.watch.seconds - self._spent_before[id(probe)] for probe in _probes(trainer)}
+        elapsed = time.perf_counter() - self._begun - self._paused
+        free = max(elapsed - sum(spent.values()), 1e-9)
+        metrics: dict[str, Any] = {"overhead/fraction": sum(spent.values()) / free}
+        metrics |= {f"overhead/{type(probe).__name__}": seconds / free for probe, seconds in spent.items()}
+        if self.max_overhead is not None:
+            metrics["overhead/stretch"] = float(self._stretch(spent, free))
+        log_now(trainer, metrics, step)
+
+    def _stretch(self, spent: dict[Probe, float], free: float) -> int:
+        """Thin the schedules by the factor under which the probes' unthinned cost fits the budget."""
+        assert self.max_overhead is not None
+        fixed = sum(seconds for probe, seconds in spent.items() if not probe.stretchable)
+        natural = sum(
+            seconds / probe.answered * probe.asked
+            for probe, seconds in spent.items()
+            if probe.stretchable and probe.answered
+        )
+        left = self.max_overhead * free - fixed
+        factor = _LONGEST_STRETCH if left <= 0 else min(_LONGEST_STRETCH, max(1, math.ceil(natural / left)))
+        for probe in spent:
+            if probe.stretchable:
+                probe.stretch = factor
+        return factor
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused += time.perf_counter() - self._pause
+
+
+def _probes(trainer: Trainer) -> list[Probe]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Probe)]  # type: ignore[attr-defined]

@@ -1,0 +1,302 @@
+"""Where the weights go when a metric switches between its peaks and its troughs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from callbacks.probe import Estimate, Probe
+from callbacks.schedule import Schedule
+from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import switching
+from mini_gpt_pl.geometry.switching import Axes, Event, Interval, Switch, SwitchReport
+from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.logs import log_now
+
+SWITCHING_FILE = "switching.json"
+
+Reports = dict[str | None, SwitchReport]
+
+
+class SwitchingProbe(Probe):
+    """Declare peaks and troughs of a metric as they happen, and show which way the weights went in between.
+
+    Read at every evaluation. A peak or trough is declared at the first later evaluation that makes it certain; with
+    its trough, a peak is a switch. An evaluation at a step without a snapshot counts for the nearest snapshot before
+    it, and a switch between two evaluations of one snapshot has no direction, so let evaluations and snapshots
+    coincide.
+
+    Logged when something is declared: `switching/peaks`, `peak_step`, `peak_value` and the same for troughs. Logged
+    when a switch is certain, under `switching/<group>/`: cosine = |cos(v_sw, v_b)|, transverse = 1 - cos^2, energy_2_6
+    in PCs 2 to 6, energy_2_6_across with v_b projected out, share = ||.||^2 of the group over the whole's. Controls
+    are stretches of equal length without a switch: control_cosine and control_share are their means, and
+    `<quantity>_percentile` is the switch's rank among them (chance is uniform). For the whole selection also steps,
+    the switch's length; groups, the number of groups that it is spread over; and pair_cosine, mean |cos| with the
+    switches before it. All of these use the directions of the snapshots up to the peak, which know nothing of the
+    switch. Where two switches become certain at once, the later one is logged.
+
+    At the end of a run, `switching/<group>/run_<quantity>` are means over all switches against the directions of the
+    whole run, and `switching.json` in the trainer's root folder holds every switch both ways (controls from the whole
+    run) and their pairwise cosines.
+
+    Args:
+        metric: Any metric that the module logs at validation.
+        prominence: Least height of a peak, in the metric's units.
+        reach: Number of evaluations to either side that it is measured against.
+        controls: Most control stretches for each switch.
+
+    Raises:
+        UserError: The trainer has no TrajectoryRecorder, the metric is not logged, or an option makes no sense.
+    """
+
+    def __init__(
+        self, metric: str = "probe/p_ood", prominence: float = 0.03, reach: int = 3, controls: int = 50
+    ) -> None:
+        # Every evaluation: a budget must not stretch this, as a series with gaps has other peaks.
+        super().__init__(Schedule(every=1))
+        if not prominence >= 0 or reach < 1 or controls < 1:
+            raise UserError(
+                "SwitchingProbe needs prominence >= 0, reach >= 1 and controls >= 1, "
+                f"got {prominence}, {reach} and {controls}"
+            )
+        self.metric = metric
+        self.prominence = prominence
+        self.reach = reach
+        self.controls = controls
+        self._steps: list[int] = []
+        self._values: list[float] = []
+        self._axes = Axes()
+        self._recorder: TrajectoryRecorder | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(metric=self.metric)
+
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        """What the probe takes: it works on inner products that are there already."""
+        return Estimate(type(self).__name__, 16.0 * steps, 0.0)
+
+    @property
+    def events(self) -> list[Event]:
+        """Peaks and troughs that are certain by now."""
+        return switching.events(self._steps, self._values, self.prominence, self.reach)
+
+    @property
+    def switches(self) -> list[Switch]:
+        """Each peak with the first trough after it."""
+        return switching.switches(self.events, self.reach)
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._recorder = find_recorder(trainer, type(self).__name__)
+            self._steps, self._values, self._axes = [], [], Axes()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        step, value = trainer.global_step, self._read(trainer)
+        if not math.isfinite(value) or (self._steps and step <= self._steps[-1]):
+            return  # diverged, or evaluated twice at one step
+        with self.watch.running():
+            self._steps.append(step)
+            self._values.append(value)
+            log_now(trainer, self._news(), step)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not on_train_end: the recorder takes its last snapshot there, and may come after this callback.
+        with self.watch.running():
+            result, metrics = self._whole_run()
+        if metrics:
+            log_now(trainer, metrics, trainer.global_step)
+        if trainer.is_global_zero:
+            _write(Path(trainer.default_root_dir) / SWITCHING_FILE, result)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # Events are a function of the series.
+        return {"steps": list(self._steps), "values": list(self._values)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps, self._values = list(state_dict["steps"]), list(state_dict["values"])
+
+    # --------------------------------------------------------------------------------------------- measuring
+
+    @property
+    def _trajectory(self) -> Trajectory:
+        if self._recorder is None or self._recorder.trajectory is None:
+            raise RuntimeError("the probe is used before Trainer.fit has set it up")
+        return self._recorder.trajectory
+
+    @property
+    def _name(self) -> str:
+        assert self._recorder is not None
+        return self._recorder.name
+
+    def _read(self, trainer: Trainer) -> float:
+        found = trainer.callback_metrics
+        if self.metric not in found:
+            raise UserError(
+                f"SwitchingProbe watches {self.metric!r}, which validation does not log: "
+                f"set its metric to one of {', '.join(sorted(found)) or '(none is logged)'}"
+            )
+        return float(found[self.metric])
+
+    def _news(self) -> dict[str, float]:
+        """Whatever the latest evaluation has made certain."""
+        now, found = len(self._steps) - 1, self.events
+        metrics: dict[str, float] = {}
+        for event in found:
+            if event.declared == now:
+                kind = event.kind
+                metrics[f"switching/{kind}s"] = float(sum(e.kind == kind and e.declared <= now for e in found))
+                metrics |= {f"switching/{kind}_step": float(event.step), f"switching/{kind}_value": event.value}
+        known = [switch for switch in self.switches if switch.declared <= now]
+        for switch in known:
+            if switch.declared == now:
+                metrics |= self._live(switch, known)
+        return metrics
+
+    def _live(self, switch: Switch, known: list[Switch]) -> dict[str, float]:
+        """Describe a switch by what was known before it; controls from the run so far."""
+        stretch, stretches = self._interval(switch), self._intervals(known)
+        if stretch is None:
+            return {}
+        trajectory = self._trajectory
+        metrics: dict[str, float] = {}
+        for group, report in self._report(stretch, stretches, past=True).items():
+            metrics |= {f"switching/{group or self._name}/{key}": value for key, value in _numbers(report).items()}
+        shares = [metrics[f"switching/{group}/share"] for group in trajectory.groups]
+        metrics[f"switching/{self._name}/groups"] = switching.effective_groups(shares)
+        metrics[f"switching/{self._name}/steps"] = float(_length(trajectory, stretch))
+        earlier = [other for other in stretches if not switching.overlap(other, stretch) and other < stretch]
+        if earlier:
+            cosines = switching.pairwise_cosines(trajectory.gram(), [stretch, *earlier])[0, 1:]
+            metrics[f"switching/{self._name}/pair_cosine"] = float(cosines.abs().mean())
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def _interval(self, switch: Switch) -> Interval | None:
+        return switching.interval_of(switch, self._trajectory.steps)
+
+    def _intervals(self, switches: list[Switch]) -> list[Interval]:
+        return [stretch for switch in switches if (stretch := self._interval(switch)) is not None]
+
+    def _report(self, stretch: Interval, avoid: list[Interval], *, past: bool) -> Reports:
+        return switching.report(self._trajectory, stretch, avoid, self._axes, past=past, limit=self.controls)
+
+    # ----------------------------------------------------------------------------------------- the whole run
+
+    def _whole_run(self) -> tuple[dict[str, Any], dict[str, float]]:
+        """The file's content, and the means that are logged."""
+        placed = [(switch, stretch) for switch in self.switches if (stretch := self._interval(switch)) is not None]
+        stretches = [stretch for _, stretch in placed]
+        entries, runs = [], []
+        for switch, stretch in placed:
+            runs.append(self._report(stretch, stretches, past=False))
+            past = self._report(stretch, stretches, past=True)
+            entries.append(self._entry(switch, stretch, {"run": runs[-1], "past": past}))
+        pairs = self._pairs(stretches)
+        result = {
+            "metric": self.metric,
+            "prominence": self.prominence,
+            "reach": self.reach,
+            "steps": self._steps,
+            "values": self._values,
+            "events": [asdict(event) | {"declared": self._steps[event.declared]} for event in self.events],
+            "switches": entries,
+            "pairwise": pairs,
+        }
+        return result, self._means(runs, pairs)
+
+    def _entry(self, switch: Switch, stretch: Interval, views: dict[str, Reports]) -> dict[str, Any]:
+        steps = self._trajectory.steps
+        shares = [report.stretch.share for group, report in views["run"].items() if group is not None]
+        return {
+            "peak": switch.peak.step,
+            "trough": switch.trough.step,
+            "snapshots": [steps[stretch.first], steps[stretch.last]],
+            "groups": switching.effective_groups(shares),
+        } | {
+            view: {group or self._name: _numbers(report) for group, report in reports.items()}
+            for view, reports in views.items()
+        }
+
+    def _pairs(self, stretches: list[Interval]) -> dict[str, Any]:
+        trajectory = self._trajectory
+        gram = trajectory.gram()
+        return {
+            "cosines": switching.pairwise_cosines(gram, stretches).tolist(),
+            "mean": switching.mean_cosine(gram, stretches),
+            "control_mean": switching.control_mean_cosine(trajectory, stretches, self.controls),
+        }
+
+    def _means(self, runs: list[Reports], pairs: dict[str, Any]) -> dict[str, float]:
+        collected: dict[str, list[float]] = {}
+        for reports in runs:
+            for group, report in reports.items():
+                for key, value in _numbers(report).items():
+                    collected.setdefault(f"switching/{group or self._name}/run_{key}", []).append(value)
+        metrics = {name: _mean(values) for name, values in collected.items()}
+        metrics[f"switching/{self._name}/run_pair_cosine"] = pairs["mean"]
+        metrics[f"switching/{self._name}/run_pair_control"] = pairs["control_mean"]
+        metrics["switching/switches"] = float(len(runs))
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _numbers(report: SwitchReport) -> dict[str, float]:
+    """Name what is logged and written of one switch in one group."""
+    stretch = report.stretch
+    return {
+        "cosine": abs(stretch.cosine),
+        "transverse": stretch.transverse,
+        "energy_2_6": stretch.energy,
+        "energy_2_6_across": stretch.energy_across,
+        "share": stretch.share,
+        "cosine_percentile": report.cosine_percentile,
+        "energy_2_6_percentile": report.energy_percentile,
+        "energy_2_6_across_percentile": report.energy_across_percentile,
+        "share_percentile": report.share_percentile,
+        "control_cosine": report.control_cosine,
+        "control_share": report.control_share,
+        "controls": float(report.controls),
+    }
+
+
+def _length(trajectory: Trajectory, stretch: Interval) -> int:
+    return trajectory.steps[stretch.last] - trajectory.steps[stretch.first]
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON, NaN as null, so that a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(_without_nan(result), indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
