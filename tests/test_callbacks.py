@@ -369,6 +369,18 @@ def test_numbers_wait_for_the_trainer_to_log_and_keep_their_steps(tmp_path: Path
         assert ("train/loss" in here[step]) == (step % 3 == 0 or step == 1)
 
 
+def test_numbers_that_wait_survive_an_exception(tmp_path: Path) -> None:
+    def fail(module: LightningModule) -> None:
+        raise RuntimeError("planted")
+
+    callbacks = [recorder(1), GradientAlignment(Schedule(every=1)), At(4, fail)]
+    trainer = quiet_trainer(tmp_path, callbacks, max_steps=9, log_every_n_steps=100)
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.fit(tiny_gpt(), datamodule=tiny_stories())
+    assert [step for step, row in metrics(tmp_path).items() if "alignment/trunk/gradient" in row] == [2, 3, 4]
+    assert read_path(tmp_path, "trunk")[0] == [0, 1, 2, 3, 4]
+
+
 def test_gradient_alignment_without_a_recorder(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, [GradientAlignment()], max_steps=1)
     with one_line_error("GradientAlignment needs a TrajectoryRecorder"):

@@ -1,0 +1,120 @@
+"""What the probes cost, and that a budget is kept."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from callbacks.cost import CostControl
+from callbacks.probe import Deferred, Probe, Stopwatch
+from callbacks.schedule import Schedule
+from mini_gpt_pl.logs import MetricsCSV
+
+STEP, PROBE = 0.004, 0.004
+
+
+class Slow(LightningModule):
+    """A model whose step takes a known time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        time.sleep(STEP)
+        return (self.weight * batch.sum()).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Sleeper(Probe):
+    """A probe that costs as much as a step, every step."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule)
+        self.at: list[int] = []
+        self.clock: dict[int, float] = {}
+        self.slept: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        begun = self.clock[trainer.global_step] = time.perf_counter()
+        if self.due(trainer.global_step):
+            with self.watch.running():
+                self.at.append(trainer.global_step)
+                time.sleep(PROBE)
+            self.slept[trainer.global_step] = time.perf_counter() - begun
+
+
+def train(path: Path, budget: float | None, steps: int = 300) -> tuple[Sleeper, pd.DataFrame]:
+    probe = Sleeper(Schedule(every=1))
+    logger = MetricsCSV(path / "metrics.csv")
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    control = CostControl(budget, warmup=5)
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", callbacks=[probe, control], logger=logger, log_every_n_steps=10, **quiet
+    )
+    trainer.fit(Slow(), DataLoader(torch.ones(steps, 1), 1))  # type: ignore[arg-type]
+    return probe, pd.read_csv(path / "metrics.csv", index_col="step")
+
+
+def test_without_a_budget_the_cost_is_only_told(tmp_path: Path) -> None:
+    probe, metrics = train(tmp_path, None, steps=60)
+    assert probe.at == list(range(1, 61))
+    last = metrics["overhead/fraction"].iloc[-1]
+    assert 0.3 < last < 1.3  # the probe sleeps as long as the step, which has work of its own besides
+    assert metrics["overhead/Sleeper"].iloc[-1] == last
+    assert "overhead/stretch" not in metrics
+
+
+def test_budget_is_kept(tmp_path: Path) -> None:
+    budget = 0.1
+    probe, metrics = train(tmp_path, budget)
+    tail = [step for step in probe.at if step > 100]
+    assert min(b - a for a, b in pairwise(tail)) > 1
+    # From step 100 on, by a clock of the test's own.
+    asleep = sum(seconds for step, seconds in probe.slept.items() if step > 100)
+    realised = asleep / (probe.clock[300] - probe.clock[100] - asleep)
+    assert 0 < realised <= budget * 1.1
+    assert metrics["overhead/stretch"].iloc[-1] > 1
+
+
+def test_due_counts_each_schedule_apart() -> None:
+    probe = Probe(Schedule(every=2))
+    probe.stretch = 3
+    own = [step for step in range(1, 25) if probe.due(step)]
+    assert own == [2, 8, 14, 20]
+    second = Schedule(every=5)
+    assert [step for step in range(1, 60) if probe.due(step, second, "second")] == [5, 20, 35, 50]
+    assert probe.asked == 12 + 11 and probe.answered == 4 + 4
+
+
+def test_stopwatch_adds_up() -> None:
+    watch = Stopwatch()
+    for _ in range(3):
+        with watch.running():
+            time.sleep(0.01)
+    with pytest.raises(RuntimeError), watch.running():
+        time.sleep(0.01)
+        raise RuntimeError
+    assert 0.04 <= watch.seconds < 0.2
+
+
+def test_deferred_numbers_keep_step_and_name() -> None:
+    deferred = Deferred()
+    deferred.add(3, ["a", "b"], torch.tensor([1.0, 2.0]))
+    deferred.add(5, ["a"], torch.tensor([4.0]))
+    assert deferred
+    assert deferred.take() == [(3, {"a": 1.0, "b": 2.0}), (5, {"a": 4.0})]
+    assert not deferred and deferred.take() == []
+    with pytest.raises(AssertionError):
+        deferred.add(1, ["a"], torch.zeros(2))
