@@ -229,13 +229,16 @@ def test_window_of_the_published_run_a_from_its_learning_rate_alone() -> None:
     assert (unit.components_for(0.95), unit.components_for(0.99)) == (9, 19)
 
 
-def test_block_bootstrap_brackets_the_value_and_depends_on_its_seed_alone() -> None:
+def test_block_bootstrap_brackets_the_excess_and_depends_on_its_seed_alone() -> None:
     weights, survival = simulate(30, 5_000, 0.97)
     gram = gram_of(weights)
     found = nulls.calibrate(gram, survival, bootstrap=50)
     for name in ("pc1", "pc1_unit"):
-        assert found[name].low < found[name].high
-        assert found[name].low - 0.05 < found[name].value < found[name].high + 0.05
-    assert nulls.block_bootstrap(gram, 20, seed=1) == nulls.block_bootstrap(gram, 20, seed=1)
-    assert nulls.block_bootstrap(gram, 20, seed=1) != nulls.block_bootstrap(gram, 20, seed=2)
+        assert found[name].low < 0.0 < found[name].high  # a walk exceeds its null by nothing
+        assert found[name].high - found[name].low < 0.05
+    planted, survival = simulate(30, 5_000, 0.97, drift=20.0)
+    assert nulls.calibrate(gram_of(planted), survival, bootstrap=50)["pc1"].low > 0.01
+    null = nulls.walk(gram)
+    assert nulls.block_bootstrap(gram, null, 20, seed=1) == nulls.block_bootstrap(gram, null, 20, seed=1)
+    assert nulls.block_bootstrap(gram, null, 20, seed=1) != nulls.block_bootstrap(gram, null, 20, seed=2)
     assert np.isnan(found["drift"].low)

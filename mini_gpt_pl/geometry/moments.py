@@ -5,8 +5,8 @@ From the gradient g to the step that is taken (paper, eqs. 13 to 16):
     g  ->  m_hat  ->  m_hat / (sqrt(v_hat) + eps)  ->  -lr m_hat / (sqrt(v_hat) + eps) - lr wd theta
 
 Everything here is read from the state that the optimizer keeps anyway (exp_avg, exp_avg_sq, momentum_buffer), whether
-it steps tensor by tensor, with foreach or fused. Vectors are signed as steps: the first rungs are -g and -m_hat, so that
-a cosine keeps its sign along the ladder, and for plain SGD all rungs are parallel.
+it steps tensor by tensor, with foreach or fused. Vectors are signed as steps: the first rungs are -g and -m_hat, so
+that a cosine keeps its sign along the ladder, and for plain SGD all rungs are parallel.
 """
 
 from __future__ import annotations
@@ -250,6 +250,24 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+_RUNGS = ("gradient", "momentum", "normalised", "decay", "update", "denominator", "difference")
+
+
+def _rungs(optimizer: Optimizer, settings: Settings, parameter: Tensor, before: Tensor) -> dict[str, Tensor]:
+    if settings.kind == "other":
+        return {"gradient": -_seen_gradient(optimizer, settings, parameter)}
+    parts = _parts(optimizer, settings, parameter, before)
+    ratio = parts.numerator / parts.denominator
+    return {
+        "gradient": -parts.gradient,
+        "momentum": -parts.momentum,
+        "normalised": -ratio,
+        "decay": parts.decay,
+        "update": parts.decay - settings.lr * ratio,
+        "denominator": parts.denominator.expand_as(ratio),
+    }
+
+
 @dataclass(frozen=True)
 class Ladder:
     """One step from the gradient to the update, each rung signed as a step.
@@ -280,21 +298,13 @@ class Ladder:
         """Read the ladder after `optimizer.step()`, `.grad` still there. Reads only."""
         first = next((settings for _, settings, _ in before.touched()), None)
         kind = "other" if first is None else first.kind
-        rungs: dict[str, list[Tensor]] = {}
-        for name in ("gradient", "momentum", "normalised", "decay", "update", "denominator", "difference"):
-            rungs[name] = [torch.zeros_like(_wide(weight)) for weight in before.weights]
-        for i, (old, parameter) in enumerate(zip(before.weights, before.parameters, strict=True)):
-            rungs["difference"][i] = _wide(parameter) - _wide(old)
-        for i, settings, parameter in before.touched():
-            if kind == "other":
-                rungs["gradient"][i] = -_seen_gradient(optimizer, settings, parameter)
-                continue
-            parts = _parts(optimizer, settings, parameter, before.weights[i])
-            ratio = parts.numerator / parts.denominator
-            rungs["gradient"][i], rungs["momentum"][i], rungs["normalised"][i] = -parts.gradient, -parts.momentum, -ratio
-            rungs["decay"][i], rungs["update"][i] = parts.decay, parts.decay - settings.lr * ratio
-            rungs["denominator"][i] = parts.denominator.expand_as(ratio)
-        flat = {name: _flatten(selection, tensors) for name, tensors in rungs.items()}
+        rungs: dict[str, list[Tensor]] = {name: [] for name in _RUNGS}
+        for old, parameter, settings in zip(before.weights, before.parameters, before.settings, strict=True):
+            found = {} if settings is None else _rungs(optimizer, settings, parameter, old)
+            found["difference"] = _wide(parameter) - _wide(old)
+            for name, tensors in rungs.items():
+                tensors.append(found[name] if name in found else torch.zeros_like(found["difference"]))
+        flat = {name: _flatten(selection, rungs.pop(name)) for name in _RUNGS}
         known, adaptive = kind != "other", kind == "adam"
         return cls(
             gradient=flat["gradient"],
@@ -378,7 +388,8 @@ class OtherSecondMoments:
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], beta2: Sequence[float]) -> None:
         self.beta2 = tuple(beta2)
         self.counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
-        self.values = [[_start(optimizer, p, count, b) for p, count in zip(parameters, self.counts, strict=True)] for b in beta2]
+        counted = list(zip(parameters, self.counts, strict=True))
+        self.values = [[_start(optimizer, p, count, b) for p, count in counted] for b in beta2]
 
     def feed(self, optimizer: Optimizer, before: BeforeStep) -> None:
         """Take in the gradients of the step that has just been made; those of L2 decay need `before.weights`."""
@@ -421,7 +432,7 @@ class OtherSecondMoments:
 
 
 def _start(optimizer: Optimizer, parameter: Tensor, count: int, beta2: float) -> Tensor:
-    """Second moment with the bias that beta2 would have after `count` steps, and the optimizer's own corrected value."""
+    """Second moment whose corrected value is the optimizer's own, with the bias of beta2 after `count` steps."""
     if count == 0:
         return torch.zeros_like(_wide(parameter))
     own = Settings.of(optimizer, group_of(optimizer, parameter)).beta2
@@ -573,7 +584,7 @@ class WhiteNoise:
 def white_noise(beta1: float, beta2: float, steps: int) -> WhiteNoise:
     """Draw the null of the update's size: standard normal gradients through both moments.
 
-    The moments look back eight memories at most. The draw is fixed; a million deviates leave an error of about a percent.
+    The moments look back eight memories at most. The draw is fixed; its million deviates leave an error of about 1 %.
 
     Args:
         beta1: Of the first moment.
@@ -582,15 +593,14 @@ def white_noise(beta1: float, beta2: float, steps: int) -> WhiteNoise:
     """
     span = max(memory(beta1), memory(beta2), 1.0) * _MEMORIES
     reach = max(1, int(min(steps, _DEVIATES // 256, span)))
-    draws = np.random.Generator(np.random.Philox(key=0)).standard_normal((reach, max(256, min(4096, _DEVIATES // reach))))
+    samples = max(256, min(4096, _DEVIATES // reach))
+    draws = np.random.Generator(np.random.Philox(key=0)).standard_normal((reach, samples))
     first, second = (np.power(beta, np.arange(reach)) for beta in (beta1, beta2))
     square = (first @ draws / first.sum()) ** 2 / (second @ draws**2 / second.sum())
     return WhiteNoise(float(square.mean()), float(np.median(square)), float(np.sqrt(square).mean()))
 
 
-def memory_metrics(
-    u: Float[Tensor, " C"], null: WhiteNoise
-) -> dict[str, Float[Tensor, ""]]:
+def memory_metrics(u: Float[Tensor, " C"], null: WhiteNoise) -> dict[str, Float[Tensor, ""]]:
     r"""Effective signal-to-noise ratio of the gradients, and eq. 19 beside what is measured.
 
     With mean mu and variance sigma^2 of a coordinate's gradient and SNR = mu / sigma, the paper's eq. 19 has
@@ -626,8 +636,8 @@ def averaging_metrics(
     r"""Variance of the first moment, measured between two steps, beside eqs. 17 and 18.
 
     For white noise around a mean that has not moved, E (m_t - m_{t-k})^2 = 2 Var[m] (1 - beta1^k). The noise of single
-    gradients is sigma^2 = (v_hat - m_hat^2) / (1 - c), c = (1 - beta1) / (1 + beta1). Noise that is correlated from step
-    to step shows as more variance, and less amplification, than predicted.
+    gradients is sigma^2 = (v_hat - m_hat^2) / (1 - c), c = (1 - beta1) / (1 + beta1). Noise that is correlated from
+    step to step shows as more variance, and less amplification, than predicted.
 
     Args:
         moment: m_hat of some coordinates.

@@ -176,7 +176,7 @@ class Calibrated:
         value: As measured.
         walk: Of the walk with the same step lengths.
         decay: Of the decaying walk with the same step lengths.
-        low: Lower end of the 95 % interval of `value`, NaN if none was asked for.
+        low: Lower end of the 95 % interval of the excess, NaN if none was asked for.
         high: Its upper end.
     """
 
@@ -201,26 +201,28 @@ def calibrate(
         gram: H of the run.
         survival: Share of theta_0 that decay alone leaves, per snapshot.
         curves: Include `profile_statistics`.
-        bootstrap: Resamples for 95 % intervals of PC1 and of the other spectral numbers; 0 for none.
+        bootstrap: Resamples for 95 % intervals of the excess of PC1 and of the other spectral numbers; 0 for none.
         seed: Of the resampling.
     """
 
     def describe(h: Gram) -> dict[str, float]:
         return statistics(h, survival) | (profile_statistics(h) if curves else {})
 
-    measured, free, decaying = describe(gram), describe(walk(gram)), describe(decaying_walk(gram, survival))
-    intervals = block_bootstrap(gram, draws=bootstrap, seed=seed) if bootstrap else {}
+    null = decaying_walk(gram, survival)
+    measured, free, decaying = describe(gram), describe(walk(gram)), describe(null)
+    intervals = block_bootstrap(gram, null, draws=bootstrap, seed=seed) if bootstrap else {}
     return {
         name: Calibrated(value, free[name], decaying[name], *intervals.get(name, (math.nan, math.nan)))
         for name, value in measured.items()
     }
 
 
-def block_bootstrap(gram: Gram, draws: int = 200, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the spectral numbers by a moving-block bootstrap over snapshots.
+def block_bootstrap(gram: Gram, null: Gram, draws: int = 200, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the excess of spectral numbers over a null, by a moving-block bootstrap over snapshots.
 
     Rows are resampled in blocks of about T^(1/3) consecutive snapshots (Kuensch 1989), because neighbours on a path are
-    anything but independent. The intervals say how much a number depends on which snapshots were taken; they say
+    anything but independent, and the same rows are taken of the measured and of the null path, because fewer distinct
+    rows raise the PC1 of both. The intervals say how much an excess depends on which snapshots were taken; they say
     nothing about another seed of the run.
     """
     rows = pca.drifts(len(gram))[1:]
@@ -231,8 +233,10 @@ def block_bootstrap(gram: Gram, draws: int = 200, seed: int = 0) -> dict[str, tu
     for _ in range(draws):
         starts = rng.integers(0, total - length + 1, size=math.ceil(total / length))
         chosen = np.concatenate([np.arange(s, s + length) for s in starts])[:total]
-        for name, value in _spectral(gram, rows[torch.from_numpy(chosen)]).items():
-            samples.setdefault(name, []).append(value)
+        taken = rows[torch.from_numpy(chosen)]
+        expected = _spectral(null, taken)
+        for name, value in _spectral(gram, taken).items():
+            samples.setdefault(name, []).append(value - expected[name])
     return {name: tuple(np.quantile(values, (0.025, 0.975)).tolist()) for name, values in samples.items()}
 
 

@@ -1,0 +1,396 @@
+"""Fisher curvature along the backbone, on fixed batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from typing_extensions import override
+
+from callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels, gradient, measuring, training_loss
+from callbacks.probe import Estimate, Probe
+from callbacks.schedule import Schedule
+from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import fisher
+from mini_gpt_pl.geometry.alignment import noise_floor
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.logs import log_now, logging_due
+
+Kind = Literal["batch_mean", "per_sample", "monte_carlo"]
+# Gives a direction's coefficients, per group and then for the whole, from the snapshots so far; None while unknown.
+Rule = Callable[[Trajectory], Float[Tensor, "G1 n"] | None]
+
+
+class FisherProbe(Probe):
+    r"""Rayleigh quotients, anisotropy and leading modes of the Fisher, from M gradients on fixed batches.
+
+    The batches are copies of the first M micro-batches that pass, on rank zero, so any module and loader will do and
+    no random number is drawn; nothing is measured before they have passed. They travel in the checkpoint. Each due step
+    measures the weights as they are before the next step, along directions of the snapshots so far: the backbone,
+    PC2, theta_0 and named ones. With several ranks each does all of the same work, so the numbers do not depend on it.
+
+    Logged under `fisher/<group>/<kind>/`, for each group along its own directions and for the whole selection:
+    q_backbone, trace, anisotropy (q over the mean across it: 1 where the Fisher is isotropic), lambda_1 and overlap =
+    |<u_1, v_b>|; for the whole also q of the other directions, `<name>_se` (standard errors over the gradients; jackknife
+    where it is no mean), lambda_2 .., overlap_z (in units of sqrt(2/(pi D)), what chance gives) and mean_share, the
+    share of the mean gradient in the trace.
+
+    Args:
+        schedule: When to measure.
+        kinds: Which Fishers: `batch_mean`, the second moment of the batches' gradients (the paper's); `per_sample`, the
+            empirical Fisher of single samples; `monte_carlo`, the true Fisher with labels drawn from the model.
+        batches: M, the number of fixed batches.
+        source: Whose first batches: those of training, or of the first validation (its first data loader).
+        samples_per_batch: Samples taken from each batch by `per_sample`, each a forward and a backward.
+        spectrum: Whether to find leading modes, which takes the M x M Gram matrix.
+        block: Gradients held at a time for the Gram; it takes M (M / block + 1) / 2 gradients instead of M, so 80 for
+            M = 32 and 8, and (block + 1) D values of memory. M holds all and computes each once.
+        eigenvalues: Leading eigenvalues logged for the whole selection.
+        random_directions: Also estimate the anisotropy's denominator with this many Gaussian directions, as the paper
+            did with 10: `anisotropy_sampled`. The exact one is free; this takes a draw of D numbers each, per gradient.
+        segments: Named displacements between two snapshots' steps, such as `switch: [1800, 2200]`, measured from the
+            later one on.
+        seed: Of the drawn labels and the random directions; the draws are the same at every step.
+
+    Attributes:
+        sha256: Of the fixed batches; empty until they are complete.
+
+    Raises:
+        UserError: A setting is out of range, there is no TrajectoryRecorder, or the module lacks the loss of a kind.
+
+    Example:
+        >>> probe = FisherProbe(Schedule(every=500), kinds=["batch_mean", "monte_carlo"], segments={"switch": (600, 900)})
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule = Schedule(every=1000),  # noqa: B008 (frozen)
+        kinds: Sequence[Kind] = ("batch_mean",),
+        batches: int = 32,
+        source: Literal["train", "val"] = "train",
+        samples_per_batch: int = 1,
+        spectrum: bool = True,
+        block: int = 8,
+        eigenvalues: int = 5,
+        random_directions: int = 0,
+        segments: dict[str, tuple[int, int]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(schedule)
+        if batches < 2 or min(samples_per_batch, block, eigenvalues) < 1 or random_directions < 0:
+            raise UserError("FisherProbe: give batches of 2 or more, and samples_per_batch, block, eigenvalues of 1 or more")
+        if not kinds or set(kinds) - set(get_args(Kind)):
+            raise UserError(f"FisherProbe: kinds {list(kinds)}; choose from {', '.join(get_args(Kind))}")
+        self.kinds = tuple(dict.fromkeys(kinds))
+        self.batches = batches
+        self.source = source
+        self.samples_per_batch = samples_per_batch
+        self.spectrum = spectrum
+        self.block = block
+        self.eigenvalues = eigenvalues
+        self.random_directions = random_directions
+        self.segments = dict(segments or {})
+        self.seed = seed
+        self.sha256 = ""
+        self._rules: dict[str, Rule] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._fixed: list[Any] = []
+        self._saved: list[list[Tensor]] = []
+        self._complete = False
+        self._done = -1
+        self._pending: list[tuple[int, Kind, fisher.Survey]] = []
+        self._trainer: Trainer | None = None
+        self._recorder: TrajectoryRecorder | None = None
+        self.sha256 = ""
+
+    def add_direction(self, name: str, rule: Rule) -> None:
+        """Measure along one more direction, such as a switch that another callback detects while training runs.
+
+        Args:
+            name: In metric names, as `q_<name>`.
+            rule: Gives its coefficients from the snapshots so far, or None while it is unknown.
+        """
+        self._rules[name] = rule
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(kinds=list(self.kinds), batches=self.batches, source=self.source)
+
+    @override
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        held = self.block + 1 if self.spectrum else 1
+        times = sum(self.schedule.due(step) for step in range(steps))
+        passes = sum(self._passes(kind) for kind in self.kinds)
+        return Estimate(type(self).__name__, bytes=4.0 * dim * (held + 5), passes=passes * times / max(steps, 1))
+
+    def _passes(self, kind: Kind) -> float:
+        count = self._count(kind, self.batches)
+        rounds = [count - begin for begin in range(0, count, self.block)] if self.spectrum else [count]
+        return float(sum(rounds))
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._reset()
+        self._trainer, self._recorder = trainer, find_recorder(trainer, type(self).__name__)
+        self._require_losses(pl_module)
+        for name, ends in self.segments.items():
+            for step in ends:
+                if step and not self._recorder.schedule.due(step):
+                    raise UserError(f"FisherProbe: segment {name} ends at step {step}, where no snapshot is taken")
+
+    def _require_losses(self, module: LightningModule) -> None:
+        kind = type(module).__name__
+        if set(self.kinds) - {"monte_carlo"} and not isinstance(module, KnowsItsLoss | NamesItsLosses):
+            raise UserError(f"FisherProbe: {kind} has no batch_loss(batch), the training loss of one batch: add it")
+        if "monte_carlo" in self.kinds and not isinstance(module, SamplesItsLabels):
+            raise UserError(
+                f"FisherProbe: {kind} has no sampled_loss(batch, generator), which monte_carlo needs: "
+                "add it, or leave that kind out"
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._saved:
+            self._rebuild(batch)
+        if self.source == "train" and not self._complete:
+            self._collect(batch)
+        self._measure_if_due(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        wanted = self.source == "val" and not self._complete and trainer.state.fn == "fit"
+        if wanted and not trainer.sanity_checking and dataloader_idx == 0:
+            if self._saved:
+                self._rebuild(batch)
+            else:
+                self._collect(batch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.source == "val" and not self._complete and len(self._fixed) > 1:
+            self._seal()  # a short validation set: its batches once, none of them twice
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending and logging_due(trainer, trainer.global_step):
+            self._flush()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measure_if_due(trainer, pl_module)
+        self._flush()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._flush()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()
+        fixed = self._saved or [_leaves(batch) for batch in self._fixed]
+        return {"batches": fixed, "complete": self._complete, "done": self._done}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved, self._complete = state_dict["batches"], state_dict["complete"]
+        self._done = state_dict["done"]
+
+    # ---------------------------------------------------------------------------------------------- batches
+
+    def _collect(self, batch: Any) -> None:
+        self._fixed.append(_map_tensors(batch, lambda leaf: leaf.detach().to("cpu", copy=True)))
+        if len(self._fixed) == self.batches:
+            self._seal()
+
+    def _seal(self) -> None:
+        assert self._trainer is not None
+        if self._trainer.world_size > 1:
+            self._fixed = self._trainer.strategy.broadcast(self._fixed)
+        self._complete, self.sha256 = True, _digest(self._fixed)
+        rank_zero_info(f"FisherProbe: {len(self._fixed)} batches of {self.source}, SHA-256 {self.sha256}")
+
+    def _rebuild(self, like: Any) -> None:
+        """Put the tensors of a checkpoint back into batches of the form that is now passing by."""
+        saved, self._saved = self._saved, []
+        self._fixed = [_map_tensors(like, lambda leaf, rest=iter(leaves): next(rest)) for leaves in saved]  # type: ignore[misc]
+        if self._complete:
+            self.sha256 = _digest(self._fixed)
+
+    # -------------------------------------------------------------------------------------------- measuring
+
+    def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        if not self._fixed or not self._complete or step == self._done or not self.due(step):
+            return
+        self._done = step  # once per optimizer step, on its first micro-batch
+        with self.watch.running():
+            axes = self._axes()
+            for kind in self.kinds:
+                self._pending.append((step, kind, self._survey(trainer, module, kind, axes)))
+
+    def _axes(self) -> dict[str, fisher.Axis]:
+        assert self._recorder is not None and self._recorder.trajectory is not None
+        trajectory, build = self._recorder.trajectory, self._recorder.direction
+        found = fisher.path_coefficients(trajectory, self.segments)
+        for name, rule in self._rules.items():
+            if (coefficients := rule(trajectory)) is not None:
+                found[name] = coefficients
+        axes = {}
+        for name, rows in found.items():
+            own = build(rows[:-1])
+            same = bool((rows == rows[-1]).all())
+            axes[name] = fisher.Axis.of(own, own if same else build(rows[-1:].expand(len(rows) - 1, -1)))
+        return axes
+
+    def _survey(
+        self, trainer: Trainer, module: LightningModule, kind: Kind, axes: Mapping[str, fisher.Axis]
+    ) -> fisher.Survey:
+        assert self._recorder is not None
+        selection = self._recorder.selection
+        random = None
+        if self.random_directions and fisher.BACKBONE in axes:
+            random = fisher.RandomDirections(axes[fisher.BACKBONE], self.random_directions, self.seed)
+
+        def compute(index: int) -> Vector:
+            with measuring(trainer, module):
+                return self._gradient(module, selection, kind, index)
+
+        count = self._count(kind, len(self._fixed))
+        return fisher.survey(compute, count, axes, block=self.block if self.spectrum else 0, random=random)
+
+    def _count(self, kind: Kind, batches: int) -> int:
+        return batches * self.samples_per_batch if kind == "per_sample" else batches
+
+    def _gradient(self, module: LightningModule, selection: ParameterSelection, kind: Kind, index: int) -> Vector:
+        if kind == "per_sample":
+            position, sample = divmod(index, self.samples_per_batch)
+            batch = move_data_to_device(take_sample(self._fixed[position], sample), module.device)
+            return gradient(training_loss(module, batch), module, selection)
+        batch = move_data_to_device(self._fixed[index], module.device)
+        if kind == "batch_mean":
+            return gradient(training_loss(module, batch), module, selection)
+        assert isinstance(module, SamplesItsLabels)
+        generator = torch.Generator(module.device).manual_seed((self.seed << 16) + index)
+        loss, labels = module.sampled_loss(batch, generator)
+        score = gradient(loss, module, selection)
+        return Vector(score.values * labels.sqrt(), selection)  # E[g g'] is the Fisher per label
+
+    # ---------------------------------------------------------------------------------------------- logging
+
+    def _flush(self) -> None:
+        if self._trainer is None or self._recorder is None:
+            return
+        pending, self._pending = self._pending, []
+        for step, kind, found in pending:
+            metrics = fisher_metrics(found.cpu(), self._recorder.selection, self._recorder.name, kind, self.eigenvalues)
+            log_now(self._trainer, metrics, step)
+
+
+def fisher_metrics(
+    found: fisher.Survey, selection: ParameterSelection, name: str, kind: str, eigenvalues: int = 5
+) -> dict[str, float]:
+    """Name what a survey shows, for every group and for the whole selection.
+
+    Args:
+        found: On the host.
+        selection: Whose groups its columns are.
+        name: Of the whole selection.
+        kind: Which Fisher it is.
+        eigenvalues: How many to name for the whole.
+
+    Returns:
+        Values by `fisher/<group>/<kind>/<quantity>`; what is undefined is left out.
+    """
+    dims = (*selection.dims, selection.dim)
+    estimates = {"trace": fisher.trace(found)}
+    estimates |= {f"q_{axis}": fisher.rayleigh(along) for axis, along in found.projections.items()}
+    if (along := found.projections.get(fisher.BACKBONE)) is not None:
+        estimates["anisotropy"] = fisher.anisotropy(along, found.squares, dims)
+    metrics: dict[str, float] = {}
+    for column, label in enumerate((*selection.groups, name)):
+        prefix, whole = f"fisher/{label}/{kind}/", label == name and column == len(dims) - 1
+        for quantity, (value, error) in estimates.items():
+            if whole or quantity in ("trace", f"q_{fisher.BACKBONE}", "anisotropy"):
+                metrics[prefix + quantity] = float(value[column])
+            if whole:
+                metrics[f"{prefix}{quantity}_se"] = float(error[column])
+        if found.grams is not None:
+            gram = found.grams.sum(0) if whole else found.grams[column]
+            shown = _modes(gram, None if along is None else along[:, column], dims[column], eigenvalues if whole else 0)
+            metrics |= {prefix + quantity: value for quantity, value in shown.items()}
+        if whole and found.random is not None and along is not None:
+            metrics[prefix + "anisotropy_sampled"] = float(fisher.sampled_anisotropy(along, found.random)[column])
+    return {key: value for key, value in metrics.items() if value == value}
+
+
+def _modes(
+    gram: Float[Tensor, "M M"], along: Float[Tensor, " M"] | None, dim: int, eigenvalues: int
+) -> dict[str, float]:
+    """Leading modes; with `eigenvalues` those of the whole selection, with errors."""
+    part = fisher.spectrum(gram)
+    shown = {"lambda_1": float(part.eigenvalues[0])}
+    if along is not None:
+        shown["overlap"] = float(part.overlaps(along)[0])
+    if not eigenvalues:
+        return shown
+    shown |= {f"lambda_{k}": value for k, value in enumerate(part.eigenvalues[:eigenvalues].tolist(), 1)}
+    first = fisher.leading(gram, torch.zeros(len(gram), dtype=gram.dtype) if along is None else along)
+    shown |= {"lambda_1_se": first.value_error, "mean_share": fisher.mean_gradient_share(gram)}
+    if along is not None:
+        shown |= {"overlap_se": first.overlap_error, "overlap_z": first.overlap / noise_floor(dim)}
+    return shown
+
+
+def take_sample(batch: Any, index: int) -> Any:
+    """Cut one sample out of a batch: every tensor whose first dimension is the batch size keeps one entry of it.
+
+    The batch size is the first dimension of the first tensor that has one; scalars and other tensors stay whole.
+
+    Raises:
+        UserError: The batch has no such sample.
+    """
+    size = next((len(leaf) for leaf in _leaves(batch) if leaf.ndim), 0)
+    if index >= size:
+        raise UserError(f"FisherProbe: sample {index} of a batch of {size}: give a smaller samples_per_batch")
+    return _map_tensors(batch, lambda leaf: leaf[index : index + 1] if leaf.ndim and len(leaf) == size else leaf)
+
+
+def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to each tensor of a nest of containers, in a fixed order."""
+    return apply_to_collection(batch, Tensor, function)
+
+
+def _leaves(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map_tensors(batch, lambda leaf: found.append(leaf) or leaf)  # type: ignore[func-returns-value]
+    return found
+
+
+def _digest(batches: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for leaf in _leaves(batch):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)} ".encode())
+            digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""Every geometric number of a run beside its two nulls, as a table.
+
+python -m mini_gpt_pl.report.calibration runs/mine > table.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import nulls
+from mini_gpt_pl.runs import Run
+
+QUANTITIES: dict[str, tuple[str, str]] = {
+    "pc1": ("PC1 of the drift, raw", "{:.1%}"),
+    "pc2": ("PC2, raw", "{:.1%}"),
+    "pc1_unit": ("PC1, unit rows", "{:.1%}"),
+    "pc2_unit": ("PC2, unit rows", "{:.1%}"),
+    "k95": ("k95, raw", "{:.0f}"),
+    "k99": ("k99, raw", "{:.0f}"),
+    "k95_unit": ("k95, unit rows", "{:.0f}"),
+    "k99_unit": ("k99, unit rows", "{:.0f}"),
+    "pc1_corrected": ("PC1 of the decay-corrected drift", "{:.1%}"),
+    "cos_theta0": ("cos(v_b, theta_0)", "{:+.3f}"),
+    "drift": ("drift ||x(T)||", "{:.1f}"),
+    "drift_corrected": ("decay-corrected drift", "{:.1f}"),
+    "persistence": ("persistence, ||x(T)|| over the walk's", "{:.3f}"),
+    "participation": ("participation ratio of drifts", "{:.2f}"),
+    "participation_updates": ("participation ratio of updates", "{:.1f}"),
+    "autocorrelation": ("autocorrelation of updates, lag 1", "{:+.3f}"),
+    "autocorrelation_off": ("the same off theta_0", "{:+.3f}"),
+    "windows_origin_anchored": ("adjacent windows from theta_0, |cos|", "{:.4f}"),
+    "windows_self_anchored": ("adjacent windows, self-anchored, |cos|", "{:.3f}"),
+    "windows_against_global": ("windows against the whole run's v_b, |cos|", "{:.3f}"),
+    "update_alignment": ("update alignment, whole-run v_b, mean |cos|", "{:.3f}"),
+    "update_alignment_past": ("update alignment, past-only v_b, mean cos", "{:+.3f}"),
+}
+"""Name of each statistic in words, and how it is written."""
+
+
+def calibrate_run(run: Run, group: str | None = None, bootstrap: int = 200) -> dict[str, nulls.Calibrated]:
+    """Calibrate one group of a run's weights, or the whole selection for None.
+
+    Raises:
+        UserError: The run has fewer than three snapshots: nothing can be said about a path of one step.
+    """
+    trajectory = run.trajectory
+    if len(trajectory) < 3:
+        raise UserError(f"the run {run.path} has {len(trajectory)} snapshots: nulls need at least three")
+    return nulls.calibrate(trajectory.gram(group), trajectory.survival, curves=True, bootstrap=bootstrap)
+
+
+def table(run: Run, group: str | None = None, bootstrap: int = 200) -> pd.DataFrame:
+    """Lay the numbers out as they are written: measured, walk, decaying walk, excess over it and its 95 % interval."""
+    rows = []
+    for name, found in calibrate_run(run, group, bootstrap).items():
+        words, form = QUANTITIES[name]
+        rows.append(
+            {
+                "quantity": words,
+                "measured": form.format(found.value),
+                "walk": form.format(found.walk),
+                "decaying walk": form.format(found.decay),
+                "excess": _points(found.excess, form),
+                "95 %": "" if found.low != found.low else f"{_points(found.low, form)} to {_points(found.high, form)}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def groups_table(run: Run) -> pd.DataFrame:
+    """One row per group: PC1 raw and with unit rows, and their excess over the decaying walk."""
+    rows = []
+    for group in run.trajectory.groups:
+        found = calibrate_run(run, group, bootstrap=0)
+        rows.append(
+            {
+                "group": group,
+                "PC1 raw": f"{found['pc1'].value:.1%}",
+                "excess": _points(found["pc1"].excess, "{:.1%}"),
+                "PC1 unit rows": f"{found['pc1_unit'].value:.1%}",
+                "excess ": _points(found["pc1_unit"].excess, "{:.1%}"),
+                "cos(v_b, theta_0)": f"{found['cos_theta0'].value:+.3f}",
+                "null": f"{found['cos_theta0'].decay:+.3f}",
+                "update alignment, past": f"{found['update_alignment_past'].value:+.3f}",
+                "null ": f"{found['update_alignment_past'].decay:+.3f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Write a table of strings as Markdown."""
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _points(excess: float, form: str) -> str:
+    """Shares differ by points, not by per cent."""
+    if excess != excess:
+        return "-"
+    return f"{100 * excess:+.1f} pt" if "%" in form else f"{excess:+.3f}"
+
+
+def main() -> None:
+    """Print both tables of a run as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder")
+    options = parser.parse_args()
+    try:
+        run = Run(options.run)
+        print(markdown(table(run)), markdown(groups_table(run)), sep="\n\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
