@@ -127,7 +127,6 @@ class ProbedCLI(LightningCLI):
         if self.subcommand not in _TRAINING:
             # Lightning would ask for the callbacks that we leave out on purpose.
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
-            self.save_config_callback = None
             config.trainer.logger = False
             config.trainer.enable_checkpointing = False
             config.trainer.callbacks = None
@@ -390,7 +389,6 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
             ProbedGPT,
             ProbedStories,
             save_config_callback=RunConfig,
-            save_config_kwargs={"save_to_log_dir": False},
             trainer_class=GeometryTrainer,
             trainer_defaults={
                 "num_sanity_val_steps": 0,

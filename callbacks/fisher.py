@@ -15,7 +15,15 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels, gradient, measuring, training_loss
+from callbacks.measuring import (
+    KnowsItsLoss,
+    NamesItsLosses,
+    SamplesItsLabels,
+    SplitsItsLoss,
+    gradient,
+    measuring,
+    training_loss,
+)
 from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
@@ -41,16 +49,16 @@ class FisherProbe(Probe):
 
     Logged under `fisher/<group>/<kind>/`, for each group along its own directions and for the whole selection:
     q_backbone, trace, anisotropy (q over the mean across it: 1 where the Fisher is isotropic), lambda_1 and overlap =
-    |<u_1, v_b>|; for the whole also q of the other directions, `<name>_se` (standard errors over the gradients; jackknife
-    where it is no mean), lambda_2 .., overlap_z (in units of sqrt(2/(pi D)), what chance gives) and mean_share, the
-    share of the mean gradient in the trace.
+    |<u_1, v_b>|; for the whole also q of the other directions, `<name>_se` (standard errors over the gradients, by
+    jackknife where it is no mean), lambda_2 .., overlap_z (in units of sqrt(2/(pi D)), what chance gives) and
+    mean_share, the share of the mean gradient in the trace.
 
     Args:
         schedule: When to measure.
         kinds: Which Fishers: `batch_mean`, the second moment of the batches' gradients (the paper's); `per_sample`, the
-            empirical Fisher of single samples; `monte_carlo`, the true Fisher with labels drawn from the model.
+            empirical Fisher of single samples (by the module's `sample_loss`, else `batch_loss` of a batch of one);
+            `monte_carlo`, the true Fisher, by the module's `sampled_loss` with labels drawn from the model.
         batches: M, the number of fixed batches.
-        source: Whose first batches: those of training, or of the first validation (its first data loader).
         samples_per_batch: Samples taken from each batch by `per_sample`, each a forward and a backward.
         spectrum: Whether to find leading modes, which takes the M x M Gram matrix.
         block: Gradients held at a time for the Gram; it takes M (M / block + 1) / 2 gradients instead of M, so 80 for
@@ -69,7 +77,7 @@ class FisherProbe(Probe):
         UserError: A setting is out of range, there is no TrajectoryRecorder, or the module lacks the loss of a kind.
 
     Example:
-        >>> probe = FisherProbe(Schedule(every=500), kinds=["batch_mean", "monte_carlo"], segments={"switch": (600, 900)})
+        >>> probe = FisherProbe(Schedule(every=500), ["batch_mean", "monte_carlo"], segments={"switch": (600, 900)})
     """
 
     def __init__(
@@ -77,7 +85,6 @@ class FisherProbe(Probe):
         schedule: Schedule = Schedule(every=1000),  # noqa: B008 (frozen)
         kinds: Sequence[Kind] = ("batch_mean",),
         batches: int = 32,
-        source: Literal["train", "val"] = "train",
         samples_per_batch: int = 1,
         spectrum: bool = True,
         block: int = 8,
@@ -88,12 +95,14 @@ class FisherProbe(Probe):
     ) -> None:
         super().__init__(schedule)
         if batches < 2 or min(samples_per_batch, block, eigenvalues) < 1 or random_directions < 0:
-            raise UserError("FisherProbe: give batches of 2 or more, and samples_per_batch, block, eigenvalues of 1 or more")
+            raise UserError(
+                f"FisherProbe: batches {batches} (2 or more), samples_per_batch {samples_per_batch}, block {block}, "
+                f"eigenvalues {eigenvalues} (1 or more), random_directions {random_directions} (0 or more)"
+            )
         if not kinds or set(kinds) - set(get_args(Kind)):
             raise UserError(f"FisherProbe: kinds {list(kinds)}; choose from {', '.join(get_args(Kind))}")
         self.kinds = tuple(dict.fromkeys(kinds))
         self.batches = batches
-        self.source = source
         self.samples_per_batch = samples_per_batch
         self.spectrum = spectrum
         self.block = block
@@ -127,7 +136,7 @@ class FisherProbe(Probe):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(kinds=list(self.kinds), batches=self.batches, source=self.source)
+        return self._generate_state_key(kinds=list(self.kinds), batches=self.batches)
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
@@ -169,25 +178,9 @@ class FisherProbe(Probe):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._saved:
             self._rebuild(batch)
-        if self.source == "train" and not self._complete:
+        if not self._complete:
             self._collect(batch)
         self._measure_if_due(trainer, pl_module)
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        wanted = self.source == "val" and not self._complete and trainer.state.fn == "fit"
-        if wanted and not trainer.sanity_checking and dataloader_idx == 0:
-            if self._saved:
-                self._rebuild(batch)
-            else:
-                self._collect(batch)
-
-    @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.source == "val" and not self._complete and len(self._fixed) > 1:
-            self._seal()  # a short validation set: its batches once, none of them twice
 
     @override
     def on_train_batch_end(
@@ -219,6 +212,9 @@ class FisherProbe(Probe):
     # ---------------------------------------------------------------------------------------------- batches
 
     def _collect(self, batch: Any) -> None:
+        size, wanted = first_length(batch), self.samples_per_batch
+        if "per_sample" in self.kinds and size < wanted:
+            raise UserError(f"FisherProbe: samples_per_batch {wanted} of a batch of {size}: give {size} or less")
         self._fixed.append(_map_tensors(batch, lambda leaf: leaf.detach().to("cpu", copy=True)))
         if len(self._fixed) == self.batches:
             self._seal()
@@ -228,12 +224,12 @@ class FisherProbe(Probe):
         if self._trainer.world_size > 1:
             self._fixed = self._trainer.strategy.broadcast(self._fixed)
         self._complete, self.sha256 = True, _digest(self._fixed)
-        rank_zero_info(f"FisherProbe: {len(self._fixed)} batches of {self.source}, SHA-256 {self.sha256}")
+        rank_zero_info(f"FisherProbe: {len(self._fixed)} fixed batches, SHA-256 {self.sha256}")
 
     def _rebuild(self, like: Any) -> None:
         """Put the tensors of a checkpoint back into batches of the form that is now passing by."""
         saved, self._saved = self._saved, []
-        self._fixed = [_map_tensors(like, lambda leaf, rest=iter(leaves): next(rest)) for leaves in saved]  # type: ignore[misc]
+        self._fixed = [_filled(like, leaves) for leaves in saved]
         if self._complete:
             self.sha256 = _digest(self._fixed)
 
@@ -285,8 +281,10 @@ class FisherProbe(Probe):
     def _gradient(self, module: LightningModule, selection: ParameterSelection, kind: Kind, index: int) -> Vector:
         if kind == "per_sample":
             position, sample = divmod(index, self.samples_per_batch)
-            batch = move_data_to_device(take_sample(self._fixed[position], sample), module.device)
-            return gradient(training_loss(module, batch), module, selection)
+            batch = move_data_to_device(self._fixed[position], module.device)
+            if isinstance(module, SplitsItsLoss):
+                return gradient(module.sample_loss(batch, sample), module, selection)
+            return gradient(training_loss(module, take_sample(batch, sample)), module, selection)
         batch = move_data_to_device(self._fixed[index], module.device)
         if kind == "batch_mean":
             return gradient(training_loss(module, batch), module, selection)
@@ -302,8 +300,12 @@ class FisherProbe(Probe):
         if self._trainer is None or self._recorder is None:
             return
         pending, self._pending = self._pending, []
-        for step, kind, found in pending:
-            metrics = fisher_metrics(found.cpu(), self._recorder.selection, self._recorder.name, kind, self.eigenvalues)
+        for step, kind, device in pending:
+            found = device.cpu()
+            if not torch.isfinite(found.squares).all():
+                rank_zero_info(f"step {step}: a gradient is not finite, no Fisher is reported")
+                continue
+            metrics = fisher_metrics(found, self._recorder.selection, self._recorder.name, kind, self.eigenvalues)
             log_now(self._trainer, metrics, step)
 
 
@@ -326,10 +328,10 @@ def fisher_metrics(
     estimates = {"trace": fisher.trace(found)}
     estimates |= {f"q_{axis}": fisher.rayleigh(along) for axis, along in found.projections.items()}
     if (along := found.projections.get(fisher.BACKBONE)) is not None:
-        estimates["anisotropy"] = fisher.anisotropy(along, found.squares, dims)
+        estimates["anisotropy"] = fisher.anisotropy(along.square(), found.squares, dims)
     metrics: dict[str, float] = {}
     for column, label in enumerate((*selection.groups, name)):
-        prefix, whole = f"fisher/{label}/{kind}/", label == name and column == len(dims) - 1
+        prefix, whole = f"fisher/{label}/{kind}/", column == len(dims) - 1
         for quantity, (value, error) in estimates.items():
             if whole or quantity in ("trace", f"q_{fisher.BACKBONE}", "anisotropy"):
                 metrics[prefix + quantity] = float(value[column])
@@ -366,14 +368,14 @@ def take_sample(batch: Any, index: int) -> Any:
     """Cut one sample out of a batch: every tensor whose first dimension is the batch size keeps one entry of it.
 
     The batch size is the first dimension of the first tensor that has one; scalars and other tensors stay whole.
-
-    Raises:
-        UserError: The batch has no such sample.
     """
-    size = next((len(leaf) for leaf in _leaves(batch) if leaf.ndim), 0)
-    if index >= size:
-        raise UserError(f"FisherProbe: sample {index} of a batch of {size}: give a smaller samples_per_batch")
+    size = first_length(batch)
     return _map_tensors(batch, lambda leaf: leaf[index : index + 1] if leaf.ndim and len(leaf) == size else leaf)
+
+
+def first_length(batch: Any) -> int:
+    """Number of samples in a batch: the first dimension of its first tensor that has one; 0 without any."""
+    return next((len(leaf) for leaf in _leaves(batch) if leaf.ndim), 0)
 
 
 def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -385,6 +387,12 @@ def _leaves(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
     _map_tensors(batch, lambda leaf: found.append(leaf) or leaf)  # type: ignore[func-returns-value]
     return found
+
+
+def _filled(like: Any, leaves: Sequence[Tensor]) -> Any:
+    """Put tensors in the places of a batch's own, in the order of `_leaves`."""
+    rest = iter(leaves)
+    return _map_tensors(like, lambda leaf: next(rest))
 
 
 def _digest(batches: Sequence[Any]) -> str:

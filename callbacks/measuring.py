@@ -33,6 +33,18 @@ class KnowsItsLoss(Protocol):
 
 
 @runtime_checkable
+class SplitsItsLoss(Protocol):
+    """A module that can say what one sample of a batch adds to the batch's loss.
+
+    It matters where the loss is no plain mean over samples: a sample alone would then be normalised otherwise.
+    """
+
+    def sample_loss(self, batch: Any, index: int) -> Tensor:
+        """Return the sample's share of `batch_loss` times the number of samples: their mean is `batch_loss`."""
+        ...
+
+
+@runtime_checkable
 class SamplesItsLabels(Protocol):
     """A module that can answer for itself, for the true Fisher."""
 

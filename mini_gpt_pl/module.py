@@ -114,6 +114,17 @@ class ProbedGPT(LightningModule):
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         return combine(terms, counts, self.lambda_now())
 
+    def sample_loss(self, batch: Batch, index: int) -> Tensor:
+        """Share of one sequence in `batch_loss`, times the number of sequences: their mean is `batch_loss`.
+
+        Normalised by the counts of the batch, since few sequences hold a probe: alone, one would weigh by its own.
+        """
+        one = slice(index, index + 1)
+        scores = self.gpt(batch.tokens[one], batch.targets[one])
+        counts = count_targets(batch.targets, batch.probe_mask)
+        terms = loss_terms(scores.nll, batch.targets[one], batch.probe_mask[one], counts)
+        return combine(terms, counts, self.lambda_now()) * len(batch.tokens)
+
     def sampled_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Mean negative log-likelihood of labels drawn from the model, and their number, for the true Fisher.
 
@@ -122,7 +133,11 @@ class ProbedGPT(LightningModule):
         logits = self.gpt(batch.tokens)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
         # Sequence by sequence: the probabilities of a whole batch would be a second set of logits.
-        drawn = [torch.multinomial(row.detach().softmax(-1), 1, generator=generator)[:, 0] for row in logits]
+        # p / E with E exponential is largest at a label drawn from p; torch.multinomial would wait for the device.
+        drawn = [
+            (row.softmax(-1) / torch.empty_like(row).exponential_(generator=generator)).argmax(-1)
+            for row in logits.detach()
+        ]
         labels = torch.stack(drawn).masked_fill(batch.targets == IGNORE, IGNORE)  # (B, T)
         count = (labels != IGNORE).sum()
         nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")

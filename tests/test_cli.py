@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import wandb
 import yaml
 from conftest import SMALL, normal
 from jsonargparse import Namespace
@@ -508,6 +509,13 @@ def test_two_runs_of_one_process_are_two(command: Command, cache: str) -> None:
     command("fit", *short, "--overwrite", "true")
     (second,) = Path("twice/wandb").glob("offline-run-*")
     assert first != second
+
+
+def test_a_run_that_failed_is_not_logged_into(mistake: Command, cache: str) -> None:
+    options = ("-c", TINY, "-c", OFFLINE, "--data.cache_dir", cache, "--run_dir", "failed")
+    mistake("fit", *options, "--trainer.callbacks", RECORDER % "nothing")
+    assert list(Path("failed/wandb").glob("offline-run-*"))
+    assert wandb.run is None
 
 
 def test_disabled_means_disabled(command: Command, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:

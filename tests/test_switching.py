@@ -111,15 +111,15 @@ def test_peaks_without_a_trough_between_them_share_one() -> None:
 
 
 def test_a_prominence_of_exactly_the_threshold_counts_in_float32() -> None:
-    """500 and 440 right answers of 2000 are 0.03 apart; their float32 values are not quite."""
-    high, low = (float(torch.tensor(count / 2000, dtype=torch.float32)) for count in (700, 640))
+    """80 and 20 right answers of 2000 are 0.03 apart; their float32 values are not quite."""
+    high, low = (float(torch.tensor(count / 2000, dtype=torch.float32)) for count in (80, 20))
     assert high - low < 0.03
     assert [e.kind for e in switching.events([1, 2, 3], [low, high, low])] == ["peak"]
     assert not switching.events([1, 2, 3], [low, high - 5e-4, low])  # one answer fewer
 
 
 def test_plateaus_and_ends_are_no_events() -> None:
-    assert not switching.events(steps_of([0.0] * 5), [0.0, 1.0, 1.0, 0.0, 1.0])
+    assert not switching.events([1, 2, 3, 4], [0.0, 1.0, 1.0, 0.0])
     assert not switching.events([1, 2], [0.0, 1.0]) and not switching.events([], [])
 
 
@@ -286,38 +286,35 @@ def test_percentile_counts(value: float, controls: list[float]) -> None:
 
 @pytest.mark.parametrize("past", [False, True])
 def test_on_a_walk_the_percentile_of_a_switch_is_uniform(past: bool) -> None:
-    """A stretch anywhere on a walk is one of its controls: the ranks of 300 switches fill [0, 1] evenly."""
-    ranks: dict[str, list[float]] = {"cosine": [], "energy": [], "across": []}
-    for seed in range(300):
+    """A stretch anywhere on a walk is one of its controls: the ranks of 100 switches fill [0, 1] evenly."""
+    ranks: dict[str, list[float]] = {"cosine": [], "energy": [], "energy_across": []}
+    for seed in range(100):
         rng = np.random.Generator(np.random.Philox(key=seed))
-        weights = torch.from_numpy(rng.standard_normal((26, 60))).cumsum(0)
-        trajectory = record(flat_selection(60), weights)[1]
-        first = int(rng.integers(8, 24))
+        gram = gram_of(torch.from_numpy(rng.standard_normal((25, 60))).cumsum(0))
+        trajectory = Trajectory("walk", ("all",), (60,), list(range(25)), gram[None], [1.0] * 25)
+        switch = Interval(start := int(rng.integers(7, 24)), start + 1)
         # The past of a very early control has fewer components, so that its energy is another statistic.
-        avoid = [Interval(first, first + 1), Interval(0, 8)]
-        report = switching.report(trajectory, avoid[0], avoid, Axes(), past=past)[None]
-        ranks["cosine"].append(report.cosine_percentile)
-        ranks["energy"].append(report.energy_percentile)
-        ranks["across"].append(report.energy_across_percentile)
+        controls = switching.control_intervals(trajectory.steps, switch, [Interval(0, 7)])
+        own, *others = switching.measure(trajectory, [switch, *controls], Axes(), past=past)
+        assert len(others) == 16
+        for name, values in ranks.items():
+            values.append(switching.percentile(abs(getattr(own, name)), [abs(getattr(c, name)) for c in others]))
     for name, values in ranks.items():
-        grid = np.arange(1, 301) / 300
-        distance = np.abs(np.sort(values) - grid).max()
-        assert distance < 0.1, name  # Kolmogorov-Smirnov at 300: 0.094 is the 1 % point; ranks come in steps of 1/16
+        # Kolmogorov-Smirnov: 0.163 is the 1 % point at 100, and ranks come in steps of 1/16.
+        assert np.abs(np.sort(values) - (np.arange(100) + 0.5) / 100).max() < 0.16, name
 
 
 def test_a_switch_that_stands_out_has_an_extreme_percentile() -> None:
-    path = bent_path(30, 40, seed=8)
-    away = normal(40, seed=90)
-    path[15:] += 30 * away  # between snapshots 14 and 15 the weights jump
-    trajectory = record(flat_selection(40), path)[1]
-    report = switching.report(trajectory, Interval(14, 15), [Interval(14, 15)], Axes(), past=True)[None]
-    straight = switching.measure(trajectory, [Interval(14, 15)], Axes(), past=True)[0]
-    assert report.stretch == straight and report.controls == 27  # 29 stretches, less the switch and the first
-    back = path.clone()
-    back[20:] += 40 * (back[5] - back[0])  # and here they run along what they have done before
-    trajectory = record(flat_selection(40), back)[1]
-    report = switching.report(trajectory, Interval(19, 20), [], Axes(), past=True)[None]
-    assert report.cosine_percentile == 1.0 and abs(report.stretch.cosine) > report.control_cosine
+    """Between snapshots 19 and 20 the weights jump, across everything before or along what they have done before."""
+    path = normal(30, 400, seed=8).cumsum(0) + torch.arange(30)[:, None] * normal(400, seed=9)
+    for jump, expected in ((path[10] - path[0], 1.0), (normal(400, seed=10), 0.0)):
+        jumped = path.clone()
+        jumped[20:] += 400 * jump
+        trajectory = record(flat_selection(400), jumped)[1]
+        report = switching.report(trajectory, Interval(19, 20), [Interval(20, 29)], Axes(), past=True)[None]
+        assert report.controls == 18  # the nineteen stretches before it, less the first, which has no past
+        assert report.cosine_percentile == expected
+        assert (abs(report.stretch.cosine) > report.control_cosine) == bool(expected)
 
 
 def test_blocks_share_a_switch_as_their_vectors_do() -> None:
@@ -385,7 +382,7 @@ def test_increments_of_a_walk_are_orthogonal() -> None:
 # ---------------------------------------------------------------------------------------------------- callback
 
 # Evaluations at steps 2, 4, ..., 24: peaks at 8, 12 and 18, troughs at 10, 14 and 20.
-SCORES = [0.1, 0.2, 0.3, 0.7, 0.4, 0.6, 0.2, 0.5, 0.8, 0.3, 0.35, 0.4]
+SCORES = [0.1, 0.2, 0.3, 0.7, 0.4, 0.6, 0.2, 0.5, 0.8, 0.3, 0.5, 0.55]
 PAIRS = {12: (8, 10), 16: (12, 14), 22: (18, 20)}  # declared at -> peak, trough
 
 
@@ -413,7 +410,9 @@ class Net(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(TensorDataset(normal(96, 5).float(), normal(96, 3, seed=1).float()), batch_size=2)
+        # One batch over and over: where a resumed run begins to read is not the question here.
+        inputs, targets = (normal(2, width, seed=width).float().repeat(48, 1) for width in (5, 3))
+        return DataLoader(TensorDataset(inputs, targets), batch_size=2)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(normal(2, 5).float(), normal(2, 3).float()), batch_size=2)
@@ -472,7 +471,7 @@ def test_events_are_logged_when_they_are_certain(run: Run) -> None:
     peaks = {step: row["switching/peak_step"] for step, row in rows.items() if "switching/peak_step" in row}
     troughs = {step: row["switching/trough_step"] for step, row in rows.items() if "switching/trough_step" in row}
     assert peaks == {10: 8, 14: 12, 20: 18}
-    assert troughs == {12: 10, 16: 14, 22: 20} or troughs == {12: 10, 16: 14}
+    assert troughs == {12: 10, 16: 14, 22: 20}
     assert [rows[step]["switching/peaks"] for step in (10, 14, 20)] == [1, 2, 3]
     assert rows[10]["switching/peak_value"] == pytest.approx(0.7)
 
@@ -481,7 +480,7 @@ def test_events_are_logged_when_they_are_certain(run: Run) -> None:
 def test_live_numbers_are_those_of_the_past(run: Run, group: str) -> None:
     _, path, rows = run
     logged = {step for step, row in rows.items() if f"switching/{group}/cosine" in row}
-    assert logged and logged <= set(PAIRS)
+    assert logged == set(PAIRS)
     for step in logged:
         stretch = Interval(PAIRS[step][0] // 2, PAIRS[step][1] // 2)
         cosine, energy, across = by_hand(path[:, LAYERS[group]], stretch, stretch.first + 1)

@@ -276,16 +276,14 @@ def trace(found: Survey) -> Estimated:
     return mean_of(found.squares)
 
 
-def anisotropy(
-    projections: Float[Tensor, "M G1"], squares: Float[Tensor, "M G1"], dims: Sequence[int]
-) -> Estimated:
+def anisotropy(quotients: Float[Tensor, "M G1"], squares: Float[Tensor, "M G1"], dims: Sequence[int]) -> Estimated:
     """q(v) over the mean Rayleigh quotient of all directions across v: 1 where F is isotropic.
 
     For w uniform on the unit sphere orthogonal to v, E[w'Fw] = (tr F - q(v)) / (D - 1) exactly, so no random direction
     has to be drawn. The error is the jackknife's over gradients. NaN where D is 1 or no gradient is left across v.
 
     Args:
-        projections: <g_i, v>.
+        quotients: <g_i, v>^2.
         squares: ||g_i||^2.
         dims: D of each group, then of the whole.
     """
@@ -294,17 +292,14 @@ def anisotropy(
     def ratio(along: Float[Tensor, "*batch G1"], total: Float[Tensor, "*batch G1"]) -> Float[Tensor, "*batch G1"]:
         across = total - along
         # Below the rounding of the difference there is nothing across v that could be told from zero.
-        visible = (others > 0) & (across > 1e-12 * total)
+        visible = (others > 0) & (across > 1e-12 * total.abs())
         return torch.where(visible, along * others / across, float("nan"))
 
-    q = projections.square()
-    replicates = ratio(_leave_one_out(q), _leave_one_out(squares))
-    return Estimated(ratio(q.mean(0), squares.mean(0)), _jackknife(replicates))
+    replicates = ratio(_leave_one_out(quotients), _leave_one_out(squares))
+    return Estimated(ratio(quotients.mean(0), squares.mean(0)), _jackknife(replicates))
 
 
-def sampled_anisotropy(
-    projections: Float[Tensor, "M G1"], random: Float[Tensor, "M K G1"]
-) -> Float[Tensor, " G1"]:
+def sampled_anisotropy(projections: Float[Tensor, "M G1"], random: Float[Tensor, "M K G1"]) -> Float[Tensor, " G1"]:
     """q(v) over the mean Rayleigh quotient of K random directions across v, the paper's estimate of `anisotropy`."""
     return projections.square().mean(0) / random.square().mean((0, 1))
 
@@ -357,7 +352,7 @@ class Leading(NamedTuple):
 def leading(gram: Float[Tensor, "M M"], projections: Float[Tensor, " M"]) -> Leading:
     """Largest eigenvalue and its eigenvector's overlap with v; the errors take M eigenproblems of size M - 1."""
 
-    def first(keep: Tensor) -> Float[Tensor, "2"]:
+    def first(keep: Tensor) -> Float[Tensor, " k"]:
         part = spectrum(gram[keep][:, keep])
         return torch.stack([part.eigenvalues[0], part.overlaps(projections[keep])[0]])
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -51,7 +49,7 @@ class PowerLaw:
     points: int
 
 
-def power_law(steps: Sequence[int], values: Sequence[float], lo: float, hi: float) -> PowerLaw | None:
+def power_law(steps: Sequence[int], values: Sequence[float], lo: int, hi: int | float) -> PowerLaw | None:
     """Fit a power law by least squares of ln |y| on ln t over lo < t <= hi.
 
     Args:
@@ -70,17 +68,18 @@ def power_law(steps: Sequence[int], values: Sequence[float], lo: float, hi: floa
     ]
     if len(kept) < _FEWEST:
         return None
-    t, y = np.array(kept).T
+    t, y = torch.tensor(kept, dtype=torch.float64).T
     t_off, y_off = t - t.mean(), y - y.mean()
     exponent = float(t_off @ y_off / (t_off @ t_off))
-    left, total = float(np.square(y_off - exponent * t_off).sum()), float(y_off @ y_off)
+    left, total = float((y_off - exponent * t_off).square().sum()), float(y_off @ y_off)
     prefactor = math.exp(float(y.mean()) - exponent * float(t.mean()))
     return PowerLaw(exponent, prefactor, 1.0 if _constant(y) else 1.0 - left / total, len(kept))
 
 
-def _constant(values: np.ndarray[Any, Any]) -> bool:
+def _constant(values: Float[Tensor, " k"]) -> bool:
     """Whether values differ by rounding only."""
-    return bool(np.ptp(values) <= 4 * np.finfo(float).eps * np.abs(values).max())
+    spread = float(values.max() - values.min())
+    return spread <= 4 * torch.finfo(torch.float64).eps * float(values.abs().max())
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def rates(gram: pca.Gram, steps: Sequence[int], direction: pca.Direction) -> Rat
 
 
 def correlation(
-    steps: Sequence[int], x: Sequence[float], y: Sequence[float], lo: float = 0, hi: float = math.inf
+    steps: Sequence[int], x: Sequence[float], y: Sequence[float], lo: int = 0, hi: int | float = math.inf
 ) -> float | None:
     """Pearson correlation of two series over lo < t <= hi, such as p_ood and ||r||.
 
@@ -175,8 +174,8 @@ def correlation(
     kept = [(u, v) for t, u, v in rows if lo < t <= hi and math.isfinite(u) and math.isfinite(v)]
     if len(kept) < _FEWEST:
         return None
-    u, v = np.array(kept).T
-    return None if _constant(u) or _constant(v) else float(np.corrcoef(u, v)[0, 1])
+    pairs = torch.tensor(kept, dtype=torch.float64).T
+    return None if _constant(pairs[0]) or _constant(pairs[1]) else float(torch.corrcoef(pairs)[0, 1])
 
 
 def at_steps(steps: Sequence[int], values: Sequence[float], wanted: Sequence[int]) -> list[float]:

@@ -1,0 +1,249 @@
+"""The Fisher along the backbone from the training gradients themselves, at no extra backward pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from callbacks.fisher import first_length
+from callbacks.probe import Estimate, Probe
+from callbacks.schedule import Schedule
+from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.geometry import fisher
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.logs import log_now, logging_due
+
+
+class _Window(NamedTuple):
+    """What one direction has seen, step by step.
+
+    Attributes:
+        step: The last one.
+        rows: Per step (||g||^2, <g, v>^2) of the optimizer batch and, with accumulation, their means over the
+            micro-batches; per group and for the whole.
+        sizes: Samples in a micro-batch and in an optimizer batch.
+    """
+
+    step: int
+    rows: Float[Tensor, "S r G1"]
+    sizes: tuple[int, int]
+
+
+class StreamingFisher(Probe):
+    """Running Rayleigh quotient and anisotropy of the training gradients along the backbone, and the noise scale.
+
+    The gradients are those that training computes anyway, before clipping, each at the weights of its own step. Their
+    direction changes with every snapshot, so means are taken between two snapshots and logged, at the last measured
+    step, once the next snapshot has been taken.
+
+    Logged for every group and, with `<name>_se` over the steps, for the whole selection:
+
+    * `fisher/<group>/streaming/`: q_backbone, trace and anisotropy of the second moment of whole optimizer batches,
+      mu mu' + Sigma / B. It shrinks with the batch, so runs of different batch sizes do not compare;
+    * `fisher/<group>/streaming_per_sample/`, with gradient accumulation: the same of mu mu' + Sigma, corrected for the
+      batch size. Micro-batches are a second batch size b, and E||g_b||^2 = ||mu||^2 + tr Sigma / b at two of them gives
+      both parts (McCandlish et al. 2018). No bias, but noise: a value can be negative, and is then logged as it is.
+      noise_scale = tr Sigma / ||mu||^2, in samples, is the batch size above which a larger one hardly helps.
+
+    Without accumulation there is one batch size, and the second part is absent. A sample is one entry of the batch's
+    first dimension. With several ranks a micro-batch is this rank's own, and the last of each step, which is averaged
+    over ranks by the time it can be seen, is left out. Optimizer steps cut short by the end of an epoch are left out.
+
+    Args:
+        schedule: At which optimizer steps the gradients are looked at: an inner product or three for each micro-batch.
+
+    Raises:
+        UserError: The trainer has no TrajectoryRecorder.
+    """
+
+    def __init__(self, schedule: Schedule = Schedule(every=10)) -> None:  # noqa: B008 (frozen)
+        super().__init__(schedule)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._trainer: Trainer | None = None
+        self._recorder: TrajectoryRecorder | None = None
+        self._pending: list[_Window] = []
+        self._axis: tuple[int, fisher.Axis] | None = None
+        # The open window: number of snapshots behind its direction, batch sizes, steps.
+        self._snapshots, self._sizes, self._measured = 0, (0, 0), -1
+        self._rows: list[Float[Tensor, "r G1"]] = []
+        # The optimizer step in progress.
+        self._step, self._active = -1, False
+        self._micro: list[Float[Tensor, "2 G1"]] = []
+        self._seen = 0
+        self._before: Vector | None = None
+
+    @override
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        return Estimate(type(self).__name__, bytes=12.0 * dim, passes=0.0)
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._reset()
+            self._trainer, self._recorder = trainer, find_recorder(trainer, type(self).__name__)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rows = [row.to(pl_module.device) for row in self._rows]
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 != self._step:
+            self._begin(trainer, first_length(batch))
+        elif self._active and first_length(batch) != self._sizes[0]:
+            self._active = False  # micro-batches of unequal sizes have no one noise level
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._active:
+            return
+        with self.watch.running():
+            self._look(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending and logging_due(trainer, trainer.global_step):
+            self._flush()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+        self._flush()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._flush()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()
+        rows = torch.stack(self._rows).cpu() if self._rows else None
+        return {"rows": rows, "snapshots": self._snapshots, "sizes": list(self._sizes), "measured": self._measured}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rows = state_dict["rows"]
+        self._rows = [] if rows is None else list(rows)
+        self._snapshots, self._measured = state_dict["snapshots"], state_dict["measured"]
+        self._sizes = (state_dict["sizes"][0], state_dict["sizes"][1])
+
+    # -------------------------------------------------------------------------------------------- measuring
+
+    def _begin(self, trainer: Trainer, samples: int) -> None:
+        """Start an optimizer step: decide whether to look at it, and along which direction."""
+        self._step, self._micro, self._seen, self._before = trainer.global_step + 1, [], 0, None
+        assert self._recorder is not None and self._recorder.trajectory is not None
+        snapshots = len(self._recorder.trajectory)
+        sizes = (samples, samples * trainer.accumulate_grad_batches * trainer.world_size)
+        if (snapshots, sizes) != (self._snapshots, self._sizes):
+            self._close()
+            self._snapshots, self._sizes = snapshots, sizes
+        self._active = self.due(self._step) and self._direction() is not None
+
+    def _direction(self) -> fisher.Axis | None:
+        assert self._recorder is not None
+        if self._axis is None or self._axis[0] != self._snapshots:
+            if (directions := self._recorder.backbone()) is None:
+                return None
+            self._axis = (self._snapshots, fisher.Axis.of(*directions))
+        return self._axis[1]
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take the gradient of the micro-batch that was just added to `.grad`, and with the last one the sum."""
+        assert self._recorder is not None
+        total, parts = self._recorder.selection.gradients(module), trainer.accumulate_grad_batches
+        self._seen += 1
+        last, scale = self._seen == parts, _loss_scale(trainer)
+        if parts > 1 and not (last and trainer.world_size > 1):
+            added = total if self._before is None else total - self._before
+            self._micro.append(self._squares(added, parts / scale))  # Lightning has divided its loss by `parts`
+        self._before = None if last else total
+        if last:
+            row = [self._squares(total, 1.0 / scale)]
+            if self._micro:
+                row.append(torch.stack(self._micro).mean(0))
+            self._rows.append(torch.cat(row))
+            self._measured = self._step
+
+    def _squares(self, vector: Vector, factor: float) -> Float[Tensor, "2 G1"]:
+        axis = self._direction()
+        assert axis is not None
+        norms = vector.dots(vector)
+        return torch.stack([torch.cat([norms, norms.sum()[None]]), axis.project(vector).square()]) * factor**2
+
+    # ---------------------------------------------------------------------------------------------- logging
+
+    def _close(self) -> None:
+        """End the window: its direction or its batch size is no longer the current one."""
+        if self._rows:
+            self._pending.append(_Window(self._measured, torch.stack(self._rows), self._sizes))
+        self._rows = []
+
+    def _flush(self) -> None:
+        if self._trainer is None or self._recorder is None:
+            return
+        pending, self._pending = self._pending, []
+        for window in pending:
+            rows = window.rows.cpu()
+            rows = rows[torch.isfinite(rows).all(-1).all(-1)]  # fp16 skips steps whose gradients overflow
+            if len(rows):
+                metrics = streaming_metrics(rows, window.sizes, self._recorder.selection, self._recorder.name)
+                log_now(self._trainer, metrics, window.step)
+
+
+def streaming_metrics(
+    rows: Float[Tensor, "S r G1"], sizes: tuple[int, int], selection: ParameterSelection, name: str
+) -> dict[str, float]:
+    """Name what the training gradients between two snapshots show.
+
+    Args:
+        rows: As in a window, on the host.
+        sizes: Samples in a micro-batch and in an optimizer batch.
+        selection: Whose groups the columns are.
+        name: Of the whole selection.
+
+    Returns:
+        Values by `fisher/<group>/streaming.../<quantity>`; what is undefined is left out.
+    """
+    large = rows[:, :2]
+    metrics = _named(large, "streaming", selection, name)
+    if rows.shape[1] == 4:
+        parts = fisher.split_moments(rows[:, 2:], large, *map(float, sizes))
+        kind = "streaming_per_sample"
+        metrics |= _named(parts.per_sample, kind, selection, name)
+        mean, noise = float(parts.mean[:, 0, -1].mean()), float(parts.noise[:, 0, -1].mean())
+        if mean > 0:
+            metrics[f"fisher/{name}/{kind}/noise_scale"] = noise / mean
+    return metrics
+
+
+def _named(moments: Float[Tensor, "S 2 G1"], kind: str, selection: ParameterSelection, name: str) -> dict[str, float]:
+    squares, quotients = moments[:, 0], moments[:, 1]
+    estimates = {
+        "q_backbone": fisher.mean_of(quotients),
+        "trace": fisher.mean_of(squares),
+        "anisotropy": fisher.anisotropy(quotients, squares, (*selection.dims, selection.dim)),
+    }
+    metrics = {}
+    for quantity, (value, error) in estimates.items():
+        for column, label in enumerate((*selection.groups, name)):
+            metrics[f"fisher/{label}/{kind}/{quantity}"] = float(value[column])
+        metrics[f"fisher/{name}/{kind}/{quantity}_se"] = float(error[-1])
+    return {key: value for key, value in metrics.items() if value == value}
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """Factor that fp16 training has on its gradients right after the backward pass."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())

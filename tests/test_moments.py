@@ -1,0 +1,429 @@
+"""The ladder, the split and the counterfactuals against the weights themselves and against the written recursions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, gram_of, normal
+from helpers import same
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.geometry.moments import (
+    BeforeStep,
+    DisplacementSplit,
+    Ladder,
+    OtherSecondMoments,
+    Products,
+    averaging,
+    averaging_metrics,
+    backbone_growth,
+    decay_rate,
+    memory,
+    memory_metrics,
+    spread,
+    white_noise,
+)
+from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection, Vector
+from mini_gpt_pl.optim import SGDW
+
+Make = Callable[[Sequence[nn.Parameter]], Optimizer]
+
+RULES: dict[str, Make] = {
+    "adamw": lambda p: AdamW(p, lr=0.1, betas=(0.9, 0.95), weight_decay=0.5, foreach=False),
+    "adamw-foreach": lambda p: AdamW(p, lr=0.1, betas=(0.9, 0.95), weight_decay=0.5, foreach=True),
+    "adamw-fused": lambda p: AdamW(p, lr=0.1, betas=(0.9, 0.95), weight_decay=0.5, fused=True),
+    "adamw-amsgrad": lambda p: AdamW(p, lr=0.1, betas=(0.9, 0.5), weight_decay=0.5, amsgrad=True),
+    "adamw-maximize": lambda p: AdamW(p, lr=0.1, weight_decay=0.5, maximize=True, foreach=True),
+    "adam": lambda p: Adam(p, lr=0.1, betas=(0.8, 0.9)),
+    "adam-l2": lambda p: Adam(p, lr=0.1, betas=(0.8, 0.9), weight_decay=0.5, eps=1e-3),
+    "adam-l2-fused": lambda p: Adam(p, lr=0.1, betas=(0.8, 0.9), weight_decay=0.5, fused=True),
+    "adam-decoupled": lambda p: Adam(p, lr=0.1, weight_decay=0.5, decoupled_weight_decay=True),
+    "adam-forgetful": lambda p: AdamW(p, lr=0.1, betas=(0.0, 0.0), weight_decay=0.5),
+    "sgd": lambda p: SGD(p, lr=0.1, weight_decay=0.5),
+    "sgd-momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+    "sgd-dampening": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.5),
+    "sgd-nesterov": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5),
+    "sgd-nesterov-foreach": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "sgd-nesterov-fused": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, fused=True),
+    "sgd-maximize-foreach": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, maximize=True, foreach=True),
+    "sgdw": lambda p: SGDW(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+    "sgdw-nesterov": lambda p: SGDW(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5),
+}
+ADAPTIVE = [name for name in RULES if name.startswith("adam")]
+LIMIT = 1.5  # of the gradient's norm
+
+
+@dataclass
+class Run:
+    """A few clipped steps on random gradients, all in float64."""
+
+    make: Make
+    selection: ParameterSelection = SMALL
+    step: int = 0
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(self.selection.shapes)]
+        self.optimizer = self.make(self.parameters)
+        self.clipped: list[Tensor] = []
+        self.raw: list[Tensor] = []
+        self.path = [self.flat(self.parameters)]
+
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.detach().reshape(-1).clone() for t in tensors])
+
+    def advance(self, skip: Sequence[int] = (), gradients: bool = True) -> BeforeStep:
+        """One step, the learning rate changed before and after it as a scheduler would."""
+        self.step += 1
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad = None if i in skip else normal(*parameter.shape, seed=100 * self.step + i)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.1 / self.step
+        self.raw.append(self.flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]))
+        before = BeforeStep.of(self.optimizer, self.parameters, gradients=gradients)
+        torch.nn.utils.clip_grad_norm_(self.parameters, LIMIT)
+        self.clipped.append(self.flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]))
+        self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = 77.0
+        self.path.append(self.flat(self.parameters))
+        return before
+
+    def ladder(self, before: BeforeStep) -> Ladder:
+        return Ladder.of(self.optimizer, before, self.selection)
+
+
+def close(found: Tensor, expected: Tensor, share: float = 1e-10) -> bool:
+    return float((found - expected).norm()) <= share * float(expected.norm())
+
+
+# ------------------------------------------------------------------------------------------------- the ladder
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_last_rung_is_the_step_that_was_made(rule: str) -> None:
+    run = Run(RULES[rule])
+    sign = -1.0 if "maximize" in rule else 1.0
+    for k in range(6):
+        ladder = run.ladder(run.advance())
+        assert close(ladder.update.values, run.path[k + 1] - run.path[k])
+        assert close(ladder.difference.values, run.path[k + 1] - run.path[k])
+        assert close(ladder.gradient.values, -sign * run.clipped[k])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reading_touches_nothing(rule: str) -> None:
+    run, twin = Run(RULES[rule]), Run(RULES[rule])
+    split = DisplacementSplit(run.optimizer, run.parameters)
+    others = OtherSecondMoments(run.optimizer, run.parameters, [0.5]) if rule in ADAPTIVE else None
+    for _ in range(3):
+        before = run.advance()
+        gradients = [p.grad.clone() for p in run.parameters if p.grad is not None]
+        ladder = run.ladder(before)
+        split.account(run.optimizer, before)
+        split.close(SMALL)
+        if others is not None:
+            others.feed(run.optimizer, before)
+            others.steps(before, ladder)
+        assert same(gradients, [p.grad for p in run.parameters])
+        twin.advance()
+    assert same(run.optimizer.state_dict(), twin.optimizer.state_dict())
+    assert same(run.path, twin.path)
+
+
+@pytest.mark.parametrize(("rule", "beta1", "beta2", "l2", "eps"), [
+    ("adamw-fused", 0.9, 0.95, 0.0, 1e-8), ("adamw-foreach", 0.9, 0.95, 0.0, 1e-8), ("adam-l2", 0.8, 0.9, 0.5, 1e-3)
+])  # fmt: skip
+def test_adams_rungs_are_equations_13_to_16(rule: str, beta1: float, beta2: float, l2: float, eps: float) -> None:
+    run, m, v = Run(RULES[rule]), torch.zeros(SMALL.dim), torch.zeros(SMALL.dim)
+    for t in range(1, 7):
+        ladder = run.ladder(run.advance())
+        grad = run.clipped[-1] + l2 * run.path[-2]
+        m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
+        hat, root = m / (1 - beta1**t), (v / (1 - beta2**t)).sqrt() + eps
+        assert ladder.momentum is not None and ladder.normalised is not None and ladder.denominator is not None
+        assert close(ladder.momentum.values, -hat)
+        assert close(ladder.denominator.values, root)
+        assert close(ladder.normalised.values, -hat / root)
+
+
+def test_sgds_rungs() -> None:
+    run, buffer = Run(RULES["sgd-dampening"]), None
+    for _ in range(4):
+        ladder = run.ladder(run.advance())
+        grad = run.clipped[-1] + 0.5 * run.path[-2]
+        buffer = grad if buffer is None else 0.9 * buffer + 0.7 * grad
+        assert ladder.momentum is not None and ladder.decay is not None
+        assert close(ladder.momentum.values, -buffer)
+        assert ladder.normalised is None
+        assert not ladder.decay.values.any()  # L2 is in the momentum
+
+
+def test_of_an_unknown_optimizer_there_is_gradient_and_update() -> None:
+    run = Run(lambda p: RMSprop(p, lr=0.1, momentum=0.9))
+    ladder = run.ladder(run.advance())
+    assert list(ladder.rungs()) == ["gradient", "update"]
+    assert close(ladder.update.values, run.path[1] - run.path[0])
+    assert close(ladder.gradient.values, -run.clipped[0])
+
+
+def test_each_group_has_its_own_settings_and_what_does_not_move_has_no_update() -> None:
+    def make(p: Sequence[nn.Parameter]) -> Optimizer:
+        return AdamW([{"params": p[:1], "weight_decay": 0.9}, {"params": p[1:2], "eps": 0.5, "betas": (0.5, 0.6)}])
+
+    run = Run(make)  # the third parameter belongs to no group
+    for k, skip in enumerate([(), (0,), (), (1,), ()]):
+        before = run.advance(skip=skip)
+        ladder = run.ladder(before)
+        assert close(ladder.update.values, run.path[k + 1] - run.path[k])
+        assert not ladder.update.values[-4:].any()
+
+
+# -------------------------------------------------------------------------------------------------- the split
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_parts_sum_to_the_displacement(rule: str) -> None:
+    run = Run(RULES[rule])
+    split = DisplacementSplit(run.optimizer, run.parameters)
+    for start, steps in ((0, 20), (20, 3)):
+        for k in range(steps):
+            split.account(run.optimizer, run.advance(skip=(1,) if k == 2 else ()))
+        parts = split.close(SMALL)
+        true = run.path[start + steps] - run.path[start]
+        assert close(parts["displacement"].values, true)
+        assert close(sum(parts[name].values for name in split.PARTS), true)  # type: ignore[arg-type]
+        assert float(parts["clipping"].values.norm()) > 0.05 * float(true.norm())
+
+
+def test_the_parts_of_adamw_are_those_of_the_written_recursion() -> None:
+    run = Run(RULES["adamw"])
+    split = DisplacementSplit(run.optimizer, run.parameters)
+    m, raw, v, moved = (torch.zeros(SMALL.dim, dtype=torch.float64) for _ in range(4))
+    decay, clipping = torch.zeros_like(m), torch.zeros_like(m)
+    for t in range(1, 11):
+        split.account(run.optimizer, run.advance())
+        m, raw = 0.9 * m + 0.1 * run.clipped[-1], 0.9 * raw + 0.1 * run.raw[-1]
+        v = 0.95 * v + 0.05 * run.clipped[-1] ** 2
+        scale = 0.1 / t / (1 - 0.9**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        moved, clipping = moved - scale * raw, clipping - scale * (m - raw)
+        decay = decay - 0.1 / t * 0.5 * run.path[-2]
+    parts = split.close(SMALL)
+    for name, expected in (("gradient", moved), ("clipping", clipping), ("decay", decay)):
+        assert close(parts[name].values, expected)
+
+
+def test_of_plain_sgd_clipping_took_what_the_gradients_lost() -> None:
+    run = Run(lambda p: SGD(p, lr=0.1, weight_decay=0.5))
+    split = DisplacementSplit(run.optimizer, run.parameters)
+    for _ in range(5):
+        split.account(run.optimizer, run.advance())
+    parts = split.close(SMALL)
+    rates = [0.1 / (k + 1) for k in range(5)]
+    assert close(parts["gradient"].values, -sum(r * g for r, g in zip(rates, run.raw, strict=True)))  # type: ignore[arg-type]
+    lost = sum(r * (c - g) for r, c, g in zip(rates, run.clipped, run.raw, strict=True))
+    assert close(parts["clipping"].values, -lost)  # type: ignore[arg-type]
+    assert close(parts["decay"].values, -sum(r * 0.5 * w for r, w in zip(rates, run.path, strict=False)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adam-l2", "sgd-dampening", "sgdw-nesterov"])
+def test_without_clipping_there_is_no_clipping_part(rule: str) -> None:
+    run = Run(RULES[rule])
+    global LIMIT
+    kept, LIMIT = LIMIT, 1e9
+    try:
+        run.advance()  # a split that begins late takes up the momentum as it is
+        split = DisplacementSplit(run.optimizer, run.parameters)
+        for _ in range(4):
+            split.account(run.optimizer, run.advance())
+    finally:
+        LIMIT = kept
+    parts = split.close(SMALL)
+    assert float(parts["clipping"].values.norm()) < 1e-12
+    assert close(parts["gradient"].values + parts["decay"].values, run.path[-1] - run.path[1])
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adam-l2", "sgd-nesterov", "sgd"])
+def test_split_and_counterfactual_continue_from_their_state(rule: str) -> None:
+    run = Run(RULES[rule])
+    split = DisplacementSplit(run.optimizer, run.parameters)
+    others = OtherSecondMoments(run.optimizer, run.parameters, [0.5, 0.7])
+    adaptive = rule in ADAPTIVE
+    for k in range(9):
+        before = run.advance()
+        split.account(run.optimizer, before)
+        if adaptive:
+            others.feed(run.optimizer, before)
+        if k == 4:
+            kept = copy.deepcopy({"split": split.state_dict(), "others": others.state_dict()})
+            again = DisplacementSplit(run.optimizer, run.parameters)
+            again.load_state_dict(kept["split"])
+            fresh = OtherSecondMoments(run.optimizer, run.parameters, [0.7])
+            fresh.load_state_dict(kept["others"])
+        elif k > 4:
+            again.account(run.optimizer, before)
+            if adaptive:
+                fresh.feed(run.optimizer, before)
+    one, two = split.close(SMALL), again.close(SMALL)
+    assert all(torch.equal(one[name].values, two[name].values) for name in one)
+    if adaptive:
+        assert same(others.values[1], fresh.values[0])
+
+
+# --------------------------------------------------------------------------------------------- counterfactuals
+
+
+@pytest.mark.parametrize(("rule", "beta2"), [
+    ("adamw", 0.95), ("adamw-fused", 0.95), ("adam-l2", 0.9), ("adam-forgetful", 0.0)
+])  # fmt: skip
+@pytest.mark.parametrize("late", [0, 3])
+def test_the_counterfactual_of_the_true_beta2_is_the_update(rule: str, beta2: float, late: int) -> None:
+    run = Run(RULES[rule])
+    for _ in range(late):
+        run.advance()
+    others = OtherSecondMoments(run.optimizer, run.parameters, [beta2])
+    for k in range(4):
+        before = run.advance(skip=(2,) if k == 1 else ())
+        others.feed(run.optimizer, before)
+        ladder = run.ladder(before)
+        normalised, update = others.steps(before, ladder)[beta2]
+        assert ladder.normalised is not None
+        assert close(normalised.values, ladder.normalised.values)
+        assert close(update.values, run.path[-1] - run.path[-2])
+
+
+def test_the_counterfactual_of_another_beta2_is_the_recursion_with_it() -> None:
+    run, v = Run(RULES["adamw"]), torch.zeros(SMALL.dim)
+    others = OtherSecondMoments(run.optimizer, run.parameters, [0.0, 0.6])
+    for t in range(1, 7):
+        before = run.advance()
+        others.feed(run.optimizer, before)
+        ladder = run.ladder(before)
+        found = others.steps(before, ladder)
+        v = 0.6 * v + 0.4 * run.clipped[-1] ** 2
+        assert ladder.momentum is not None and ladder.decay is not None
+        forgetful = ladder.momentum.values / (run.clipped[-1].abs() + 1e-8)
+        other = ladder.momentum.values / ((v / (1 - 0.6**t)).sqrt() + 1e-8)
+        assert close(found[0.0][0].values, forgetful)
+        assert close(found[0.6][0].values, other)
+        assert close(found[0.6][1].values, 0.1 / t * other - 0.1 / t * 0.5 * run.path[-2])
+
+
+# ------------------------------------------------------------------------------------------------ inner products
+
+
+def test_products_are_those_of_each_group_and_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mini_gpt_pl.geometry.moments._CHUNK", 4)
+    a, b = normal(SMALL.dim, seed=1), normal(SMALL.dim, seed=2)
+    products = Products({"a": Vector(a, SMALL), "b": Vector(b, SMALL), "zero": Vector(0 * a, SMALL)})
+    cut = [slice(0, 6), slice(6, 15), slice(0, 15)]
+    assert products.dot("a", "b").tolist() == pytest.approx([float(a[c] @ b[c]) for c in cut])
+    expected = [float(a[c] @ b[c] / (a[c].norm() * b[c].norm())) for c in cut]
+    assert products.cosine("a", "b").tolist() == pytest.approx(expected)
+    assert products.cosine("a", "zero").tolist() == [0, 0, 0]
+
+
+def test_products_across_selections_are_refused() -> None:
+    other = ParameterSelection(("w",), ((15,),), ("all",))
+    with pytest.raises(FingerprintError):
+        Products({"a": Vector(normal(15), SMALL), "b": Vector(normal(15), other)})
+
+
+# ------------------------------------------------------------------------------------------------- predictions
+
+
+def test_memory_and_averaging() -> None:
+    assert memory(0.95) == pytest.approx(19.4957, abs=1e-4)
+    assert (memory(0.0), memory(1.0)) == (0.0, math.inf)
+    assert averaging(0.9) == pytest.approx(1 / 19)
+
+
+def test_white_noise() -> None:
+    first = white_noise(0.9, 0.95, 1)
+    assert (first.coherence, first.coherence_median, first.size) == pytest.approx((1, 1, 1))  # the sign of the gradient
+    long = white_noise(0.9, 0.999, 10**6)  # v is sigma^2, m is normal
+    assert long.coherence == pytest.approx(1 / 19, rel=0.05)
+    assert long.size == pytest.approx(math.sqrt(2 / math.pi / 19), rel=0.05)
+    assert long.coherence_median == pytest.approx(0.4549 / 19, rel=0.1)
+    assert white_noise(0.0, 0.0, 50).coherence == pytest.approx(1.0)
+
+
+def _moments(signal: float, beta1: float, beta2: float, steps: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    """m_hat, the m_hat of seven steps before and v_hat of gradients with mean +-signal and deviation 1."""
+    random = np.random.Generator(np.random.Philox(key=5))
+    size = 20000
+    mean = signal * np.where(np.arange(size) % 2, 1.0, -1.0)
+    m, v, earlier = np.zeros(size), np.zeros(size), np.zeros(size)
+    for t in range(1, steps + 1):
+        grad = mean + random.standard_normal(size)
+        m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
+        if t == steps - 7:
+            earlier = m / (1 - beta1**t)
+    done = (m / (1 - beta1**steps), earlier, v / (1 - beta2**steps))
+    return tuple(torch.from_numpy(x) for x in done)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.3, 1.0, 3.0])
+def test_the_signal_to_noise_ratio_is_found(signal: float) -> None:
+    m, _, v = _moments(signal, 0.9, 0.99)
+    found = memory_metrics(m / v.sqrt(), white_noise(0.9, 0.99, 200))
+    assert float(found["snr"]) == pytest.approx(signal, rel=0.05, abs=0.06)
+    if signal >= 1.0:  # eq. 19, where noise no longer makes the size
+        predicted = signal / math.sqrt(1 + signal**2)
+        assert float(found["update_size_predicted"]) == pytest.approx(predicted, rel=0.03)
+        assert float(found["update_size"]) == pytest.approx(predicted, rel=0.05)
+    if signal == 0.0:
+        assert float(found["update_size"]) == pytest.approx(white_noise(0.9, 0.99, 200).size, rel=0.03)
+
+
+def test_white_gradients_obey_equations_17_and_18() -> None:
+    m, earlier, v = _moments(0.3, 0.9, 0.99)
+    found = averaging_metrics(m, earlier, v, 0.9, 7)
+    assert float(found["momentum_variance"]) == pytest.approx(1 / 19, rel=0.03)
+    assert float(found["momentum_variance_predicted"]) == pytest.approx(1 / 19, rel=0.03)
+    assert float(found["amplification"]) == pytest.approx(math.sqrt(19), rel=0.03)
+    assert float(found["amplification_predicted"]) == pytest.approx(math.sqrt(19))
+
+
+def test_spread_in_decades() -> None:
+    assert float(spread(torch.logspace(-6, -2, 1001, dtype=torch.float64))) == pytest.approx(3.2)
+
+
+def test_growth_along_a_line_and_of_a_walk() -> None:
+    line = torch.arange(5)[:, None] * normal(40)[None] + 1.0
+    grown = backbone_growth(gram_of(line))
+    assert grown is not None
+    assert (grown.predicted, grown.measured) == pytest.approx((1, 1))
+    assert backbone_growth(gram_of(torch.ones(3, 40, dtype=torch.float64))) is None
+
+
+def test_growth_is_equation_21() -> None:
+    weights = normal(9, 30, seed=3).cumsum(0)
+    gram = gram_of(weights)
+    found = backbone_growth(gram)
+    rows = (weights - weights[0])[1:].numpy()
+    direction = np.linalg.svd(rows)[2][0]
+    steps = np.diff(weights.numpy(), axis=0)
+    along = steps @ direction
+    across = ((steps - along[:, None] * direction) ** 2).sum(1).mean()
+    top = 8**2 * along.mean() ** 2
+    assert found is not None
+    assert found.predicted == pytest.approx(top / (top + 8 * across))
+    assert found.measured == pytest.approx((rows[-1] @ direction) ** 2 / (rows[-1] @ rows[-1]))
+    assert pca.drifts(9).shape == gram.shape
+
+
+def test_decay_rates_still_follow_the_kind_of_decay() -> None:
+    rates: dict[str, Any] = {"adamw": 0.05, "adam-l2": 0.0, "adam-decoupled": 0.05, "sgd-momentum": 0.5, "sgdw": 0.05}
+    for rule, rate in rates.items():
+        run = Run(RULES[rule])
+        assert decay_rate(run.optimizer, run.parameters[0]) == pytest.approx(rate)
