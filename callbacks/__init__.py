@@ -5,6 +5,7 @@ from callbacks.fisher import FisherProbe
 from callbacks.gradient_alignment import GradientAlignment
 from callbacks.schedule import Schedule, StepRange
 from callbacks.streaming_fisher import StreamingFisher
+from callbacks.switching import SwitchingProbe
 from callbacks.trajectory import TrajectoryRecorder
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "StepRange",
     "StopOnDivergence",
     "StreamingFisher",
+    "SwitchingProbe",
     "TrajectoryRecorder",
 ]

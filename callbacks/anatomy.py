@@ -270,10 +270,10 @@ class OptimizerAnatomy(Probe):
         constants = {
             "memory_beta1": moments.memory(beta1),
             "memory_beta2": moments.memory(beta2),
-            "coherence_null": null.coherence,
             "coherence_median_null": null.coherence_median,
-            "update_size_null": null.size,
         }
+        if null.has_means:
+            constants |= {"coherence_null": null.coherence, "update_size_null": null.size}
         self._known.setdefault(step, {}).update({self._key(name): value for name, value in constants.items()})
         u, m, root = (v.values[self._subset] for v in (ladder.normalised, ladder.momentum, ladder.denominator))
         found = moments.memory_metrics(u, null) | {"preconditioner_spread": moments.spread(root)}

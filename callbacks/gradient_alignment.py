@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.measuring import NamesItsLosses, gradient, measuring
+from callbacks.measuring import NamesItsLosses, measuring
 from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
@@ -128,8 +128,8 @@ class GradientAlignment(Probe):
         selection = self.recorder.selection
         with measuring(trainer, module):
             parts = part_gradients(module, batch, selection)
-        if trainer.world_size == 1:
-            return parts
+        if trainer.world_size == 1 or selection.shards is not None:
+            return parts  # gradients of shared weights are means over the ranks already
         reduce = trainer.strategy.reduce
         return {name: Vector(reduce(g.values, reduce_op="mean"), selection) for name, g in parts.items()}
 
@@ -185,7 +185,7 @@ def part_gradients(module: LightningModule, batch: Any, selection: ParameterSele
     parts: dict[str, Vector] = {}
     for name in tuple(losses):
         losses = losses or dict(module.named_losses(batch))
-        parts[name] = gradient(losses[name], module, selection)
+        parts[name] = selection.gradient_of(losses[name], module)
         losses = {}  # frees the graph before the next forward
     return parts
 

@@ -219,7 +219,7 @@ def streaming_metrics(
     large = rows[:, :2]
     metrics = _named(large, "streaming", selection, name)
     if rows.shape[1] == 4:
-        parts = fisher.split_moments(rows[:, 2:], large, *map(float, sizes))
+        parts = fisher.split_moments(rows[:, 2:], large, *sizes)
         kind = "streaming_per_sample"
         metrics |= _named(parts.per_sample, kind, selection, name)
         mean, noise = float(parts.mean[:, 0, -1].mean()), float(parts.noise[:, 0, -1].mean())

@@ -44,9 +44,9 @@ class SwitchingProbe(Probe):
     switches before it. All of these use the directions of the snapshots up to the peak, which know nothing of the
     switch. Where two switches become certain at once, the later one is logged.
 
-    At the end of a run, `switching/<group>/run_<quantity>` are means over all switches against the directions of the
-    whole run, and `switching.json` in the trainer's root folder holds every switch both ways (controls from the whole
-    run) and their pairwise cosines.
+    `switching.json` in the trainer's root folder holds the evaluations and events so far. At the end of a run,
+    `switching/<group>/run_<quantity>` are means over all switches against the directions of the whole run, and the
+    file holds every switch both ways (controls from the whole run) and their pairwise cosines as well.
 
     Args:
         metric: Any metric that the module logs at validation.
@@ -76,6 +76,7 @@ class SwitchingProbe(Probe):
         self._values: list[float] = []
         self._axes = Axes()
         self._recorder: TrajectoryRecorder | None = None
+        self._resumed = False
 
     @property
     @override
@@ -102,7 +103,12 @@ class SwitchingProbe(Probe):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._recorder = find_recorder(trainer, type(self).__name__)
-            self._steps, self._values, self._axes = [], [], Axes()
+            self._steps, self._values, self._axes, self._resumed = [], [], Axes(), False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed:
+            self._recover(_file(trainer), trainer.global_step)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,6 +121,8 @@ class SwitchingProbe(Probe):
             self._steps.append(step)
             self._values.append(value)
             log_now(trainer, self._news(), step)
+            if trainer.is_global_zero:
+                _write(_file(trainer), self._series())
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,7 +132,7 @@ class SwitchingProbe(Probe):
         if metrics:
             log_now(trainer, metrics, trainer.global_step)
         if trainer.is_global_zero:
-            _write(Path(trainer.default_root_dir) / SWITCHING_FILE, result)
+            _write(_file(trainer), result)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -134,6 +142,18 @@ class SwitchingProbe(Probe):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps, self._values = list(state_dict["steps"]), list(state_dict["values"])
+        self._resumed = True
+
+    def _recover(self, file: Path, step: int) -> None:
+        """Take up the evaluation of the checkpoint's own step.
+
+        Lightning saves a checkpoint before it evaluates at the same step, and does not evaluate again on resume.
+        """
+        known = _read_series(file, self.metric)
+        if known[: len(self._steps)] == list(zip(self._steps, self._values, strict=True)):
+            missing = [(at, value) for at, value in known[len(self._steps) :] if at <= step]
+            self._steps += [at for at, _ in missing]
+            self._values += [value for _, value in missing]
 
     # --------------------------------------------------------------------------------------------- measuring
 
@@ -211,17 +231,18 @@ class SwitchingProbe(Probe):
             past = self._report(stretch, stretches, past=True)
             entries.append(self._entry(switch, stretch, {"run": runs[-1], "past": past}))
         pairs = self._pairs(stretches)
-        result = {
+        return self._series() | {"switches": entries, "pairwise": pairs}, self._means(runs, pairs)
+
+    def _series(self) -> dict[str, Any]:
+        """The part of the file that is there from the first evaluation on."""
+        return {
             "metric": self.metric,
             "prominence": self.prominence,
             "reach": self.reach,
             "steps": self._steps,
             "values": self._values,
             "events": [asdict(event) | {"declared": self._steps[event.declared]} for event in self.events],
-            "switches": entries,
-            "pairwise": pairs,
         }
-        return result, self._means(runs, pairs)
 
     def _entry(self, switch: Switch, stretch: Interval, views: dict[str, Reports]) -> dict[str, Any]:
         steps = self._trajectory.steps
@@ -284,6 +305,19 @@ def _length(trajectory: Trajectory, stretch: Interval) -> int:
 def _mean(values: list[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return math.fsum(known) / len(known) if known else math.nan
+
+
+def _file(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / SWITCHING_FILE
+
+
+def _read_series(path: Path, metric: str) -> list[tuple[int, float]]:
+    """Read the evaluations in a file; none where there is no such file, or it is about another metric."""
+    try:
+        found = json.loads(path.read_text())
+        return list(zip(found["steps"], found["values"], strict=True)) if found["metric"] == metric else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

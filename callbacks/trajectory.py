@@ -97,7 +97,7 @@ class TrajectoryRecorder(Probe):
 
     @property
     def selection(self) -> ParameterSelection:
-        """The recorded weights and their order; known from `setup` on."""
+        """The recorded weights and their order; known from `on_fit_start` on."""
         return _need(self._rows).selection
 
     def backbone(self) -> tuple[Vector, Vector] | None:
@@ -129,15 +129,19 @@ class TrajectoryRecorder(Probe):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self.trajectory, self._rows, self._folder = None, None, None
+            self._directions, self._restored, self._survival = None, None, 1.0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in setup: a module may make, and a strategy share out, its weights after that.
         selection = ParameterSelection.of(pl_module, self.pattern)
         root = Path(self.dirpath or trainer.default_root_dir)
         self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection)
         self._file = root / TRAJECTORY_FILE
         self._rows = IncrementRows(selection, self.dtype, torch.device("cpu") if self.keep_on == "cpu" else None)
         self.trajectory = Trajectory.empty(selection)
-        self._directions, self._restored, self._survival = None, None, 1.0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,9 +206,9 @@ class TrajectoryRecorder(Probe):
             return
         rows.push(row)
         trajectory.append(step, products, self._survival)
+        if self.write_snapshots and _writes(trainer, rows.selection):
+            folder.write(step, row)
         if trainer.is_global_zero:
-            if self.write_snapshots:
-                folder.write(step, row)
             trajectory.save(_need(self._file))
         if len(trajectory) > 1:
             log_now(trainer, live_metrics(trajectory, self.name), step)
@@ -219,9 +223,14 @@ class TrajectoryRecorder(Probe):
         for step in trajectory.steps:
             row = folder.read(step)
             rows.push(Vector(row.values.to(device), row.selection))
-        if trainer.is_global_zero:
+        if _writes(trainer, rows.selection):
             folder.discard_after(trajectory.steps[-1])
         self.trajectory, self._survival = trajectory, state["survival"]
+
+
+def _writes(trainer: Trainer, selection: ParameterSelection) -> bool:
+    """Whether this rank's rows go to disk: one copy of each."""
+    return trainer.is_global_zero if selection.shards is None else selection.shards.first_replica
 
 
 def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:

@@ -355,6 +355,18 @@ def test_white_noise() -> None:
     assert long.size == pytest.approx(math.sqrt(2 / math.pi / 19), rel=0.05)
     assert long.coherence_median == pytest.approx(0.4549 / 19, rel=0.1)
     assert white_noise(0.0, 0.0, 50).coherence == pytest.approx(1.0)
+    forgetful = white_noise(0.9, 0.0, 500)  # m / |g|: a ratio of normals, Cauchy to a good part
+    assert not forgetful.has_means and long.has_means
+    assert set(memory_metrics(torch.ones(5), forgetful)) == {"coherence_median"}
+
+
+@pytest.mark.parametrize(("beta2", "steps"), [(0.95, 30), (0.9, 4), (0.5, 100)])
+def test_white_noise_is_that_of_the_recursion(beta2: float, steps: int) -> None:
+    m, _, v = _moments(0.0, 0.9, beta2, steps)
+    null, square = white_noise(0.9, beta2, steps), m.square() / v
+    assert null.coherence == pytest.approx(float(square.mean()), rel=0.06)
+    assert null.coherence_median == pytest.approx(float(square.median()), rel=0.06)
+    assert null.size == pytest.approx(float(square.sqrt().mean()), rel=0.06)
 
 
 def _moments(signal: float, beta1: float, beta2: float, steps: int = 200) -> tuple[Tensor, Tensor, Tensor]:

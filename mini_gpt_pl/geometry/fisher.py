@@ -390,7 +390,7 @@ class Moments(NamedTuple):
 
 
 def split_moments(
-    small: Float[Tensor, "*shape"], large: Float[Tensor, "*shape"], small_size: float, large_size: float
+    small: Float[Tensor, "*shape"], large: Float[Tensor, "*shape"], small_size: int | float, large_size: int | float
 ) -> Moments:
     """Solve E[x_b^2] = mean + noise / b at two batch sizes (McCandlish et al. 2018, appendix A).
 

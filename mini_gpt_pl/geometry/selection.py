@@ -2,21 +2,30 @@
 
 Every flat vector carries the fingerprint of its selection, and an inner product between vectors of different
 fingerprints raises. Two parts of a program can therefore never disagree silently about which coordinate is which.
+
+Where the ranks of a run share the weights (FSDP2, tensor parallelism), a flat vector holds what this rank owns, and
+inner products are added up over the ranks; names, shapes, dims and fingerprint stay those of the whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
 
 from mini_gpt_pl.errors import UserError
 
@@ -31,14 +40,94 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return a tensor's values on this rank: a plain tensor itself, a shard or a replica of a distributed one."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # A sum that the ranks have not added up yet (a gradient under tensor parallelism) is no value.
+    settled = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+    return tensor.detach().redistribute(placements=settled).to_local()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the ranks of a device mesh share some weights: every coordinate has one owner among them.
+
+    Weights that the same ranks hold in copies belong to the first of them. Mesh axes along which everything is a copy
+    (the replicas of HSDP) take no part: each replica adds up its own shards.
+
+    Args:
+        mesh: The ranks.
+        axes: Mesh axes that cut at least one weight.
+        shapes: Shape of what this rank owns of each weight, (0,) where it is another rank's copy.
+        owned: Whether this rank owns its part of each weight.
+    """
+
+    mesh: DeviceMesh
+    axes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    owned: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> Shards | None:
+        """Read off how weights are shared; None if every rank has all of them.
+
+        Raises:
+            UserError: They are spread over more than one device mesh.
+        """
+        meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
+        if len(meshes) > 1:
+            raise UserError("the selected weights lie on different device meshes: choose weights of one by the pattern")
+        cuts = [_cut_axes(p) for p in parameters]
+        axes = tuple(sorted(set().union(*cuts)))
+        if not axes:
+            return None
+        mesh = meshes.pop()
+        place = _coordinate(mesh)
+        owned = tuple(all(axis in cut or place[axis] == 0 for axis in axes) for cut in cuts)
+        parts = [tuple(local_part(p).shape) if own else (0,) for p, own in zip(parameters, owned, strict=True)]
+        return cls(mesh, axes, tuple(parts), owned)
+
+    @property
+    def count(self) -> int:
+        """Number of ranks that share the weights."""
+        return math.prod(self.mesh.size(axis) for axis in self.axes)
+
+    @property
+    def index(self) -> int:
+        """Position of this rank among them, from 0."""
+        place, index = _coordinate(self.mesh), 0
+        for axis in self.axes:
+            index = index * self.mesh.size(axis) + place[axis]
+        return index
+
+    @property
+    def first_replica(self) -> bool:
+        """Whether this rank is in the first of the groups that share the weights, that of global rank 0."""
+        others = (at for axis, at in enumerate(_coordinate(self.mesh)) if axis not in self.axes)
+        return not any(others) and bool((self.mesh.mesh == 0).any())
+
+    def take(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Empty those of this rank's parts that another rank owns."""
+        return [part if own else part.reshape(-1)[:0] for part, own in zip(parts, self.owned, strict=True)]
+
+    def total(self, partial: Tensor) -> Tensor:
+        """Add up over the ranks, with one reduction for each axis that cuts: FSDP and HSDP have one."""
+        summed = partial.to(self.mesh.device_type, copy=True)  # rows may be kept on the host, where NCCL cannot go
+        for axis in self.axes:
+            dist.all_reduce(summed, group=self.mesh.get_group(axis))
+        return summed.to(partial.device)
+
+
 @dataclass(frozen=True)
 class ParameterSelection:
     r"""Named weights in a fixed order, cut into named groups that are contiguous in the flat vector.
 
     Args:
         names: Parameter names, group by group.
-        shapes: Shape of each parameter.
+        shapes: Shape of each parameter, whole.
         owners: Group of each parameter, aligned with `names`.
+        shards: How the ranks share the parameters; None where every rank has all of them.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
@@ -50,6 +139,7 @@ class ParameterSelection:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     owners: tuple[str, ...]
+    shards: Shards | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module, pattern: str) -> ParameterSelection:
@@ -62,17 +152,18 @@ class ParameterSelection:
 
         Raises:
             UserError: The pattern is no regular expression, or it selects nothing, or two selected weights have
-                one name once wrapper prefixes are taken off.
+                one name once wrapper prefixes are taken off, or lie on different device meshes.
         """
         try:
             regex = re.compile(pattern)
         except re.error as error:
             raise UserError(f"the weight pattern {pattern!r} is no regular expression: {error}") from None
-        found: list[tuple[str, str, tuple[int, ...]]] = []
+        _reshard(module)
+        found: list[tuple[str, str, nn.Parameter]] = []
         for raw, parameter in module.named_parameters():
             name = plain_name(raw)
             if match := regex.search(name):
-                found.append((match.groupdict().get("group") or "all", name, tuple(parameter.shape)))
+                found.append((match.groupdict().get("group") or "all", name, parameter))
         if not found:
             examples = ", ".join(plain_name(name) for name, _ in list(module.named_parameters())[:4])
             raise UserError(
@@ -89,8 +180,9 @@ class ParameterSelection:
         found.sort(key=lambda item: order[item[0]])  # stable: module order inside a group
         return cls(
             names=tuple(name for _, name, _ in found),
-            shapes=tuple(shape for _, _, shape in found),
+            shapes=tuple(tuple(parameter.shape) for _, _, parameter in found),
             owners=tuple(group for group, _, _ in found),
+            shards=Shards.of([parameter for _, _, parameter in found]),
         )
 
     @cached_property
@@ -106,31 +198,42 @@ class ParameterSelection:
         """Group names in the order in which they lie in the flat vector."""
         return tuple(dict.fromkeys(self.owners))
 
+    @property
+    def local_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of what this rank's flat vectors hold of each parameter."""
+        return self.shapes if self.shards is None else self.shards.shapes
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Number of values of each parameter."""
-        return tuple(torch.Size(shape).numel() for shape in self.shapes)
-
-    @cached_property
-    def dims(self) -> tuple[int, ...]:
-        """Number of values of each group."""
-        totals = dict.fromkeys(self.groups, 0)
-        for owner, size in zip(self.owners, self.sizes, strict=True):
-            totals[owner] += size
-        return tuple(totals.values())
+        """Number of values of each parameter in this rank's flat vectors."""
+        return tuple(math.prod(shape) for shape in self.local_shapes)
 
     @property
-    def dim(self) -> int:
-        """Number of selected values, D."""
+    def local_dim(self) -> int:
+        """Length of this rank's flat vectors: D where every rank has all of the parameters."""
         return sum(self.sizes)
 
     @cached_property
+    def dims(self) -> tuple[int, ...]:
+        """Number of values of each group, over all ranks."""
+        return self._by_group([math.prod(shape) for shape in self.shapes])
+
+    @property
+    def dim(self) -> int:
+        """Number of selected values over all ranks, D."""
+        return sum(self.dims)
+
+    @cached_property
     def slices(self) -> tuple[slice, ...]:
-        """Where each group lies in the flat vector."""
-        edges = [0]
-        for dim in self.dims:
-            edges.append(edges[-1] + dim)
+        """Where each group lies in this rank's flat vectors."""
+        edges = itertools.accumulate(self._by_group(self.sizes), initial=0)
         return tuple(slice(lo, hi) for lo, hi in itertools.pairwise(edges))
+
+    def _by_group(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        totals = dict.fromkeys(self.groups, 0)
+        for owner, size in zip(self.owners, sizes, strict=True):
+            totals[owner] += size
+        return tuple(totals.values())
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
         """Return the selected parameters of a module, in this selection's order.
@@ -138,6 +241,7 @@ class ParameterSelection:
         Raises:
             UserError: A selected parameter is missing or has another shape.
         """
+        _reshard(module)
         available = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in available:
@@ -151,12 +255,19 @@ class ParameterSelection:
     def flatten(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Vector:
         """Copy one tensor per selected parameter into a new flat vector.
 
+        Args:
+            tensors: Whole, or sharded as the parameters are, or this rank's parts.
+            dtype: Of the vector.
+
         Raises:
-            ValueError: The tensors are not one per parameter, with the parameters' shapes and order.
+            ValueError: The tensors are not one per parameter, with the parameters' shapes (and sharding) and order.
         """
-        if tuple(tuple(t.shape) for t in tensors) != self.shapes:
+        parts = [local_part(tensor.detach()) for tensor in tensors]
+        if self.shards is not None:
+            parts = self.shards.take(parts)
+        if tuple(tuple(part.shape) for part in parts) != self.local_shapes:
             raise ValueError("the tensors' shapes are not those of the selected parameters, in order")
-        return Vector(torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors]), self)
+        return Vector(torch.cat([part.reshape(-1).to(dtype) for part in parts]), self)
 
     def weights(self, module: nn.Module) -> Vector:
         """Copy the selected weights of a module, in float32."""
@@ -167,11 +278,38 @@ class ParameterSelection:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters(module)]
         return self.flatten(grads)
 
+    def gradient_of(self, loss: Float[Tensor, ""], module: nn.Module) -> Vector:
+        """Gradient of a loss by the selected weights, as a new vector; every `.grad` stays as it is.
+
+        Under FSDP2 the mean over the ranks, as in training: all of them must call it.
+
+        Args:
+            loss: A scalar with a graph, which is used up.
+            module: Owner of the weights.
+        """
+        if any(isinstance(part, FSDPModule) for part in module.modules()):
+            # Its hooks gather the weights outside of the graph and hand gradients over to `.grad` only.
+            _reshard(module)
+            with _grads_aside(module):
+                loss.backward()  # type: ignore[no-untyped-call]
+                return self.gradients(module)
+        parameters = self.parameters(module)
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return self.flatten([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)])
+
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
-        """View a flat vector as one tensor per parameter name."""
-        self.require(vector.selection.fingerprint)
+        """View a flat vector as one tensor per parameter name, each what this rank holds of it."""
+        self.accept(vector.selection)
         parts = vector.values.split(self.sizes)
-        return {name: part.view(shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)}
+        shaped = zip(self.names, self.local_shapes, parts, strict=True)
+        return {name: part.view(shape) for name, shape, part in shaped}
+
+    def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Add up over the ranks what each has found on its own coordinates; all of them must call it.
+
+        Without shards the partial result is the total, and nothing is sent.
+        """
+        return partial if self.shards is None else self.shards.total(partial)
 
     def require(self, fingerprint: str) -> None:
         """Check that a fingerprint is this selection's.
@@ -182,9 +320,57 @@ class ParameterSelection:
         if fingerprint != self.fingerprint:
             raise FingerprintError(self.fingerprint, fingerprint)
 
+    def accept(self, other: ParameterSelection) -> None:
+        """Check that another selection's flat vectors hold the same coordinates in the same places.
+
+        Raises:
+            FingerprintError: They are of other parameters, or in another order.
+            ValueError: They are of the same parameters, but shared otherwise by the ranks.
+        """
+        self.require(other.fingerprint)
+        if self.local_shapes != other.local_shapes:
+            raise ValueError("one vector is whole and the other a shard, or they are shards of different sharding")
+
     def items(self) -> Iterator[tuple[str, slice]]:
-        """Iterate over group names and their slices of the flat vector."""
+        """Iterate over group names and their slices of this rank's flat vectors."""
         return zip(self.groups, self.slices, strict=True)
+
+
+def _cut_axes(parameter: Tensor) -> set[int]:
+    """Mesh axes along which ranks hold different parts of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return set()
+    sizes = parameter.device_mesh.shape
+    return {axis for axis, placed in enumerate(parameter.placements) if sizes[axis] > 1 and not placed.is_replicate()}
+
+
+def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
+    place = mesh.get_coordinate()
+    assert place is not None, "a rank that is not in the mesh has no weights on it"
+    return place
+
+
+def _reshard(module: nn.Module) -> None:
+    """Let FSDP2 register its shards: after a forward, its root leaves the gathered weights in their place.
+
+    A backward that is still to come gathers them again.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextmanager
+def _grads_aside(module: nn.Module) -> Iterator[None]:
+    """Put every `.grad` of a module away, and back afterwards."""
+    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
 
 
 class FingerprintError(UserError):
@@ -202,7 +388,7 @@ class Vector:
     """A flat vector in weight space that knows which coordinate is which.
 
     Args:
-        values: The coordinates.
+        values: The coordinates; where the ranks share the weights, those that this rank owns.
         selection: Owner of the coordinates' order.
     """
 
@@ -212,18 +398,21 @@ class Vector:
     def dots(self, other: Vector) -> Float[Tensor, " G"]:
         """Inner products group by group, accumulated in float64 on the vectors' device.
 
+        Where the ranks share the weights, over all coordinates: every rank must call it.
+
         Raises:
             FingerprintError: The vectors order their coordinates differently.
         """
-        self.selection.require(other.selection.fingerprint)
-        return torch.stack([_dot(self.values[part], other.values[part]) for part in self.selection.slices])
+        self.selection.accept(other.selection)
+        partial = torch.stack([_dot(self.values[part], other.values[part]) for part in self.selection.slices])
+        return self.selection.total(partial)
 
     def to(self, device: torch.device) -> Vector:
         """Move the coordinates."""
         return Vector(self.values.to(device), self.selection)
 
     def __sub__(self, other: Vector) -> Vector:
-        self.selection.require(other.selection.fingerprint)
+        self.selection.accept(other.selection)
         return Vector(self.values - other.values, self.selection)
 
 

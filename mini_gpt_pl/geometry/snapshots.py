@@ -1,4 +1,7 @@
-"""Snapshot files: one safetensors file per snapshot, holding theta_0 or an increment, tensor by tensor."""
+"""Snapshot files: one safetensors file per snapshot, holding theta_0 or an increment, tensor by tensor.
+
+Where several ranks share the weights, each has a folder of its own beside those of the others.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,22 @@ from mini_gpt_pl.geometry.trajectory import read_tensors, write_tensors
 
 _FORMAT = "mini_gpt_pl snapshot 1"
 _NAME = re.compile(r"step_(\d{9})\.safetensors")
+_SHARD = re.compile(r"shard_1_of_(\d+)")
 
 
 class SnapshotFolder:
     """A folder of snapshot files, written on one side thread so that training does not wait for the disk.
 
     Args:
-        path: The folder; made when the first snapshot is written.
+        path: The folder; made when the first snapshot is written. A rank that has a share of the weights only uses
+            `shard_<i>_of_<n>` in it.
         selection: Owner of the coordinates' order; a file of another selection is refused.
     """
 
     def __init__(self, path: Path, selection: ParameterSelection) -> None:
-        self.path = path
+        self.root = path
+        shards = selection.shards
+        self.path = path if shards is None else path / f"shard_{shards.index + 1}_of_{shards.count}"
         self.selection = selection
         self._writer: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
@@ -83,17 +90,33 @@ class SnapshotFolder:
         """Read the row of one snapshot.
 
         Raises:
-            UserError: The file is missing, corrupt, or of another model or selection.
+            UserError: The file is missing, corrupt, or of another model, selection or number of ranks.
         """
         path = self.file(step)
+        if not path.is_file():
+            self._require_ranks()
         tensors, meta = read_tensors(path, f"snapshot of step {step}")
         if meta.get("fingerprint") != self.selection.fingerprint or set(tensors) != set(self.selection.names):
             raise UserError(
                 f"the snapshot {path} belongs to another model or weight pattern: "
                 "give the snapshot folder of the run that this model comes from"
             )
+        shapes = [tuple(tensors[name].shape) for name in self.selection.names]
+        if shapes != list(self.selection.local_shapes):
+            raise UserError(f"the snapshot {path} was cut otherwise over the ranks: resume with the run's own sharding")
         dtypes = {tensor.dtype for tensor in tensors.values()}
         return self.selection.flatten([tensors[name] for name in self.selection.names], dtype=dtypes.pop())
+
+    def _require_ranks(self) -> None:
+        """Refuse a folder that another number of ranks has written."""
+        found = [_SHARD.fullmatch(entry.name) for entry in self.root.glob("shard_1_of_*")]
+        written = {int(match[1]) for match in found if match} | ({1} if any(self.root.glob("step_*")) else set())
+        ranks = 1 if self.selection.shards is None else self.selection.shards.count
+        if written and ranks not in written:
+            raise UserError(
+                f"the snapshots in {self.root} come from weights shared by {min(written)} rank(s), "
+                f"here {ranks} share(s) them: use as many ranks as the run did"
+            )
 
     def discard_after(self, step: int) -> None:
         """Delete snapshots later than a step: what a resumed run is about to measure again."""

@@ -205,7 +205,7 @@ class IncrementRows:
     fed back into the next increment and never adds up.
 
     Args:
-        selection: Owner of the coordinates' order.
+        selection: Owner of the coordinates' order; where the ranks share the weights, each keeps rows of its own.
         dtype: Of the increments; theta_0 always stays in float32.
         device: Where the rows are kept; None keeps them where the weights are.
     """
@@ -228,7 +228,7 @@ class IncrementRows:
 
     def increment(self, weights: Vector) -> Vector:
         """Return the next row for these weights: theta_0 itself at first, then the rounded increment."""
-        self.selection.require(weights.selection.fingerprint)
+        self.selection.accept(weights.selection)
         values = weights.values.to(self.device) if self.device is not None else weights.values
         if self._rebuilt is None:
             return Vector(values.clone(), self.selection)
@@ -236,16 +236,17 @@ class IncrementRows:
 
     def push(self, row: Vector) -> None:
         """Add a row made by `increment`, or read back from disk."""
-        self.selection.require(row.selection.fingerprint)
+        self.selection.accept(row.selection)
         self.rows.append(row.values)
         self._rebuilt = row.values.clone() if self._rebuilt is None else self._rebuilt + row.values
 
     def dots(self, new: Vector) -> Float[Tensor, "G n"]:
         """Inner products of a new row with every row and with itself, per group, in float64.
 
-        The result lies on the rows' device: moving it to the host is the snapshot's one synchronisation.
+        The result lies on the rows' device: moving it to the host is the snapshot's one synchronisation. Where the
+        ranks share the weights, it is over all coordinates: every rank must call it.
         """
-        self.selection.require(new.selection.fingerprint)
+        self.selection.accept(new.selection)
         rows = [*self.rows, new.values]
         parts = []
         for span in self.selection.slices:
@@ -254,7 +255,7 @@ class IncrementRows:
                 hi = min(lo + _CHUNK, span.stop)
                 total += torch.stack([row[lo:hi].double() for row in rows]) @ new.values[lo:hi].double()
             parts.append(total)
-        return torch.stack(parts)
+        return self.selection.total(torch.stack(parts))
 
     def combine(self, coefficients: Float[Tensor, "G n"]) -> Vector:
         """Turn directions given by coefficients, one set per group, into one flat float32 vector.
@@ -266,7 +267,7 @@ class IncrementRows:
         """
         if coefficients.shape[1] > len(self.rows):
             raise ValueError(f"{coefficients.shape[1]} coefficients for {len(self.rows)} rows")
-        out = torch.zeros(self.selection.dim, dtype=torch.float32, device=self.rows[0].device)
+        out = torch.zeros(self.selection.local_dim, dtype=torch.float32, device=self.rows[0].device)
         for span, weights in zip(self.selection.slices, coefficients.tolist(), strict=True):
             for weight, row in zip(weights, self.rows, strict=False):
                 out[span].add_(row[span].float(), alpha=weight)
