@@ -244,6 +244,8 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
     for group in (None, *trajectory.groups):
         label = name if group is None else group
         gram = trajectory.gram(group)
+        if float(pca.norms(gram, pca.drifts(len(gram))).max()) == 0:
+            continue  # frozen so far: nothing has a direction yet
         found = backbone_metrics(gram, trajectory.survival)
         metrics |= {f"backbone/{label}/{key}": value for key, value in found.items() if value == value}
         update = pca.latest_update_alignment(gram)
@@ -273,9 +275,16 @@ def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vecto
     """Materialise each group's own backbone, and the whole selection's, as flat vectors."""
     n = len(trajectory)
     path = pca.drifts(n)[1:]
-    own = [pca.pca(trajectory.gram(group), path).backbone for group in trajectory.groups]
-    whole = pca.pca(trajectory.gram(), path).backbone
+    own = [_backbone(trajectory.gram(group), path) for group in trajectory.groups]
+    whole = _backbone(trajectory.gram(), path)
     return rows.combine(torch.stack(own)), rows.combine(whole.expand(len(trajectory.groups), n))
+
+
+def _backbone(gram: pca.Gram, path: pca.Rows) -> pca.Direction:
+    """Coefficients of v_b; zero for weights that have not moved (frozen, or before the first step)."""
+    if float(pca.norms(gram, path).max()) == 0:
+        return torch.zeros(len(gram), dtype=torch.float64)
+    return pca.pca(gram, path).backbone
 
 
 def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from mini_gpt_pl.errors import UserError
+
 STEP = "step"
 
 
@@ -107,11 +109,16 @@ class MetricsCSV(Logger):
         """Take up the file of an earlier session, without the rows after `step`: those are about to be redone."""
         if not self.path.is_file():
             return
-        with self.path.open(newline="") as handle:
-            for row in csv.DictReader(handle):
-                values = {name: float(value) for name, value in row.items() if name != STEP and value != ""}
-                if int(row[STEP]) <= step:
-                    self._add(int(row[STEP]), values)  # not written: until something new is said, the file stands
+        try:
+            with self.path.open(newline="") as handle:
+                for row in csv.DictReader(handle):
+                    values = {name: float(value) for name, value in row.items() if name != STEP and value != ""}
+                    if int(row[STEP]) <= step:
+                        self._add(int(row[STEP]), values)  # not written: until something new is said, the file stands
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is no table of metrics ({error!r}): restore it, or move it away and resume without it"
+            ) from None
 
     @override
     @rank_zero_only

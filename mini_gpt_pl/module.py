@@ -221,7 +221,10 @@ class ProbedGPT(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # An iterable of groups is what every torch optimizer takes; the callable's type only knows parameters.
-        optimizer = self.make_optimizer(decay_groups(self))
+        try:
+            optimizer = self.make_optimizer(decay_groups(self))
+        except ValueError as error:
+            raise UserError(f"the optimizer refuses its settings: {error}; correct --model.optimizer") from None
         if self.peak_lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.peak_lr
@@ -386,9 +389,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for broken archives
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the checkpoint {path} cannot be read ({reason[:120]}): it is cut short or corrupt") from None
+    except Exception as error:  # torch raises a dozen types for broken archives, with pages of advice
+        raise UserError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is cut short, corrupt or no checkpoint"
+        ) from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} is no Lightning checkpoint: it holds no state_dict")
     return checkpoint

@@ -464,7 +464,7 @@ def test_the_drawn_labels_give_the_true_fisher() -> None:
         q, total = fisher.rayleigh(found.projections["v"]), fisher.trace(found)
         assert abs(q.value[column] - u @ dense[span, span] @ u) < 4 * q.error[column]
         assert abs(total.value[column] - dense[span, span].trace()) < 4 * total.error[column]
-        assert float(q.error[column] / q.value[column]) < 0.05
+        assert float(q.error[column] / q.value[column]) < 0.08
     assert torch.equal(score(3).values, score(3).values)
     assert not torch.equal(score(3).values, score(4).values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 
 from mini_gpt_pl.report import figures
+from mini_gpt_pl.report.calibration import QUANTITIES, groups_table, markdown, table
 from mini_gpt_pl.report.summary import lines, print_summary
 from mini_gpt_pl.runs import Run
 
@@ -189,30 +191,71 @@ def test_a_frozen_group_has_no_spectrum(run: Run) -> None:
 # ------------------------------------------------------------------------------------------- closing table
 
 
+def decaying_walk() -> np.ndarray:
+    """Drifts of the walk under decay, in coordinates of its own: theta_0 is the first, each innovation has another."""
+    lengths = np.linalg.norm(INCREMENTS, axis=1)
+    path = [np.r_[np.linalg.norm(WEIGHTS[0]), np.zeros(SNAPSHOTS - 1)]]
+    for k, length in enumerate(lengths, 1):
+        decay = (SURVIVAL[k] / SURVIVAL[k - 1] - 1) * path[-1]
+        fresh = np.zeros(SNAPSHOTS)
+        fresh[k] = np.sqrt(max(0.0, length**2 - decay @ decay))
+        path.append(path[-1] + decay + fresh)
+    return np.array(path)
+
+
+def past_alignment(drifts: np.ndarray) -> float:
+    steps = np.diff(np.vstack([np.zeros(drifts.shape[1]), drifts]), axis=0)
+    return float(np.mean([cosine(steps[k], backbone_of(drifts[:k])) for k in range(1, len(drifts))]))
+
+
 def test_the_table_holds_the_numbers_of_a_plain_decomposition(run: Run) -> None:
-    v = backbone_of(DRIFTS)
-    past = [cosine(INCREMENTS[k], backbone_of(DRIFTS[:k])) for k in range(1, SNAPSHOTS - 1)]
+    decayed = decaying_walk()
+    paths = (DRIFTS, WALK, (decayed - decayed[0])[1:])
 
     def k95(rows: np.ndarray) -> str:
         return str(int(np.argmax(np.cumsum(ratios_of(rows, unit=False)) >= 0.95)) + 1)
 
-    expected = [
-        ("validation loss", "2.250", ""),
-        ("p_in", "0.750", ""),
-        ("p_ood", "0.500", ""),
-        ("PC1 of the drift, raw", *(f"{100 * ratios_of(rows, unit=False)[0]:.1f} %" for rows in (DRIFTS, WALK))),
-        ("PC1 of the drift, unit", *(f"{100 * ratios_of(rows, unit=True)[0]:.1f} %" for rows in (DRIFTS, WALK))),
-        ("k95", k95(DRIFTS), k95(WALK)),
-        ("drift ||x(T)||", *(f"{np.linalg.norm(rows[-1]):.2f}" for rows in (DRIFTS, WALK))),
-        ("update alignment", f"{np.mean(past):+.3f}", "0"),
-        ("cos(v_b, theta_0)", f"{cosine(v, WEIGHTS[0]):+.3f}", "0"),
-        ("initial weights left", f"{100 * SURVIVAL[-1]:.0f} %", ""),
-    ]
-    found = lines(run)
-    assert len(found) == len(expected)
-    for shown, (quantity, value, null) in zip(found, expected, strict=True):
-        assert shown.quantity.startswith(quantity)
-        assert (shown.value, shown.null) == (value, null)
+    def free(rows: np.ndarray) -> float:
+        steps = np.diff(np.vstack([np.zeros(rows.shape[1]), rows]), axis=0)
+        return float(np.linalg.norm(rows[-1]) / np.linalg.norm(steps))
+
+    expected = {
+        "PC1 of the drift, raw": [f"{ratios_of(rows, unit=False)[0]:.1%}" for rows in paths],
+        "PC1, unit rows": [f"{ratios_of(rows, unit=True)[0]:.1%}" for rows in paths],
+        "k95, raw": [k95(rows) for rows in paths],
+        "drift ||x(T)||": [f"{np.linalg.norm(rows[-1]):.1f}" for rows in paths],
+        "update alignment, past-only v_b, mean cos": [
+            f"{past_alignment(DRIFTS):+.3f}",
+            "+0.000",
+            f"{past_alignment(paths[2]):+.3f}",
+        ],
+        "cos(v_b, theta_0)": [
+            f"{cosine(backbone_of(DRIFTS), WEIGHTS[0]):+.3f}",
+            "+0.000",
+            f"{cosine(backbone_of(paths[2]), decayed[0]):+.3f}",
+        ],
+        "persistence, ||x(T)|| over the walk's": [f"{free(rows):.3f}" for rows in paths],
+    }
+    found = {shown.quantity: shown for shown in lines(run)}
+    for quantity, values in expected.items():
+        shown = found[quantity]
+        assert [shown.value, shown.walk.replace("-0.000", "+0.000"), shown.decay] == values, quantity
+    excess = 100 * (ratios_of(paths[0], unit=False)[0] - ratios_of(paths[2], unit=False)[0])
+    assert found["PC1 of the drift, raw"].excess == f"{excess:+.1f} pt"
+    assert found["validation loss (nats per token)"].value == "2.250"
+    assert found["p_in, exact match at short gaps"].value == "0.750"
+    assert found["p_ood, exact match at long gaps"].value == "0.500"
+    assert found["initial weights that weight decay left"].value == f"{SURVIVAL[-1]:.0%}"
+
+
+def test_calibration_tables_are_markdown_with_one_row_a_quantity_and_a_group(run: Run) -> None:
+    whole = table(run, bootstrap=20)
+    assert whole["quantity"].iloc[0] == QUANTITIES["pc1"][0]
+    assert whole["95 %"].iloc[0].count("pt") == 2
+    assert list(groups_table(run)["group"]) == list(SMALL.groups)
+    text = markdown(whole).splitlines()
+    assert len(text) == len(whole) + 2
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in text} == {len(whole.columns) + 1}
 
 
 def test_what_was_never_measured_is_a_dash(run: Run) -> None:

@@ -262,8 +262,9 @@ def gradient_of_rows(matrix: Float[Tensor, "M D"], selection: ParameterSelection
 
 
 def mean_of(values: Float[Tensor, "M G1"]) -> Estimated:
-    """Mean over gradients, with sd / sqrt(M)."""
-    return Estimated(values.mean(0), values.std(0) / math.sqrt(len(values)))
+    """Mean over gradients, with sd / sqrt(M); one gradient has no error, NaN."""
+    error = values.std(0) if len(values) > 1 else torch.full_like(values[0], float("nan"))
+    return Estimated(values.mean(0), error / math.sqrt(len(values)))
 
 
 def rayleigh(projections: Float[Tensor, "M G1"]) -> Estimated:

@@ -46,7 +46,7 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor
     # A sum that the ranks have not added up yet (a gradient under tensor parallelism) is no value.
     settled = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
-    return tensor.detach().redistribute(placements=settled).to_local()
+    return tensor.redistribute(placements=settled).to_local().detach()
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class ParameterSelection:
         Raises:
             ValueError: The tensors are not one per parameter, with the parameters' shapes (and sharding) and order.
         """
-        parts = [local_part(tensor.detach()) for tensor in tensors]
+        parts = [local_part(tensor).detach() for tensor in tensors]
         if self.shards is not None:
             parts = self.shards.take(parts)
         if tuple(tuple(part.shape) for part in parts) != self.local_shapes:
@@ -291,7 +291,7 @@ class ParameterSelection:
             # Its hooks gather the weights outside of the graph and hand gradients over to `.grad` only.
             _reshard(module)
             with _grads_aside(module):
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 return self.gradients(module)
         parameters = self.parameters(module)
         parts = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -51,7 +51,10 @@ def calibrate_run(run: Run, group: str | None = None, bootstrap: int = 200) -> d
     trajectory = run.trajectory
     if len(trajectory) < 3:
         raise UserError(f"the run {run.path} has {len(trajectory)} snapshots: nulls need at least three")
-    return nulls.calibrate(trajectory.gram(group), trajectory.survival, curves=True, bootstrap=bootstrap)
+    try:
+        return nulls.calibrate(trajectory.gram(group), trajectory.survival, curves=True, bootstrap=bootstrap)
+    except ValueError as error:
+        raise UserError(f"the weights of {group or 'the run'} in {run.path} never moved ({error})") from None
 
 
 def table(run: Run, group: str | None = None, bootstrap: int = 200) -> pd.DataFrame:
@@ -65,8 +68,8 @@ def table(run: Run, group: str | None = None, bootstrap: int = 200) -> pd.DataFr
                 "measured": form.format(found.value),
                 "walk": form.format(found.walk),
                 "decaying walk": form.format(found.decay),
-                "excess": _points(found.excess, form),
-                "95 %": "" if found.low != found.low else f"{_points(found.low, form)} to {_points(found.high, form)}",
+                "excess": points(found.excess, form),
+                "95 %": "" if found.low != found.low else f"{points(found.low, form)} to {points(found.high, form)}",
             }
         )
     return pd.DataFrame(rows)
@@ -76,14 +79,17 @@ def groups_table(run: Run) -> pd.DataFrame:
     """One row per group: PC1 raw and with unit rows, and their excess over the decaying walk."""
     rows = []
     for group in run.trajectory.groups:
-        found = calibrate_run(run, group, bootstrap=0)
+        try:
+            found = calibrate_run(run, group, bootstrap=0)
+        except UserError:
+            continue  # a frozen group has no path
         rows.append(
             {
                 "group": group,
                 "PC1 raw": f"{found['pc1'].value:.1%}",
-                "excess": _points(found["pc1"].excess, "{:.1%}"),
+                "excess": points(found["pc1"].excess, "{:.1%}"),
                 "PC1 unit rows": f"{found['pc1_unit'].value:.1%}",
-                "excess ": _points(found["pc1_unit"].excess, "{:.1%}"),
+                "excess ": points(found["pc1_unit"].excess, "{:.1%}"),
                 "cos(v_b, theta_0)": f"{found['cos_theta0'].value:+.3f}",
                 "null": f"{found['cos_theta0'].decay:+.3f}",
                 "update alignment, past": f"{found['update_alignment_past'].value:+.3f}",
@@ -99,11 +105,13 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _points(excess: float, form: str) -> str:
-    """Shares differ by points, not by per cent."""
+def points(excess: float, form: str) -> str:
+    """Write a difference: shares differ by points, not by per cent; counts are whole."""
     if excess != excess:
         return "-"
-    return f"{100 * excess:+.1f} pt" if "%" in form else f"{excess:+.3f}"
+    if "%" in form:
+        return f"{100 * excess:+.1f} pt"
+    return f"{excess:+.0f}" if form == "{:.0f}" else f"{excess:+.3f}"
 
 
 def main() -> None:
