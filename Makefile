@@ -18,7 +18,7 @@ quickstart: install
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Lightning callbacks that watch the geometry of training: Lightning on the outside, geometry on the inside."""
 
+from callbacks.anatomy import OptimizerAnatomy
 from callbacks.divergence import StopOnDivergence
 from callbacks.fisher import FisherProbe
 from callbacks.gradient_alignment import GradientAlignment
@@ -11,6 +12,7 @@ from callbacks.trajectory import TrajectoryRecorder
 __all__ = [
     "FisherProbe",
     "GradientAlignment",
+    "OptimizerAnatomy",
     "Schedule",
     "StepRange",
     "StopOnDivergence",

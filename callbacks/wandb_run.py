@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
 _AXIS = "trainer/global_step"
-_FAMILIES = ("train", "val", "probe", "backbone", "alignment", "reheat", "fisher")
+_FAMILIES = ("train", "val", "probe", "backbone", "alignment", "reheat", "fisher", "anatomy", "switching")
 _SUMMARIES = {"val/loss": "min", "probe/p_in": "max", "probe/p_ood": "max"}
 
 

@@ -391,7 +391,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for broken archives, with pages of advice
         raise UserError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is cut short, corrupt or no checkpoint"
+            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is cut short or corrupt, or no checkpoint"
         ) from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} is no Lightning checkpoint: it holds no state_dict")

@@ -191,7 +191,7 @@ def test_blocks_change_the_price_only(block: int, calls: int) -> None:
 def test_a_survey_on_the_host_is_the_same() -> None:
     axes = {"v": _axis(OWN, WHOLE), "w": _axis(WHOLE, OWN)}
     for options in ({}, {"block": 2}, {"random": fisher.RandomDirections(axes["v"], 3)}):
-        found = _survey(G, axes, **options)  # type: ignore[arg-type]
+        found = _survey(G, axes, **options)
         moved = found.cpu()
         for field in dataclasses.fields(found):
             assert same(getattr(found, field.name), getattr(moved, field.name)), field.name
@@ -251,11 +251,11 @@ def test_random_directions_are_unit_vectors_across_the_axis() -> None:
 
 def test_sampled_anisotropy_goes_to_the_exact_one() -> None:
     axis = _axis(OWN, WHOLE)
-    found = _survey(G, {"v": axis}, random=fisher.RandomDirections(axis, 4000))
+    found = _survey(G, {"v": axis}, random=fisher.RandomDirections(axis, 600))
     exact = fisher.anisotropy(found.projections["v"].square(), found.squares, DIMS).value
     assert found.random is not None
     sampled = fisher.sampled_anisotropy(found.projections["v"], found.random)
-    torch.testing.assert_close(sampled, exact, rtol=0.06, atol=0)
+    torch.testing.assert_close(sampled, exact, rtol=0.15, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------ directions
@@ -295,8 +295,8 @@ def test_a_path_that_has_not_moved_has_no_direction() -> None:
 )  # fmt: skip
 def test_two_batch_sizes_give_both_parts(mean: float, noise: float, small: float, factor: float) -> None:
     large = small * factor
-    moments = [torch.tensor(mean + noise / size, dtype=torch.float64) for size in (small, large)]
-    parts = fisher.split_moments(*moments, small, large)
+    first, second = torch.tensor([mean + noise / size for size in (small, large)], dtype=torch.float64)
+    parts = fisher.split_moments(first, second, small, large)
     assert float(parts.mean) == pytest.approx(mean, abs=1e-9)
     assert float(parts.noise) == pytest.approx(noise, abs=1e-7)
     assert float(parts.per_sample) == pytest.approx(mean + noise, abs=1e-7)
@@ -437,7 +437,7 @@ def _small_gpt() -> tuple[LightningModule, Batch, ParameterSelection]:
 
 
 def test_the_drawn_labels_give_the_true_fisher() -> None:
-    """Thousands of draws against J' (diag p - p p') J averaged over the five positions that are asked for."""
+    """Hundreds of draws against J' (diag p - p p') J averaged over the five positions that are asked for."""
     module, batch, selection = _small_gpt()
     parameters = selection.parameters(module)
     logits = module(batch.tokens)
@@ -449,7 +449,7 @@ def test_the_drawn_labels_give_the_true_fisher() -> None:
         jacobian = torch.stack([torch.cat([g.flatten() for g in part]) for part in parts])
         p = row.detach().softmax(-1)
         dense += jacobian.T @ (p.diag() - p[:, None] * p) @ jacobian / 5
-    v, draws = normal(selection.dim, seed=30), 1500
+    v, draws = normal(selection.dim, seed=30), 700
 
     def score(index: int) -> Vector:
         generator = torch.Generator().manual_seed(index)
@@ -464,7 +464,7 @@ def test_the_drawn_labels_give_the_true_fisher() -> None:
         q, total = fisher.rayleigh(found.projections["v"]), fisher.trace(found)
         assert abs(q.value[column] - u @ dense[span, span] @ u) < 4 * q.error[column]
         assert abs(total.value[column] - dense[span, span].trace()) < 4 * total.error[column]
-        assert float(q.error[column] / q.value[column]) < 0.08
+        assert float(q.error[column] / q.value[column]) < 0.12
     assert torch.equal(score(3).values, score(3).values)
     assert not torch.equal(score(3).values, score(4).values)
 
@@ -810,33 +810,39 @@ def test_a_foreign_model_does_not_notice(tmp_path: Path) -> None:
     assert same(*ends)
 
 
-@pytest.mark.parametrize(("accumulate", "stop"), [(1, 3), (1, 6), (2, 1), (2, 4), (2, 5)])
+def _measured(folder: Path, accumulate: int, stop: int = 0, resume: bool = False) -> tuple[Any, str]:
+    """Metrics and batch hash of eight steps, or of the part before or after a checkpoint at step `stop`."""
+    path = folder / f"checkpoints/{stop:06d}.ckpt" if resume else None
+    table = MetricsCSV(folder / "metrics.csv")
+    if resume:
+        table.resume(stop)
+    until = stop + 1 if stop and not resume else 8  # one step too far: nothing is said for the end of training
+    probe = _probe(kinds=["batch_mean", "monte_carlo"])
+    trainer = quiet_trainer(
+        folder,
+        [probe, StreamingFisher(Schedule(every=1)), recorder(2), checkpoints(folder)],
+        logger=table,
+        max_steps=until,
+        accumulate_grad_batches=accumulate,
+        log_every_n_steps=3,
+    )
+    trainer.fit(tiny_gpt(seed=2 if resume else 1), datamodule=tiny_stories(), ckpt_path=path)
+    return metrics(folder), probe.sha256
+
+
+@cache
+def _unbroken(accumulate: int) -> tuple[Any, str]:
+    return _measured(Path(cache_dir()) / f"unbroken-fisher-{accumulate}", accumulate)
+
+
+@pytest.mark.parametrize(("accumulate", "stop"), [(1, 3), (1, 6), (2, 1), (2, 5)])
 def test_a_resumed_run_measures_the_same(tmp_path: Path, accumulate: int, stop: int) -> None:
     """Stopped while batches are being collected, on a measurement, and inside a window of the streaming one."""
-    tables = []
-    for steps in ((8,), (stop, 8)):
-        folder = tmp_path / str(len(steps))
-        for part, until in enumerate(steps):
-            path = folder / f"checkpoints/{stop:06d}.ckpt" if part else None
-            table = MetricsCSV(folder / "metrics.csv")
-            if path:
-                table.resume(stop)
-            trainer = quiet_trainer(
-                folder,
-                [*_everything(), checkpoints(folder)],
-                logger=table,
-                # One step too far, so that nothing is said for the end of training.
-                max_steps=until + (1 if until == stop else 0),
-                accumulate_grad_batches=accumulate,
-                log_every_n_steps=3,
-            )
-            trainer.fit(tiny_gpt(seed=1 + part), datamodule=tiny_stories(), ckpt_path=path)
-            probe = next(c for c in trainer.callbacks if isinstance(c, FisherProbe))  # type: ignore[attr-defined]
-        tables.append((metrics(folder), probe.sha256))
-    whole, resumed = tables
-    assert resumed == whole
-    assert any("streaming" in key for row in whole[0].values() for key in row)
-    assert "fisher/trunk/per_sample/q_backbone" in whole[0][8 if accumulate == 1 else 4]
+    _measured(tmp_path, accumulate, stop)
+    rows, sha256 = _measured(tmp_path, accumulate, stop, resume=True)
+    assert (rows, sha256) == _unbroken(accumulate)
+    assert any("streaming" in key for row in rows.values() for key in row)
+    assert "fisher/trunk/monte_carlo/q_backbone" in rows[8 if accumulate == 1 else 4]
 
 
 # --------------------------------------------------------------------------------------------------------- errors

@@ -235,7 +235,9 @@ def test_of_plain_sgd_clipping_took_what_the_gradients_lost() -> None:
     assert close(parts["decay"].values, -sum(r * 0.5 * w for r, w in zip(rates, run.path, strict=False)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adam-l2", "sgd-dampening", "sgdw-nesterov"])
+@pytest.mark.parametrize(
+    "rule", ["adamw", "adamw-maximize", "adam-l2", "sgd-dampening", "sgd-maximize-foreach", "sgdw-nesterov"]
+)
 def test_without_clipping_there_is_no_clipping_part(rule: str) -> None:
     run = Run(RULES[rule])
     global LIMIT
@@ -316,6 +318,15 @@ def test_the_counterfactual_of_another_beta2_is_the_recursion_with_it() -> None:
         assert close(found[0.0][0].values, forgetful)
         assert close(found[0.6][0].values, other)
         assert close(found[0.6][1].values, 0.1 / t * other - 0.1 / t * 0.5 * run.path[-2])
+
+
+def test_a_late_counterfactual_begins_with_the_second_moment_there_is() -> None:
+    run = Run(RULES["adamw"])
+    for _ in range(3):
+        before = run.advance()
+    ladder, others = run.ladder(before), OtherSecondMoments(run.optimizer, run.parameters, [0.5])
+    assert ladder.normalised is not None
+    assert close(others.steps(before, ladder)[0.5][0].values, ladder.normalised.values)
 
 
 # ------------------------------------------------------------------------------------------------ inner products

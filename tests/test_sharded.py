@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import normal, one_line_error
-from helpers import adamw, checkpoints, metrics, probes, quiet_trainer, same, tiny_gpt, tiny_stories
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from typing_extensions import override
 
-from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.alignment import cosines
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector, local_part
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
-from mini_gpt_pl.module import ProbedGPT
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
@@ -47,7 +45,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], list[tuple[Placement, ...] | None]]] =
     "hsdp": ((2, 2), [(R, S0), (R, S0), (R, S0), (R, S0), (R, R)]),
     "two_axes": ((2, 2), [(S0, S1), (S0, R), (R, S1), (S1, S0), (R, R)]),
     "copies": ((2, 2), [(R, R)] * 5),
-    "one_rank_axis": ((4, 1), [(S0, S0), (S0, R), (S0, S0), (S0, S1), (R, S0)]),
+    "one_rank_axis": ((4, 1), [(S0, S0), (S0, R), (S0, S0), (S0, S1), (R, R)]),
 }
 
 
@@ -56,13 +54,13 @@ class Weights(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({group: nn.ParameterDict() for group in "ab"})
+        self.parts = nn.ModuleDict({group: nn.Module() for group in "ab"})
         for k, (name, shape) in enumerate(SHAPES.items()):
             self._put(name, normal(*shape, seed=100 * seed + k).float())
 
     def _put(self, name: str, values: Tensor) -> None:
         group, leaf = name.split(".")
-        self.parts[group][leaf] = nn.Parameter(values)  # type: ignore[index]
+        setattr(self.parts[group], leaf, nn.Parameter(values))
 
     def spread(self, layout: str) -> Weights:
         """Lay the weights out over the ranks."""
@@ -181,7 +179,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = (3, 6, 5, 1)
-        self.layers = nn.ModuleList(nn.Linear(m, n, dtype=torch.float64) for m, n in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(
+            nn.Linear(m, n, dtype=torch.float64) for m, n in zip(sizes, sizes[1:], strict=False)
+        )
         with torch.no_grad():
             for k, parameter in enumerate(self.parameters()):
                 parameter.copy_(normal(*parameter.shape, seed=k))
@@ -240,11 +240,33 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+def run_script(script: str, folder: Path) -> None:
+    """Run a script in a process of its own."""
+    file = folder / "script.py"
+    file.write_text(script)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(file), str(folder)], env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+# Forked from a process that has used nothing yet: four imports would take longer than everything else.
+FORK = """
+import sys
+from torch.multiprocessing import start_processes
+from test_sharded import RANKS, work
+
+start_processes(work, (sys.argv[1],), nprocs=RANKS, start_method="fork")
+"""
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four ranks has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    run_script(FORK, folder)
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -320,11 +342,10 @@ def test_sums_to_come_are_taken(ranks: list[dict[str, Any]]) -> None:
 STEPS, RESUMED = 7, 4
 
 
-class Sharded(ProbedGPT):
+class Sharded:
     """The usual way to share a model out: block by block, then the rest."""
 
-    @override
-    def configure_model(self) -> None:
+    def configure_model(self: Any) -> None:
         if not hasattr(self.gpt, "reshard"):
             self.gpt.double()
             mesh = self.device_mesh["data_parallel"]
@@ -332,27 +353,31 @@ class Sharded(ProbedGPT):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.gpt, mesh=mesh)
 
+    def configure_gradient_clipping(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().configure_gradient_clipping(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(self._grad_norm, DTensor):
+            self._grad_norm = self._grad_norm.full_tensor()
+
 
 def train(
-    folder: Path, module: ProbedGPT, batch_size: int, watched: bool = True, resume: Path | None = None, **settings: Any
+    folder: Path, mixin: type, batch_size: int, watched: bool = True, resume: bool = False, **settings: Any
 ) -> None:
-    """Micro-batches of `batch_size` stories a rank, two of them a step."""
-    callbacks = [*(probes(every=2) if watched else []), checkpoints(folder)]
+    """Two micro-batches of `batch_size` stories a step on each rank, in float64."""
+    from helpers import checkpoints, probes, quiet_trainer, tiny_gpt, tiny_stories
+
+    callbacks = [*(probes(every=2) if watched else []), checkpoints(folder, every=RESUMED)]
     settings |= {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     settings |= {"num_sanity_val_steps": 1, "accumulate_grad_batches": 2}
     trainer = quiet_trainer(folder, callbacks, max_steps=STEPS, **settings)
-    if resume is not None:
+    if resume:
         trainer.logger.resume(RESUMED)  # type: ignore[union-attr]
-    trainer.fit(module, datamodule=tiny_stories(batch_size=batch_size, eval_examples=8), ckpt_path=resume)
+    module = tiny_gpt(seed=2 if resume else 1)
+    module.__class__ = type("Module", (mixin, type(module)), {})
+    checkpoint = folder / "checkpoints" / f"{RESUMED:06d}.ckpt" if resume else None
+    trainer.fit(module, datamodule=tiny_stories(batch_size=batch_size, eval_examples=8), ckpt_path=checkpoint)
     last = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in module.named_parameters()}
     if trainer.is_global_zero:
-        torch.save({name: p.detach() for name, p in last.items()}, folder / "last.pt")
-
-
-def sharded(seed: int = 1) -> ProbedGPT:
-    plain = tiny_gpt(seed=seed)
-    plain.__class__ = Sharded
-    return plain
+        torch.save({name: p.detach() for name, p in last.items()}, folder / f"last_{resume}.pt")
 
 
 # Lightning starts this file again for the second rank.
@@ -362,14 +387,78 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_sharded import RESUMED, sharded, train
+from test_sharded import Sharded, train
 
 root = Path(sys.argv[1])
 
 def two():
     return {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "devices": 2}
 
-train(root / "watched", sharded(), 2, **two())
-train(root / "unwatched", sharded(), 2, watched=False, **two())
-train(root / "watched", sharded(2), 2, resume=root / "watched" / "checkpoints" / f"{RESUMED:06d}.ckpt", **two())
+train(root / "watched", Sharded, 2, **two())
+train(root / "unwatched", Sharded, 2, watched=False, **two())
+train(root / "watched", Sharded, 2, resume=True, **two())
 """
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks that share the weights: watched and resumed, and unwatched."""
+    folder = tmp_path_factory.mktemp("shared")
+    run_script(SCRIPT, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank with all of the weights, and twice the batch."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder, object, 4, precision="64-true")
+    return folder
+
+
+def last(folder: Path, resumed: bool = False) -> dict[str, Tensor]:
+    """Weights after the last step, whole."""
+    found: dict[str, Tensor] = torch.load(folder / f"last_{resumed}.pt", weights_only=True)
+    return found
+
+
+def test_a_shared_run_is_one_with_the_double_batch(shared: Path, alone: Path) -> None:
+    """After a resume, which has taken up its rows from the shards' own files."""
+    for name, value in last(alone).items():
+        torch.testing.assert_close(last(shared / "watched")[name], value, rtol=0, atol=1e-10)
+    there, here = (Trajectory.load(f / "trajectory.safetensors") for f in (shared / "watched", alone))
+    assert here.steps == there.steps == [0, 2, 4, 6, 7]
+    assert (here.fingerprint, here.dims) == (there.fingerprint, there.dims)
+    assert here.survival == pytest.approx(there.survival, rel=1e-12) and here.survival[-1] < 1
+    torch.testing.assert_close(there.grams, here.grams, rtol=1e-6, atol=1e-9)
+
+
+def test_shared_and_whole_runs_log_the_same_numbers(shared: Path, alone: Path) -> None:
+    from helpers import metrics
+
+    ours, theirs = metrics(shared / "watched"), metrics(alone)
+    assert {step: row.keys() for step, row in ours.items()} == {step: row.keys() for step, row in theirs.items()}
+    wanted = {"update", "gradient", "gradient_z", "bias_sum", "lm", "probe", "lm_vs_probe"}
+    assert {f"alignment/{group}/{name}" for group in ("trunk", "blocks.1") for name in wanted} <= ours[STEPS].keys()
+    for step, row in theirs.items():
+        for name, value in row.items():
+            cosine = name.startswith("alignment") and not name.endswith(("_z", "bias", "bias_sum"))
+            near = {"abs": 1e-6} if cosine else {"rel": 1e-5, "abs": 1e-6}
+            assert ours[step][name] == pytest.approx(value, **near), (step, name)
+
+
+def test_probes_leave_no_trace_in_a_shared_run(shared: Path) -> None:
+    assert last(shared / "watched").keys() == last(shared / "unwatched").keys()
+    for name, value in last(shared / "unwatched").items():
+        assert torch.equal(last(shared / "watched")[name], value), name
+        assert torch.equal(last(shared / "watched", resumed=True)[name], value), name
+
+
+def test_every_rank_keeps_its_own_snapshots(shared: Path, alone: Path) -> None:
+    folder = shared / "watched" / "snapshots"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["shard_1_of_2", "shard_2_of_2"]
+    for step in (0, 7):
+        name = f"step_{step:09d}.safetensors"
+        parts = [load_file(folder / f"shard_{rank}_of_2" / name) for rank in (1, 2)]
+        for weight, whole in load_file(alone / "snapshots" / name).items():
+            torch.testing.assert_close(torch.cat([part[weight] for part in parts]), whole, rtol=1e-5, atol=1e-8)

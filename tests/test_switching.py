@@ -81,6 +81,7 @@ def test_a_shallow_trough_may_be_recognised_late_with_a_long_reach() -> None:
     values = [0.5, 0.6, 0.50, 0.51, 0.40, 0.45, 0.46, 0.60]
     at = switching.events(steps_of(values)[:7], values[:7], 0.05, 5)
     assert [e.index for e in at if e.kind == "trough"] == [4]
+    assert [s.declared < 7 for s in switching.switches(at, 5)] == [False]  # peak and deeper trough are not yet a pair
     whole = switching.events(steps_of(values), values, 0.05, 5)
     assert [e.index for e in whole if e.kind == "trough"] == [2, 4]
     (pair,) = switching.switches(whole, 5)
@@ -273,7 +274,10 @@ def test_axes_of_the_past_do_not_change_as_the_run_goes_on() -> None:
 # ---------------------------------------------------------------------------------------------------- controls
 
 
-@given(st.floats(-1, 1), st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5, math.nan]), max_size=9))
+@given(
+    st.sampled_from([-0.7, 0.0, 0.25, 0.5, 0.6]),
+    st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5, math.nan]), max_size=9),
+)
 def test_percentile_counts(value: float, controls: list[float]) -> None:
     known = np.array([c for c in controls if not math.isnan(c)])
     found = switching.percentile(value, controls)
@@ -601,6 +605,11 @@ def test_values_that_are_not_finite_are_passed_over(tmp_path: Path) -> None:
     fit(tmp_path, watcher := probe(), net=Net(scores), max_steps=12)
     assert [event.step for event in watcher.events] == [8, 10]
     assert json.loads((tmp_path / SWITCHING_FILE).read_text())["steps"] == [2, 4, 8, 10, 12]
+
+
+def test_two_evaluations_at_one_step_count_once(tmp_path: Path) -> None:
+    fit(tmp_path, watcher := probe(), val_check_interval=1, max_steps=3)  # after every micro-batch
+    assert watcher.state_dict()["steps"] == [0, 1, 2, 3]
 
 
 def test_sanity_checks_and_validate_are_no_evaluations(tmp_path: Path) -> None:
