@@ -181,7 +181,7 @@ class ProbedCLI(LightningCLI):
         _finish_wandb()  # before the table, which is to be the last thing on the screen
         run = Run(Path(self.config[self.subcommand].run_dir))
         figures = draw_all(run)
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=110)
         print_summary(run, console)
         _print_reheat(run, console)
         _print_time(self.trainer, console)

@@ -1,6 +1,7 @@
 """Lightning callbacks that watch the geometry of training: Lightning on the outside, geometry on the inside."""
 
 from callbacks.anatomy import OptimizerAnatomy
+from callbacks.cost import CostControl
 from callbacks.divergence import StopOnDivergence
 from callbacks.fisher import FisherProbe
 from callbacks.gradient_alignment import GradientAlignment
@@ -10,6 +11,7 @@ from callbacks.switching import SwitchingProbe
 from callbacks.trajectory import TrajectoryRecorder
 
 __all__ = [
+    "CostControl",
     "FisherProbe",
     "GradientAlignment",
     "OptimizerAnatomy",

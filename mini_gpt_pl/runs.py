@@ -22,7 +22,7 @@ SNAPSHOTS = "snapshots"
 TRAJECTORY = "trajectory.safetensors"
 FIGURES = "figures"
 # Everything a run writes into its folder; overwriting a run removes these and nothing else.
-PRODUCTS = (CONFIG, METRICS, CHECKPOINTS, SNAPSHOTS, TRAJECTORY, FIGURES, "reheat.json", "wandb")
+PRODUCTS = (CONFIG, METRICS, CHECKPOINTS, SNAPSHOTS, TRAJECTORY, FIGURES, "reheat.json", "switching.json", "wandb")
 
 
 @dataclass(frozen=True)

@@ -450,3 +450,33 @@ def test_decay_rates_still_follow_the_kind_of_decay() -> None:
     for rule, rate in rates.items():
         run = Run(RULES[rule])
         assert decay_rate(run.optimizer, run.parameters[0]) == pytest.approx(rate)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["adamw", "adamw-foreach", "adamw-fused", "adam-l2", "sgd-nesterov", "sgdw"])
+def test_on_a_gpu_nothing_waits_and_the_formula_holds(rule: str) -> None:
+    parameters = [nn.Parameter(normal(*shape, seed=i).cuda()) for i, shape in enumerate(SMALL.shapes)]
+    optimizer = RULES[rule](parameters)
+    split = DisplacementSplit(optimizer, parameters)
+    others = OtherSecondMoments(optimizer, parameters, [0.5]) if rule in ADAPTIVE else None
+    for k in range(3):
+        for i, parameter in enumerate(parameters):
+            parameter.grad = normal(*parameter.shape, seed=10 * k + i).cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            before = BeforeStep.of(optimizer, parameters, gradients=True)
+            optimizer.step()
+            ladder = Ladder.of(optimizer, before, SMALL)
+            split.account(optimizer, before)
+            cosine = Products({"a": ladder.update, "b": ladder.difference}).cosine("a", "b")
+            if others is not None:
+                assert ladder.normalised is not None and ladder.denominator is not None
+                others.feed(optimizer, before)
+                others.steps(before, ladder)
+                memory_metrics(ladder.normalised.values, white_noise(0.9, 0.95, 5))
+                averaging_metrics(ladder.normalised.values, ladder.gradient.values, ladder.denominator.values, 0.9, 2)
+                spread(ladder.denominator.values)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert close(ladder.update.values, ladder.difference.values)
+        assert cosine.tolist() == pytest.approx([1, 1, 1])

@@ -555,6 +555,14 @@ def test_a_resumed_run_says_the_same(run: Run, tmp_path: Path, at: int) -> None:
             }
 
 
+def test_only_the_past_is_taken_up_from_the_file(run: Run, tmp_path: Path) -> None:
+    fit(tmp_path, probe(), checkpoints(tmp_path))  # to the end: the file knows everything
+    (tmp_path / "metrics.csv").unlink()
+    fit(tmp_path, probe(), ckpt_path=tmp_path / "checkpoints" / "000012.ckpt")
+    found = {step for step, row in metrics(tmp_path).items() if "switching/peak_step" in row}
+    assert found == {14, 20}
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"metric": "other", "steps": [2, 4, 6], "values": [0, 0, 0]}', "[1]"])
 def test_a_foreign_file_is_not_taken_up(tmp_path: Path, content: str) -> None:
     fit(tmp_path, probe(), checkpoints(tmp_path), max_steps=6)
