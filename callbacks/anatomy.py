@@ -56,7 +56,8 @@ class OptimizerAnatomy(Probe):
     With `split`, for the interval that ends at each step of the recorder's schedule: share_gradient, share_decay and
     share_clipping, projections of the three parts on the true displacement in units of its length (they sum to 1);
     along_gradient, along_decay and along_clipping, their coordinates on the backbone in parameter units (per group
-    too); split_unexplained, what of the displacement the three leave over.
+    too); split_unexplained, the length of what the formula does not explain (the rounding of the
+    weights, counted with the gradient), in units of the displacement's.
 
     Args:
         schedule: When to read the ladder: some 60 passes over D values.
@@ -301,14 +302,11 @@ class OptimizerAnatomy(Probe):
         """The interval that ends here, in its parts."""
         assert self._parts is not None
         vectors = self._parts.close(self.recorder.selection)
-        true = vectors["displacement"]
-        total = Vector(
-            sum((vectors[part].values for part in self._parts.PARTS), torch.zeros_like(true.values)), true.selection
-        )
-        products = Products(self._with_directions(vectors | {"total": total}))
+        products = Products(self._with_directions(vectors))
         square = products.dot("displacement", "displacement")[-1]
         whole = {f"share_{part}": products.dot(part, "displacement")[-1] / square for part in self._parts.PARTS}
-        self._add_whole(step, whole | {"split_unexplained": _left_over(products, "displacement", "total")})
+        whole["split_unexplained"] = (products.dot("rounding", "rounding")[-1] / square).sqrt()
+        self._add_whole(step, whole)
         if self._directions is not None:
             self._add(step, {f"along_{part}": _along(products, part) for part in self._parts.PARTS})
 

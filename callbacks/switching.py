@@ -41,7 +41,7 @@ class SwitchingProbe(Probe):
     are stretches of equal length without a switch: control_cosine and control_share are their means, and
     `<quantity>_percentile` is the switch's rank among them (chance is uniform). For the whole selection also steps,
     the switch's length; groups, the number of groups that it is spread over; and pair_cosine, mean |cos| with the
-    switches before it. All of these use the directions of the snapshots up to the peak, which know nothing of the
+    other switches so far. All of these use the directions of the snapshots up to the peak, which know nothing of the
     switch. Where two switches become certain at once, the later one is logged.
 
     `switching.json` in the trainer's root folder holds the evaluations and events so far. At the end of a run,
@@ -204,9 +204,9 @@ class SwitchingProbe(Probe):
         shares = [metrics[f"switching/{group}/share"] for group in trajectory.groups]
         metrics[f"switching/{self._name}/groups"] = switching.effective_groups(shares)
         metrics[f"switching/{self._name}/steps"] = float(_length(trajectory, stretch))
-        earlier = [other for other in stretches if not switching.overlap(other, stretch) and other < stretch]
-        if earlier:
-            cosines = switching.pairwise_cosines(trajectory.gram(), [stretch, *earlier])[0, 1:]
+        others = [other for other in stretches if not switching.overlap(other, stretch)]
+        if others:
+            cosines = switching.pairwise_cosines(trajectory.gram(), [stretch, *others])[0, 1:]
             metrics[f"switching/{self._name}/pair_cosine"] = float(cosines.abs().mean())
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 

@@ -202,6 +202,7 @@ def test_parts_sum_to_the_displacement(rule: str) -> None:
         true = run.path[start + steps] - run.path[start]
         assert close(parts["displacement"].values, true)
         assert close(sum(parts[name].values for name in split.PARTS), true)  # type: ignore[arg-type]
+        assert float(parts["rounding"].values.norm()) < 1e-10 * float(true.norm())  # the formulas sum to it, too
         assert float(parts["clipping"].values.norm()) > 0.05 * float(true.norm())
 
 

@@ -83,6 +83,7 @@ def measure(modules: list[Weights]) -> dict[str, Any]:
         trajectory.append(step, rows.dots(new))
         rows.push(new)
     direction = rows.combine(normal(2, 3, seed=5))
+    assert len(direction.values) == selection.local_dim
     return {
         "names": (selection.fingerprint, selection.names, selection.shapes, selection.groups),
         "dims": (*selection.dims, selection.dim),
