@@ -202,12 +202,11 @@ class FisherProbe(Probe):
     def state_dict(self) -> dict[str, Any]:
         self._flush()
         fixed = self._saved or [_leaves(batch) for batch in self._fixed]
-        return {"batches": fixed, "complete": self._complete, "done": self._done}
+        return {"batches": fixed, "complete": self._complete}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved, self._complete = state_dict["batches"], state_dict["complete"]
-        self._done = state_dict["done"]
 
     # ---------------------------------------------------------------------------------------------- batches
 

@@ -593,6 +593,49 @@ def test_the_fixed_batches_are_the_first_ones_and_hashed() -> None:
     assert same(run.probe.state_dict()["batches"], [list(batch) for batch in run.fixed])
 
 
+def test_an_optimizer_step_is_measured_once() -> None:
+    """Not once for each of its two micro-batches."""
+    assert _run().probe.answered == 4
+
+
+class Foreign(LightningModule):
+    """Not this project's model: a batch is a list, or a dict with a number and a text in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 4))
+
+    def _loss(self, batch: Any) -> Tensor:
+        x = batch["x"] if isinstance(batch, dict) else batch[0]
+        return (self.layer(x) - x).square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._loss(batch)
+
+    def configure_optimizers(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Overwriting(Foreign):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self._loss([batch[0].clone()])
+        batch[0].zero_()
+        return loss
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        return self._loss(batch)
+
+
+def test_the_fixed_batches_are_copies(tmp_path: Path) -> None:
+    """A training step may reuse its batch's memory."""
+    probe = _probe()
+    loader = DataLoader(TensorDataset(normal(32, 4).float()), batch_size=4)
+    quiet_trainer(tmp_path, [probe, TrajectoryRecorder("layer")], max_steps=5).fit(Overwriting(), loader)
+    saved = torch.cat([leaf for leaves in probe.state_dict()["batches"] for leaf in leaves])
+    torch.testing.assert_close(saved, normal(32, 4).float()[:16])
+
+
 def test_nothing_is_measured_before_the_batches_are_complete(tmp_path: Path) -> None:
     probe = _probe(schedule=Schedule(every=1), batches=3)
     quiet_trainer(tmp_path, [recorder(1), probe], max_steps=4).fit(tiny_gpt(), datamodule=tiny_stories())
@@ -713,25 +756,6 @@ def test_a_step_cut_short_by_the_end_of_an_epoch_is_left_out(tmp_path: Path) -> 
 
 
 # --------------------------------------------------------------------------------------------- living with training
-
-
-class Foreign(LightningModule):
-    """Not this project's model: a batch is a list, or a dict with a number and a text in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 4))
-
-    def _loss(self, batch: Any) -> Tensor:
-        x = batch["x"] if isinstance(batch, dict) else batch[0]
-        return (self.layer(x) - x).square().mean()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._loss(batch)
-
-    def configure_optimizers(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
 class WithLoss(Foreign):
