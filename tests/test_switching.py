@@ -536,6 +536,16 @@ def test_the_file_and_the_summary_hold_the_whole_run(run: Run) -> None:
     assert result["switches"][0]["run"]["net"]["share_percentile"] is None  # NaN is no JSON
 
 
+def test_the_whole_run_ends_with_its_last_snapshot(tmp_path: Path) -> None:
+    """Which the recorder takes when training ends, after this callback's turn."""
+    fit(tmp_path, probe(), weights := Weights(), max_steps=23)
+    path = np.stack([weights.at[step] for step in (*range(0, 23, 2), 23)])
+    switch = json.loads((tmp_path / SWITCHING_FILE).read_text())["switches"][2]
+    expected = by_hand(path, Interval(9, 10), len(path))[0]
+    assert switch["run"]["net"]["cosine"] == pytest.approx(expected, abs=1e-6)
+    assert abs(expected - by_hand(path[:-1], Interval(9, 10), len(path) - 1)[0]) > 1e-4  # it makes a difference
+
+
 def test_measuring_does_not_change_training(tmp_path: Path) -> None:
     with_probe = fit(tmp_path / "with", probe())
     without = fit(tmp_path / "without")
