@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tests/oracles.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracles.txt
 	touch $@
 
 quickstart: install

@@ -131,6 +131,8 @@ class OptimizerAnatomy(Probe):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         selection = self.recorder.selection
+        if selection.shards is not None:
+            raise UserError("the optimizer's anatomy does not work on weights that ranks share (FSDP): leave it out")
         parameters, optimizer = selection.parameters(pl_module), trainer.optimizers[0]
         self._subset = coordinate_subset(selection.dim, self.coordinates, self.seed).to(parameters[0].device)
         if not isinstance(optimizer, Adam | SGD):

@@ -74,10 +74,10 @@ class CostControl(Callback):
         metrics: dict[str, Any] = {"overhead/fraction": sum(spent.values()) / free}
         metrics |= {f"overhead/{type(probe).__name__}": seconds / free for probe, seconds in spent.items()}
         if self.max_overhead is not None:
-            metrics["overhead/stretch"] = float(self._stretch(spent, free))
+            metrics["overhead/stretch"] = float(self._stretch(trainer, spent, free))
         log_now(trainer, metrics, step)
 
-    def _stretch(self, spent: dict[Probe, float], free: float) -> int:
+    def _stretch(self, trainer: Trainer, spent: dict[Probe, float], free: float) -> int:
         """Thin the schedules by the factor under which the probes' unthinned cost fits the budget."""
         assert self.max_overhead is not None
         fixed = sum(seconds for probe, seconds in spent.items() if not probe.stretchable)
@@ -88,6 +88,8 @@ class CostControl(Callback):
         )
         left = self.max_overhead * free - fixed
         factor = _LONGEST_STRETCH if left <= 0 else min(_LONGEST_STRETCH, max(1, math.ceil(natural / left)))
+        # One rank's clock decides for all: ranks that disagreed about when to measure would wait for each other.
+        factor = trainer.strategy.broadcast(factor)
         for probe in spent:
             if probe.stretchable:
                 probe.stretch = factor

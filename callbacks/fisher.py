@@ -20,7 +20,6 @@ from callbacks.measuring import (
     NamesItsLosses,
     SamplesItsLabels,
     SplitsItsLoss,
-    gradient,
     measuring,
     training_loss,
 )
@@ -282,15 +281,15 @@ class FisherProbe(Probe):
             position, sample = divmod(index, self.samples_per_batch)
             batch = move_data_to_device(self._fixed[position], module.device)
             if isinstance(module, SplitsItsLoss):
-                return gradient(module.sample_loss(batch, sample), module, selection)
-            return gradient(training_loss(module, take_sample(batch, sample)), module, selection)
+                return selection.gradient_of(module.sample_loss(batch, sample), module)
+            return selection.gradient_of(training_loss(module, take_sample(batch, sample)), module)
         batch = move_data_to_device(self._fixed[index], module.device)
         if kind == "batch_mean":
-            return gradient(training_loss(module, batch), module, selection)
+            return selection.gradient_of(training_loss(module, batch), module)
         assert isinstance(module, SamplesItsLabels)
         generator = torch.Generator(module.device).manual_seed((self.seed << 16) + index)
         loss, labels = module.sampled_loss(batch, generator)
-        score = gradient(loss, module, selection)
+        score = selection.gradient_of(loss, module)
         return Vector(score.values * labels.sqrt(), selection)  # E[g g'] is the Fisher per label
 
     # ---------------------------------------------------------------------------------------------- logging

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 
 
 @runtime_checkable
@@ -81,7 +80,7 @@ def training_loss(module: LightningModule, batch: Any) -> Tensor:
 def measuring(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Evaluate the module inside training: dropout and batch statistics off, everything restored afterwards.
 
-    Use `torch.autograd.grad` inside, never `backward`: `.grad` belongs to training.
+    Take gradients inside with `ParameterSelection.gradient_of`: `.grad` belongs to training.
     """
     modes = [(part, part.training) for part in module.modules()]
     device = module.device
@@ -93,17 +92,3 @@ def measuring(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         finally:
             for part, mode in modes:
                 part.training = mode
-
-
-def gradient(loss: Tensor, module: LightningModule, selection: ParameterSelection) -> Vector:
-    """Gradient of a loss by the selected weights, as a new vector.
-
-    Args:
-        loss: A scalar with a graph.
-        module: Owner of the weights.
-        selection: Which weights, in which order.
-    """
-    parameters = selection.parameters(module)
-    parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
-    return selection.flatten(filled)

@@ -89,6 +89,7 @@ class TrajectoryRecorder(Probe):
         self._last_step = 0
         self._device = torch.device("cpu")
         self._directions: tuple[int, Vector, Vector] | None = None
+        self._decayed: Tensor | None = None
 
     @property
     @override
@@ -146,6 +147,7 @@ class TrajectoryRecorder(Probe):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step, self._device = trainer.global_step, pl_module.device
+        self._decayed = self.selection.parameters(pl_module)[0]
         if self._restored is not None:
             self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
@@ -153,8 +155,8 @@ class TrajectoryRecorder(Probe):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        parameter = self.selection.parameters(pl_module)[0]
-        self._survival *= 1.0 - decay_rate(optimizer, parameter)
+        assert self._decayed is not None
+        self._survival *= 1.0 - decay_rate(optimizer, self._decayed)
 
     @override
     def on_train_batch_end(

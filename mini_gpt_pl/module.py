@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
@@ -216,7 +217,8 @@ class ProbedGPT(LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             return
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2 gives each rank its share
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -391,7 +393,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for broken archives, with pages of advice
         raise UserError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is cut short or corrupt, or no checkpoint"
+            f"the checkpoint {path} cannot be read ({type(error).__name__}): "
+            "it is cut short or corrupt, or no checkpoint"
         ) from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} is no Lightning checkpoint: it holds no state_dict")

@@ -132,6 +132,14 @@ class Run:
         return self.path / SNAPSHOTS
 
     @property
+    def border(self) -> int:
+        """Step between the early and the late phase: where lambda changes or, if it does not, half-way."""
+        last = self.trajectory.steps[-1]
+        weight = (self.config.get("model") or {}).get("probe_weight") or {}
+        switch = int(weight.get("switch_step") or 0)
+        return switch if 0 < switch < last else last // 2
+
+    @property
     def trunk(self) -> str:
         """What the recorder calls the whole of its weights."""
         callbacks = (self.config.get("trainer") or {}).get("callbacks") or []

@@ -164,19 +164,25 @@ def test_fit_leaves_a_whole_run_behind(finished: tuple[Run, object]) -> None:
     assert run.trajectory.steps == [0, 2, 4, 6]
     assert set(run.series("val/loss").index) == {3, 6}
     figures = sorted((run.path / "figures").iterdir())
-    assert [file.name for file in figures] == ["alignment.png", "backbone.png", "learning.png", "spectrum.png"]
+    assert [file.name for file in figures] == [
+        "alignment.png",
+        "backbone.png",
+        "growth.png",
+        "learning.png",
+        "spectrum.png",
+    ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in figures)
     assert len(list((run.path / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_fit_closes_with_its_table_and_paths(finished: tuple[Run, subprocess.CompletedProcess[str]]) -> None:
     run, done = finished
-    for told in ("validation loss", "p_ood", "PC1 of the drift, unit rows", "random walk", "cos(v_b, theta_0)"):
+    for told in ("validation loss", "p_ood", "PC1, unit rows", "decaying walk", "cos(v_b, theta_0)"):
         assert told in done.stdout
     assert f"{run.last('val/loss'):.3f}" in done.stdout
     for product in ("config.yaml", "metrics.csv", "checkpoints/", "snapshots/", "trajectory.safetensors", "wandb/"):
         assert f"tiny/{product}" in done.stdout
-    assert done.stdout.rstrip().endswith("tiny/figures/alignment.png")
+    assert done.stdout.rstrip().endswith("tiny/figures/growth.png")
 
 
 def test_fit_says_nothing_beside_the_point(finished: tuple[Run, subprocess.CompletedProcess[str]]) -> None:

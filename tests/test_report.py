@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 
 from mini_gpt_pl.report import figures
-from mini_gpt_pl.report.calibration import QUANTITIES, groups_table, markdown, table
+from mini_gpt_pl.report.calibration import QUANTITIES, groups_table, growth_table, markdown, probes_table, table
 from mini_gpt_pl.report.summary import lines, print_summary
 from mini_gpt_pl.runs import Run
 
@@ -78,7 +78,7 @@ def y(part: Line2D) -> np.ndarray:
 
 def test_every_figure_is_drawn_as_a_png(run: Run) -> None:
     written = figures.draw_all(run)
-    assert [file.stem for file in written] == ["learning", "spectrum", "backbone", "alignment"]
+    assert [file.stem for file in written] == ["learning", "spectrum", "backbone", "alignment", "growth"]
     for file in written:
         assert file.parent == run.path / "figures"
         assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -165,6 +165,34 @@ def test_gradients_are_averaged_between_snapshots(run: Run) -> None:
 def test_the_noise_band_is_the_mean_cosine_of_chance(run: Run) -> None:
     (axes,) = figures.alignment(run).axes
     assert f"{np.sqrt(2 / np.pi / SMALL.dim):.1e}" in axes.get_title()
+
+
+def test_growth_shows_coordinate_and_residual_with_their_exponents(run: Run) -> None:
+    left, _ = figures.growth(run).axes
+    unit = DRIFTS / np.linalg.norm(DRIFTS, axis=1, keepdims=True)
+    v = np.linalg.svd(unit)[2][0]
+    a = np.abs(DRIFTS @ v)
+    r = np.linalg.norm(DRIFTS - (DRIFTS @ v)[:, None] * v, axis=1)
+    for label, values in (("|a|", a), ("||r||", r)):
+        measured = next(part for part in left.lines if str(part.get_label()).startswith(label))
+        np.testing.assert_allclose(y(measured), values)
+    assert sum("decaying walk" in str(part.get_label()) for part in left.lines) == 2
+
+
+def test_probes_are_told_beside_their_nulls(run: Run) -> None:
+    found = probes_table(run).set_index("quantity")
+    gradient = found.loc["gradient and past v_b, |cos|"]  # 0.1, 0.3, 0.5, 0.9 were logged
+    assert (gradient["mean"], gradient["first"], gradient["last"]) == ("0.45", "0.1", "0.9")
+    floor = np.sqrt(2 / np.pi / SMALL.dim)
+    assert gradient["null"] == f"{floor:.3g}" and gradient["mean / null"] == f"{0.45 / floor:.2f}"
+    assert "switch and past v_b, |cos|" not in found.index  # never measured
+
+
+def test_growth_table_holds_the_fits(run: Run) -> None:
+    found = growth_table(run).set_index("quantity")
+    assert "early_late" in found.index
+    assert set(found.columns) == {"measured", "walk", "decaying walk"}
+    assert found.loc["early_late", "walk"] == "+0.00"
 
 
 def test_a_run_without_recorder_still_shows_its_learning(run: Run) -> None:

@@ -353,11 +353,6 @@ class Sharded:  # a mixin, as the other ranks' imports must stay light
                 fully_shard(block, mesh=mesh)
             fully_shard(self.gpt, mesh=mesh)
 
-    def configure_gradient_clipping(self: Any, *args: Any, **kwargs: Any) -> None:
-        super().configure_gradient_clipping(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(self._grad_norm, DTensor):
-            self._grad_norm = self._grad_norm.full_tensor()
-
 
 def train(
     folder: Path, batch_size: int, share: bool, watched: bool = True, resume: bool = False, **settings: Any

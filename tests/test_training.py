@@ -41,7 +41,6 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import GradientAlignment, Schedule, StopOnDivergence, TrajectoryRecorder
-from callbacks.measuring import gradient
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.gpt import GPT, TRUNK_PATTERN, GPTSize
@@ -128,7 +127,7 @@ def test_a_gradient_of_its_own_leaves_grad_alone() -> None:
     weight.grad = torch.full_like(weight, 3.0)
     losses = module.named_losses([torch.randn(6, 4)])
     twin = torch.autograd.grad(losses["rebuild"], [weight], retain_graph=True)[0]
-    assert torch.equal(gradient(losses["rebuild"], module, selection).values, twin.ravel())
+    assert torch.equal(selection.gradient_of(losses["rebuild"], module).values, twin.ravel())
     assert bool((weight.grad == 3.0).all())
     assert all(p.grad is None for p in module.parameters() if p is not weight)
 

@@ -442,4 +442,4 @@ def _dots(held: Iterable[Vector], new: Vector) -> Float[Tensor, "G b"]:
             hi = min(lo + _CHUNK, span.stop)
             total += torch.stack([row.values[lo:hi].double() for row in rows]) @ new.values[lo:hi].double()
         found.append(total)
-    return torch.stack(found)
+    return new.selection.total(torch.stack(found))

@@ -366,7 +366,8 @@ def _grams(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tenso
             stacked = torch.stack([row[lo : min(lo + _CHUNK, span.stop)].double() for row in rows])
             total += stacked @ stacked.T
         totals.append(total)
-    return torch.stack([*totals, torch.stack(totals).sum(0)])
+    groups = selection.total(torch.stack(totals))
+    return torch.cat([groups, groups.sum(0, keepdim=True)])
 
 
 # -------------------------------------------------------------------------------------------- counterfactual

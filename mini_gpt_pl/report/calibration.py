@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import nulls
+from mini_gpt_pl.geometry import growth, nulls
+from mini_gpt_pl.geometry.alignment import noise_floor
 from mini_gpt_pl.runs import Run
 
 QUANTITIES: dict[str, tuple[str, str]] = {
@@ -99,6 +100,76 @@ def groups_table(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def growth_table(run: Run) -> pd.DataFrame:
+    """Exponents of |a| and ||r|| by window and the alignment of early and late phase, beside both nulls."""
+    trajectory, gram = run.trajectory, run.trajectory.gram()
+    windows = growth.scaled_windows(trajectory.steps[-1])
+    paths = (gram, nulls.walk(gram), nulls.decaying_walk(gram, trajectory.survival))
+    found = [growth.summary(path, trajectory.steps, run.border, windows) for path in paths]
+    rows = []
+    for name in found[0]:
+        if name.startswith("r2_"):
+            continue
+        cells = [f"{path[name]:+.2f}" if name in path else "-" for path in found]
+        rows.append(dict(zip(("quantity", "measured", "walk", "decaying walk"), (name, *cells), strict=True)))
+    return pd.DataFrame(rows)
+
+
+# Quantity in words, metric of the whole selection, and its null: another metric, a number, or the noise floor.
+_PROBES: tuple[tuple[str, str, str | float], ...] = (
+    ("gradient and past v_b, |cos|", "alignment/{}/gradient", "floor"),
+    ("LM gradient and past v_b, |cos|", "alignment/{}/lm", "floor"),
+    ("probe gradient and past v_b, |cos|", "alignment/{}/probe", "floor"),
+    ("LM and probe gradient, |cos|", "alignment/{}/lm_vs_probe", "floor"),
+    ("Fisher anisotropy along past v_b, fixed batches", "fisher/{}/batch_mean/anisotropy", 1.0),
+    ("Fisher anisotropy along past v_b, streaming", "fisher/{}/streaming/anisotropy", 1.0),
+    ("leading Fisher mode and past v_b, |cos|", "fisher/{}/batch_mean/overlap", "floor"),
+    ("one step: clipped gradient and past v_b, |cos|", "anatomy/{}/cos_gradient", "floor"),
+    ("one step: momentum, |cos|", "anatomy/{}/cos_momentum", "floor"),
+    ("one step: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised", "floor"),
+    ("one step: full update with decay, |cos|", "anatomy/{}/cos_update", "floor"),
+    ("one step had beta2 been 0.99: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised_beta2_0.99", "floor"),
+    ("one step had beta2 been 0.8: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised_beta2_0.8", "floor"),
+    ("one step had beta2 been 0: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised_beta2_0", "floor"),
+    ("mean size of m / sqrt(v)", "anatomy/{}/update_size", "anatomy/{}/update_size_null"),
+    ("coherence m^2 / v, mean", "anatomy/{}/coherence", "anatomy/{}/coherence_null"),
+    ("noise that momentum averages away, factor", "anatomy/{}/amplification", "anatomy/{}/amplification_predicted"),
+    ("backbone fraction a^2 / ||x||^2", "anatomy/{}/fraction", "anatomy/{}/fraction_decaying_walk"),
+    ("switch and past v_b, |cos|", "switching/{}/cosine", "switching/{}/control_cosine"),
+    ("switch's rank among equal stretches", "switching/{}/cosine_percentile", 0.5),
+    ("energy of switches in PCs 2 to 6, rank", "switching/{}/energy_2_6_percentile", 0.5),
+    ("pairs of switches, |cos|", "switching/{}/run_pair_cosine", "switching/{}/run_pair_control"),
+)
+
+
+def probes_table(run: Run) -> pd.DataFrame:
+    """Means over the run of what the probes logged for the whole selection, each beside its null and in units of it."""
+    rows = []
+    for words, metric, null in _PROBES:
+        values = run.series(metric.format(run.trunk)).abs()
+        if not len(values):
+            continue
+        expected = _expected(run, null)
+        rows.append(
+            {
+                "quantity": words,
+                "mean": f"{values.mean():.3g}",
+                "first": f"{values.iloc[0]:.3g}",
+                "last": f"{values.iloc[-1]:.3g}",
+                "null": f"{expected:.3g}",
+                "mean / null": f"{values.mean() / expected:.2f}",
+                "times measured": str(len(values)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _expected(run: Run, null: str | float) -> float:
+    if null == "floor":
+        return noise_floor(run.trajectory.dim)
+    return float(run.series(null.format(run.trunk)).abs().mean()) if isinstance(null, str) else null
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """Write a table of strings as Markdown."""
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
@@ -115,13 +186,14 @@ def points(excess: float, form: str) -> str:
 
 
 def main() -> None:
-    """Print both tables of a run as Markdown."""
+    """Print the tables of a run as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     options = parser.parse_args()
     try:
         run = Run(options.run)
-        print(markdown(table(run)), markdown(groups_table(run)), sep="\n\n")
+        tables = (table(run), groups_table(run), growth_table(run), probes_table(run))
+        print(*(markdown(found) for found in tables if len(found)), sep="\n\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -11,12 +11,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.geometry import growth as growth_laws
+from mini_gpt_pl.geometry import nulls, pca
 from mini_gpt_pl.geometry.alignment import noise_floor
 from mini_gpt_pl.runs import FIGURES, Run
 
+_WINDOW = 10  # snapshots, as in the paper
 BACKBONE, RESIDUAL, PROBE, GREY = "#1f5fa8", "#c0392b", "#7f8c8d", "#b0b7bd"
 _STYLE: Any = {
     "font.family": "serif",
@@ -148,11 +151,49 @@ def alignment(run: Run) -> Figure:
     return figure
 
 
+def growth(run: Run) -> Figure:
+    """Power laws of coordinate and residual, and how a windowed first direction turns, each beside its null."""
+    trajectory, steps = run.trajectory, run.trajectory.steps
+    run.drift_rows  # noqa: B018 (raises for a run without a path)
+    null = nulls.decaying_walk(trajectory.gram(), trajectory.survival)
+    figure = Figure(figsize=(9, 3.6))
+    left, right = figure.subplots(1, 2)
+    windows = growth_laws.scaled_windows(steps[-1])[:1]
+    for gram, style, suffix in ((trajectory.gram(), "-", ""), (null, ":", ", decaying walk")):
+        split = growth_laws.split_drift(gram)
+        fit = growth_laws.regimes(steps[1:], split, windows)[0]
+        for values, law, colour, name in (
+            (split.coordinate, fit.coordinate, BACKBONE, "|a|"),
+            (split.residual_norm, fit.residual, RESIDUAL, "||r||"),
+        ):
+            exponent = f" ~ $t^{{{law.exponent:.2f}}}$" if law else ""
+            left.plot(steps[1:], values.abs(), style, color=colour, label=f"{name}{exponent}{suffix}", lw=1.2)
+        curves = growth_laws.alignment_curves(gram, steps, run.border)
+        if curves is not None:
+            right.plot(
+                curves.centres, curves.early, style, color=BACKBONE, label=f"with the early phase{suffix}", lw=1.2
+            )
+            right.plot(curves.centres, curves.late, style, color=RESIDUAL, label=f"with the late phase{suffix}", lw=1.2)
+        if len(gram) > _WINDOW + 1:
+            turning = pca.rolling_self_anchored(gram, _WINDOW)
+            ends = [steps[end] for end in turning.ends]
+            right.plot(ends, turning.cosines, style, color=PROBE, label=f"with the window before{suffix}", lw=1.2)
+    hi = windows[0][1]
+    left.set(xscale="log", yscale="log", xlabel="step", title=f"Growth; exponents over (0, {hi}]")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.legend(fontsize=7)
+    right.set(xlabel="step", ylim=(-0.03, 1.05), title=f"Windows of {_WINDOW} snapshots, |cos| of PC1")
+    if right.lines:
+        right.legend(fontsize=7)
+    return figure
+
+
 FIGURE_FUNCTIONS: dict[str, Callable[[Run], Figure]] = {
     "learning": learning,
     "spectrum": spectrum,
     "backbone": backbone,
     "alignment": alignment,
+    "growth": growth,
 }
 
 

@@ -73,8 +73,8 @@ def geometry_lines(run: Run) -> list[Line]:
     for name in SHOWN:
         words, form = QUANTITIES[name]
         number = found[name]
-        values = (form.format(x) if x == x else "-" for x in (number.value, number.walk, number.decay))
-        rows.append(Line(words, *values, points(number.excess, form)))
+        value, walk, decay = (form.format(x) if x == x else "-" for x in (number.value, number.walk, number.decay))
+        rows.append(Line(words, value, walk, decay, points(number.excess, form)))
     left = f"{run.trajectory.survival[-1]:.0%}"
     return [*rows, Line("initial weights that weight decay left", left)]
 
