@@ -34,7 +34,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.logs import MetricsCSV
 from mini_gpt_pl.module import ProbedGPT, read_checkpoint
 from mini_gpt_pl.report.figures import draw_all
-from mini_gpt_pl.report.summary import print_summary
+from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs import CHECKPOINTS, CONFIG, METRICS, PRODUCTS, Run
 from mini_gpt_pl.trainer import GeometryTrainer
 
@@ -181,7 +181,7 @@ class ProbedCLI(LightningCLI):
         _finish_wandb()  # before the table, which is to be the last thing on the screen
         run = Run(Path(self.config[self.subcommand].run_dir))
         figures = draw_all(run)
-        console = Console() if sys.stdout.isatty() else Console(width=110)
+        console = table_console()
         print_summary(run, console)
         _print_reheat(run, console)
         _print_time(self.trainer, console)

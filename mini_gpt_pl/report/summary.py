@@ -96,6 +96,11 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     )
 
 
+def table_console() -> Console:
+    """A console as wide as the terminal, or wide enough for the table where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
 def _last(run: Run, name: str) -> str:
     return f"{run.last(name):.3f}" if len(run.series(name)) else "-"
 
@@ -105,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     try:
-        print_summary(Run(parser.parse_args().run))
+        print_summary(Run(parser.parse_args().run), table_console())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
