@@ -9,10 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from typing_extensions import override
 
+from callbacks.fisher import FisherProbe
 from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
@@ -104,6 +107,9 @@ class SwitchingProbe(Probe):
         if stage == "fit":
             self._recorder = find_recorder(trainer, type(self).__name__)
             self._steps, self._values, self._axes, self._resumed = [], [], Axes(), False
+            for other in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(other, FisherProbe):
+                    other.add_direction("switch", self._latest_switch)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,6 +215,14 @@ class SwitchingProbe(Probe):
             cosines = switching.pairwise_cosines(trajectory.gram(), [stretch, *others])[0, 1:]
             metrics[f"switching/{self._name}/pair_cosine"] = float(cosines.abs().mean())
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def _latest_switch(self, trajectory: Trajectory) -> Float[Tensor, "G1 n"] | None:
+        """Coefficients of the latest certain switch that has a direction, for the Fisher along it."""
+        for switch in reversed(self.switches):
+            if (stretch := self._interval(switch)) is not None:
+                line = switching.switch_direction(len(trajectory), *stretch)
+                return line.expand(len(trajectory.groups) + 1, -1)
+        return None
 
     def _interval(self, switch: Switch) -> Interval | None:
         return switching.interval_of(switch, self._trajectory.steps)

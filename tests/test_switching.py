@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import Schedule, TrajectoryRecorder
+from callbacks import FisherProbe, Schedule, TrajectoryRecorder
 from callbacks.switching import SWITCHING_FILE, SwitchingProbe
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import switching
@@ -405,6 +405,9 @@ class Net(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss(batch)
 
+    def batch_loss(self, batch: list[Tensor]) -> Tensor:
+        return self.loss(batch)
+
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         index = self.trainer.global_step // 2 - 1
         if not self.trainer.sanity_checking and index < len(self.scores):
@@ -544,6 +547,36 @@ def test_the_whole_run_ends_with_its_last_snapshot(tmp_path: Path) -> None:
     expected = by_hand(path, Interval(9, 10), len(path))[0]
     assert switch["run"]["net"]["cosine"] == pytest.approx(expected, abs=1e-6)
     assert abs(expected - by_hand(path[:-1], Interval(9, 10), len(path) - 1)[0]) > 1e-4  # it makes a difference
+
+
+def test_the_fisher_is_measured_along_the_latest_switch(tmp_path: Path) -> None:
+    """The quotient along theta(trough) - theta(peak), by brute force on the one batch that there is."""
+    weights, net = Weights(), Net()
+    copies: dict[int, Any] = {}
+
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            copies[trainer.global_step] = {k: v.detach().clone() for k, v in pl_module.state_dict().items()}
+
+    fisher = FisherProbe(Schedule(every=2), batches=2, spectrum=False)
+    fit(tmp_path, fisher, probe(), weights, Copies(), net=net)
+    logged = metrics(tmp_path)
+    found = json.loads((tmp_path / SWITCHING_FILE).read_text())["switches"]
+    step, value = max(
+        (step, row["fisher/net/batch_mean/q_switch"])
+        for step, row in logged.items()
+        if "fisher/net/batch_mean/q_switch" in row
+    )
+    twin = Net()
+    twin.load_state_dict(copies[step])
+    batch = next(iter(twin.train_dataloader()))
+    grads = torch.autograd.grad(twin.loss(batch), [twin.first.weight, twin.second.weight])
+    g = torch.cat([grad.double().flatten() for grad in grads]).numpy()
+    quotients = []
+    for switch in found:
+        line = weights.at[switch["trough"]] - weights.at[switch["peak"]]
+        quotients.append(float((g @ line) ** 2 / (line @ line)))
+    assert sum(value == pytest.approx(q, rel=1e-3) for q in quotients) == 1, (value, quotients)
 
 
 def test_measuring_does_not_change_training(tmp_path: Path) -> None:
