@@ -1,6 +1,7 @@
 # Each target is enough on a fresh machine with Python 3.11 or 3.12, make and a package index.
 # On a machine with a GPU, `make quickstart CONSTRAINTS=` installs the newest build of torch instead of the CPU's.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first of these that runs and can make an environment: a version manager's stub may answer to a name and fail.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 CONSTRAINTS ?= -c constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,6 +11,7 @@ BIN := $(VENV)/bin
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt tests/oracles.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer that can make a virtual environment: install one (with its venv module), or give PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[test,lint]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracles.txt

@@ -70,7 +70,7 @@ def table(run: Run, group: str | None = None, bootstrap: int = 200) -> pd.DataFr
                 "walk": form.format(found.walk),
                 "decaying walk": form.format(found.decay),
                 "excess": points(found.excess, form),
-                "95 %": "" if found.low != found.low else f"{points(found.low, form)} to {points(found.high, form)}",
+                "95 %": interval(found, form),
             }
         )
     return pd.DataFrame(rows)
@@ -112,6 +112,22 @@ def growth_table(run: Run) -> pd.DataFrame:
             continue
         cells = [f"{path[name]:+.2f}" if name in path else "-" for path in found]
         rows.append(dict(zip(("quantity", "measured", "walk", "decaying walk"), (name, *cells), strict=True)))
+    return pd.DataFrame(rows)
+
+
+def autocorrelation_table(run: Run, lags: int = 5) -> pd.DataFrame:
+    """Correlation of updates by lag, raw and off theta_0, beside the decaying walk; a free walk gives zero."""
+    gram, survival = run.trajectory.gram(), run.trajectory.survival
+    null = nulls.decaying_walk(gram, survival)
+    rows = []
+    for off in (False, True):
+        values = (nulls.autocorrelation(path, lags, off_theta0=off).tolist() for path in (gram, null))
+        for lag, (measured, decay) in enumerate(zip(*values, strict=True), 1):
+            if measured == measured:
+                name = f"updates {lag} apart{', off theta_0' if off else ''}"
+                cells = (f"{x:+.3f}" for x in (measured, decay, measured - decay))
+                columns = ("correlation of", "measured", "decaying walk", "excess")
+                rows.append(dict(zip(columns, (name, *cells), strict=True)))
     return pd.DataFrame(rows)
 
 
@@ -176,6 +192,11 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def interval(found: nulls.Calibrated, form: str) -> str:
+    """Write the interval of an excess; empty where none was asked for."""
+    return "" if found.low != found.low else f"{points(found.low, form)} to {points(found.high, form)}"
+
+
 def points(excess: float, form: str) -> str:
     """Write a difference: shares differ by points, not by per cent; counts are whole."""
     if excess != excess:
@@ -192,7 +213,13 @@ def main() -> None:
     options = parser.parse_args()
     try:
         run = Run(options.run)
-        tables = (table(run), groups_table(run), growth_table(run), probes_table(run))
+        tables = (
+            table(run),
+            groups_table(run),
+            autocorrelation_table(run),
+            growth_table(run),
+            probes_table(run),
+        )
         print(*(markdown(found) for found in tables if len(found)), sep="\n\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, points
+from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
 from mini_gpt_pl.runs import Run
 
 SHOWN = (
@@ -40,6 +40,7 @@ class Line:
         walk: Of a walk with the same step lengths in orthogonal directions; empty where that says nothing.
         decay: Of the same walk under the run's own weight decay.
         excess: Measured minus decaying walk.
+        interval: 95 % interval of the excess over which snapshots were taken; empty if none was asked for.
     """
 
     quantity: str
@@ -47,9 +48,10 @@ class Line:
     walk: str = ""
     decay: str = ""
     excess: str = ""
+    interval: str = ""
 
 
-def lines(run: Run) -> list[Line]:
+def lines(run: Run, bootstrap: int = 0) -> list[Line]:
     """Collect the rows: loss and probe, then the geometry if the run recorded a trajectory that moved."""
     table = [
         Line("validation loss (nats per token)", _last(run, "val/loss")),
@@ -57,24 +59,24 @@ def lines(run: Run) -> list[Line]:
         Line("p_ood, exact match at long gaps", _last(run, "probe/p_ood")),
     ]
     try:
-        return table + geometry_lines(run)
+        return table + geometry_lines(run, bootstrap)
     except UserError:
         return table
 
 
-def geometry_lines(run: Run) -> list[Line]:
+def geometry_lines(run: Run, bootstrap: int = 0) -> list[Line]:
     """Rows of the whole selection's trajectory, each beside its nulls.
 
     Raises:
         UserError: The run has no trajectory, or one without movement.
     """
-    found = calibrate_run(run, bootstrap=0)
+    found = calibrate_run(run, bootstrap=bootstrap)
     rows = []
     for name in SHOWN:
         words, form = QUANTITIES[name]
         number = found[name]
         value, walk, decay = (form.format(x) if x == x else "-" for x in (number.value, number.walk, number.decay))
-        rows.append(Line(words, value, walk, decay, points(number.excess, form)))
+        rows.append(Line(words, value, walk, decay, points(number.excess, form), interval(number, form)))
     left = f"{run.trajectory.survival[-1]:.0%}"
     return [*rows, Line("initial weights that weight decay left", left)]
 
@@ -83,15 +85,15 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     """Print the closing table."""
     table = Table(title=f"{run.path}", title_justify="left")
     table.add_column("quantity")
-    for column in ("measured", "walk*", "decaying walk*", "excess"):
+    for column in ("measured", "walk*", "decaying walk*", "excess", "95 %"):
         table.add_column(column, justify="right")
-    for line in lines(run):
-        table.add_row(line.quantity, line.value, line.walk, line.decay, line.excess)
+    for line in lines(run, bootstrap=100):
+        table.add_row(line.quantity, line.value, line.walk, line.decay, line.excess, line.interval)
     console = console or Console()
     console.print(table)
     console.print(
         "* the same step lengths in mutually orthogonal directions, without and with the run's weight decay;\n"
-        "  the excess is over the latter",
+        "  the excess is over the latter, its interval a block bootstrap over snapshots",
         style="dim",
     )
 
