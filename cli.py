@@ -415,7 +415,7 @@ def _quiet() -> None:
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    return not re.search(r"Tip: .*pypi\.org/project/lit", record.getMessage())
+    return not re.search(r"Tip: .*\[lit\w+\]\(", record.getMessage())
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 from typing_extensions import override
 
 from callbacks.gradient_alignment import loss_scale
-from callbacks.probe import Deferred, Estimate, Probe
+from callbacks.probe import Deferred, DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -23,13 +23,13 @@ from mini_gpt_pl.geometry import moments, nulls
 from mini_gpt_pl.geometry.alignment import noise_floor
 from mini_gpt_pl.geometry.moments import BeforeStep, DisplacementSplit, Ladder, OtherSecondMoments, Products
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.logs import log_now
 
 # The ladder holds seven vectors at once, and as many while it is built.
 _TRANSIENT = 14
 
 
-class OptimizerAnatomy(Probe):
+class OptimizerAnatomy(DeferringProbe):
     r"""How an optimizer turns gradients that hardly see the backbone into updates that follow it.
 
     Reads the optimizer's own state after a step: Adam and AdamW (single-tensor, foreach, fused, amsgrad), SGD with
@@ -180,16 +180,7 @@ class OptimizerAnatomy(Probe):
             with self.watch.running():
                 self._after(trainer, *found)
             self._directions = None
-        if self._deferred and logging_due(trainer, trainer.global_step):
-            self._flush()
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._flush()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._flush()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from callbacks.measuring import (
     measuring,
     training_loss,
 )
-from callbacks.probe import Estimate, Probe
+from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -31,14 +31,14 @@ from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import noise_floor
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.logs import log_now
 
 Kind = Literal["batch_mean", "per_sample", "monte_carlo"]
 # Gives a direction's coefficients, per group and then for the whole, from the snapshots so far; None while unknown.
 Rule = Callable[[Trajectory], Float[Tensor, "G1 n"] | None]
 
 
-class FisherProbe(Probe):
+class FisherProbe(DeferringProbe):
     r"""Rayleigh quotients, anisotropy and leading modes of the Fisher, from M gradients on fixed batches.
 
     The batches are copies of the first M micro-batches that pass, on rank zero, so any module and loader will do and
@@ -182,20 +182,9 @@ class FisherProbe(Probe):
         self._measure_if_due(trainer, pl_module)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._pending and logging_due(trainer, trainer.global_step):
-            self._flush()
-
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measure_if_due(trainer, pl_module)
-        self._flush()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._flush()
+        super().on_train_end(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -11,15 +11,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.measuring import NamesItsLosses, measuring
-from callbacks.probe import Estimate, Probe
+from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.alignment import cosines, noise_floor
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.logs import log_now
 
 
-class GradientAlignment(Probe):
+class GradientAlignment(DeferringProbe):
     """Cosine of single-batch gradients with the backbone of the snapshots before them.
 
     The combined gradient is the one that training has just computed (accumulated, before clipping): it costs a few
@@ -87,21 +87,6 @@ class GradientAlignment(Probe):
                 own, whole = directions
                 bias = torch.cat([grad.dots(own), grad.dots(whole).sum()[None]]) / loss_scale(trainer)
                 self._pending.append((step, {"gradient": _against(grad, own, whole), "bias": bias}))
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._pending and logging_due(trainer, trainer.global_step):
-            self._flush()
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._flush()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._flush()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from callbacks.schedule import Schedule
+from mini_gpt_pl.logs import logging_due
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,29 @@ class Probe(Callback):
             dim: Number of recorded weights, D.
         """
         return Estimate(type(self).__name__, bytes=0.0, passes=0.0)
+
+
+class DeferringProbe(Probe):
+    """A probe that leaves its numbers on the device and hands them over when the trainer logs, and at every end."""
+
+    def _flush(self) -> None:
+        """Move to the host, and log, whatever has been measured since the last time; nothing if there is nothing."""
+        raise NotImplementedError
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if logging_due(trainer, trainer.global_step):
+            self._flush()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._flush()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._flush()
 
 
 def _on_gpu() -> bool:

@@ -11,12 +11,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.fisher import first_length
-from callbacks.probe import Estimate, Probe
+from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.logs import log_now
 
 
 class _Window(NamedTuple):
@@ -34,7 +34,7 @@ class _Window(NamedTuple):
     sizes: tuple[int, int]
 
 
-class StreamingFisher(Probe):
+class StreamingFisher(DeferringProbe):
     """Running Rayleigh quotient and anisotropy of the training gradients along the backbone, and the noise scale.
 
     The gradients are those that training computes anyway, before clipping, each at the weights of its own step. Their
@@ -110,20 +110,9 @@ class StreamingFisher(Probe):
             self._look(trainer, pl_module)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._pending and logging_due(trainer, trainer.global_step):
-            self._flush()
-
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
-        self._flush()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._flush()
+        super().on_train_end(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:

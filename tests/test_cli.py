@@ -194,7 +194,7 @@ def test_fit_says_nothing_beside_the_point(finished: tuple[Run, subprocess.Compl
 @pytest.mark.parametrize(
     ("message", "kept"),
     [
-        ("💡 Tip: try [litlogger](https://pypi.org/project/litlogger/) now", False),
+        ("💡 Tip: try [litlogger](https://example.org/) now", False),
         ("Tip: your loss is not finite", True),
         ("GPU available: False", True),
     ],
