@@ -10,7 +10,10 @@ import torch
 from helpers import metrics, probes, quiet_trainer, same, tiny_gpt, tiny_stories
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from test_sharded import Sharded, run_script
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from callbacks import CostControl, FisherProbe, OptimizerAnatomy, Schedule, StreamingFisher, SwitchingProbe
 
@@ -66,3 +69,57 @@ def test_a_loss_scaler_changes_neither_training_nor_what_is_measured(tmp_path: P
     for name in ("alignment/trunk/bias", "fisher/trunk/streaming/trace", "anatomy/trunk/cos_update"):
         step = min(step for step, row in full.items() if name in row)
         assert scaled[step][name] == pytest.approx(full[step][name], rel=0.1), name
+
+
+# ---------------------------------------------------------------------------------------------------- two ranks
+
+
+def train_ranks(folder: Path, kind: str, watched: bool) -> None:
+    """Five steps of two micro-batches on two ranks (or one, with twice the batch), in float64, with every probe."""
+    callbacks = every_probe() if watched else []
+    settings: dict[str, Any] = {"precision": "64-true"}
+    module = tiny_gpt()
+    if kind == "ddp":
+        settings |= {"strategy": "ddp", "devices": 2}
+    if kind == "fsdp":
+        settings = {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "devices": 2}
+        module.__class__ = type("SharedGPT", (Sharded, type(module)), {})
+        callbacks = [c for c in callbacks if not isinstance(c, OptimizerAnatomy)]  # it refuses shared weights
+    settings |= {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    trainer = quiet_trainer(folder, callbacks, max_steps=5, accumulate_grad_batches=2, **settings)
+    trainer.fit(module, datamodule=tiny_stories(batch_size=4 if kind == "one" else 2))
+    last = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in module.named_parameters()}
+    if trainer.is_global_zero:
+        torch.save({name: p.detach() for name, p in last.items()}, folder / "last.pt")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_all_probes import train_ranks
+
+for watched in (False, True):
+    train_ranks(Path(sys.argv[1]) / f"{sys.argv[2]}_{watched}", sys.argv[2], watched)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_all_probes_on_two_ranks(tmp_path: Path, kind: str) -> None:
+    """They leave training alone, none waits for another rank for ever, and most numbers are those of one rank."""
+    run_script(SCRIPT, tmp_path, kind)
+    bare, watched = (torch.load(tmp_path / f"{kind}_{flag}" / "last.pt", weights_only=True) for flag in (False, True))
+    assert same(bare, watched)
+    train_ranks(tmp_path / "one", "one", watched=True)
+    alone, ranks = metrics(tmp_path / "one"), metrics(tmp_path / f"{kind}_True")
+    families = ("backbone/", "alignment/", "anatomy/", "switching/", "fisher/trunk/streaming/")
+    compared = 0
+    for step, row in ranks.items():
+        for name, value in row.items():
+            if name.startswith(families) and "unexplained" not in name:
+                assert value == pytest.approx(alone[step][name], rel=1e-6, abs=1e-6), (step, name)
+                compared += 1
+    assert compared > 200
+    assert any(name.startswith("fisher/trunk/batch_mean/q_backbone") for row in ranks.values() for name in row)

@@ -240,14 +240,14 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def run_script(script: str, folder: Path) -> None:
+def run_script(script: str, folder: Path, *arguments: str) -> None:
     """Run a script in a process of its own."""
     file = folder / "script.py"
     file.write_text(script)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(file), str(folder)], env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, str(file), str(folder), *arguments], env=env, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-5000:]
 
