@@ -131,10 +131,8 @@ class OptimizerAnatomy(DeferringProbe):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         selection = self.recorder.selection
-        if selection.shards is not None:
-            raise UserError("the optimizer's anatomy does not work on weights that ranks share (FSDP): leave it out")
         parameters, optimizer = selection.parameters(pl_module), trainer.optimizers[0]
-        self._subset = coordinate_subset(selection.dim, self.coordinates, self.seed).to(parameters[0].device)
+        self._subset = coordinate_subset(selection.local_dim, self.coordinates, self.seed).to(parameters[0].device)
         if not isinstance(optimizer, Adam | SGD):
             self._note(f"the anatomy knows no rule of {type(optimizer).__name__}: it shows gradient and update only")
         elif self.split:
@@ -188,6 +186,8 @@ class OptimizerAnatomy(DeferringProbe):
         state: dict[str, Any] = {"grown": self._grown, "split": None, "others": None, "earlier": None}
         if self._recorder is not None and self._recorder.trajectory is not None:
             state["fingerprint"] = self._recorder.selection.fingerprint
+        if self._shared:
+            return state  # a checkpoint holds one rank's callback state, and the rest is spread over all of them
         if self._earlier is not None:
             state["earlier"] = {"step": self._earlier[0], "values": self._earlier[1].cpu()}
         if self._parts is not None:
@@ -195,6 +195,12 @@ class OptimizerAnatomy(DeferringProbe):
         if self._others is not None:
             state["others"] = self._others.state_dict()
         return state
+
+    @property
+    def _shared(self) -> bool:
+        """Whether ranks share the weights (FSDP): a resumed run then begins split and counterfactuals anew."""
+        recorder = self._recorder
+        return recorder is not None and recorder.trajectory is not None and recorder.selection.shards is not None
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

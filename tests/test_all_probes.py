@@ -84,7 +84,6 @@ def train_ranks(folder: Path, kind: str, watched: bool) -> None:
     if kind == "fsdp":
         settings = {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "devices": 2}
         module.__class__ = type("SharedGPT", (Sharded, type(module)), {})
-        callbacks = [c for c in callbacks if not isinstance(c, OptimizerAnatomy)]  # it refuses shared weights
     settings |= {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
     trainer = quiet_trainer(folder, callbacks, max_steps=5, accumulate_grad_batches=2, **settings)
     trainer.fit(module, datamodule=tiny_stories(batch_size=4 if kind == "one" else 2))
@@ -114,10 +113,14 @@ def test_all_probes_on_two_ranks(tmp_path: Path, kind: str) -> None:
     assert same(bare, watched)
     train_ranks(tmp_path / "one", "one", watched=True)
     alone, ranks = metrics(tmp_path / "one"), metrics(tmp_path / f"{kind}_True")
+    # On weights that ranks share, each rank samples coordinates of its own for these.
+    sampled = ("coherence", "snr", "preconditioner", "update_size", "momentum_variance", "amplification")
     families = ("backbone/", "alignment/", "anatomy/", "switching/", "fisher/trunk/streaming/")
     compared = 0
     for step, row in ranks.items():
         for name, value in row.items():
+            if kind == "fsdp" and any(f"/{quantity}" in name for quantity in sampled):
+                continue
             if name.startswith(families) and "unexplained" not in name:
                 assert value == pytest.approx(alone[step][name], rel=1e-6, abs=1e-6), (step, name)
                 compared += 1

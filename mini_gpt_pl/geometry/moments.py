@@ -25,7 +25,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from mini_gpt_pl.geometry import pca
 from mini_gpt_pl.geometry.pca import Gram
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector, local_part
 
 # torch keeps the two kinds of decay apart by class, or by this flag on Adam and its relatives.
 _DECOUPLED = ("AdamW", "SGDW", "Muon")
@@ -411,14 +411,15 @@ class OtherSecondMoments:
         moments = ladder.momentum.values.split(selection.sizes)
         found = {}
         for beta2, values in zip(self.beta2, self.values, strict=True):
-            ratios = [torch.zeros_like(value) for value in values]
+            held = [local_part(value).reshape(-1) for value in values]  # what this rank holds, as in `moments`
+            ratios = [torch.zeros_like(value) for value in held]
             moves = list(ratios)
             for i, settings, _ in before.touched():
-                root = (values[i] / (1.0 - beta2 ** self.counts[i])).sqrt() + settings.eps
-                ratios[i] = moments[i].view_as(root) / root
+                root = (held[i] / (1.0 - beta2 ** self.counts[i])).sqrt() + settings.eps
+                ratios[i] = moments[i] / root
                 moves[i] = settings.lr * ratios[i]
-            update = _flatten(selection, moves).values + ladder.decay.values
-            found[beta2] = (_flatten(selection, ratios), Vector(update, selection))
+            update = torch.cat(moves) + ladder.decay.values
+            found[beta2] = (Vector(torch.cat(ratios), selection), Vector(update, selection))
         return found
 
     def state_dict(self) -> dict[str, Any]:
