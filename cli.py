@@ -136,7 +136,7 @@ class ProbedCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        # What W&B is told of this one session (its id, its group) is no part of the configuration that is kept.
+        # What W&B is told of this one segment (its id, its group) is no part of the configuration that is kept.
         self.config[self.subcommand].trainer.logger = self._logger_as_given
         try:
             trainer = super().instantiate_trainer(**kwargs)

@@ -106,7 +106,7 @@ class MetricsCSV(Logger):
         self._columns.update(dict.fromkeys(values))
 
     def resume(self, step: int) -> None:
-        """Take up the file of an earlier session, without the rows after `step`: those are about to be redone."""
+        """Take up the file of an interrupted run, without the rows after `step`: those are about to be redone."""
         if not self.path.is_file():
             return
         try:

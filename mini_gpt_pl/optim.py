@@ -1,4 +1,4 @@
-"""Helpers around PyTorch's optimizers: what is decayed, decoupled decay for SGD, the schedule of the rate."""
+"""Additions to PyTorch's optimizers: what is decayed, decoupled decay for SGD, the schedule of the rate."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def test_the_kept_configuration_is_whole(finished: tuple[Run, object]) -> None:
     assert config["model"]["optimizer"]["init_args"]["eps"] == 1e-8
     assert config["trainer"]["gradient_clip_val"] == 1.0
     arguments = config["trainer"]["logger"]["init_args"]
-    assert (arguments["id"], arguments["save_dir"]) == (None, ".")  # of the session, not of the configuration
+    assert (arguments["id"], arguments["save_dir"]) == (None, ".")  # of the segment, not of the configuration
 
 
 # --------------------------------------------------------------------------------------- composing, help

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection, Vector, by_group, plain_name
+from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection, Vector, plain_name
 
 
 class Net(nn.Module):
@@ -158,4 +158,3 @@ def test_dots_are_float64_sums_per_group(chunk: int, monkeypatch: pytest.MonkeyP
     edges = itertools.pairwise([0, 6, 15])
     expected = [float(np.dot(x[lo:hi].double().numpy(), y[lo:hi].double().numpy())) for lo, hi in edges]
     assert found.dtype == torch.float64 and found.tolist() == pytest.approx(expected, rel=1e-9, abs=0)
-    assert by_group(found, SMALL.groups) == dict(zip(("a", "b"), found.tolist(), strict=True))

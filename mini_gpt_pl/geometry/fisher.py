@@ -412,7 +412,7 @@ def split_moments(
     return Moments(large - noise / large_size, noise)
 
 
-# --------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------------------- summation
 
 
 def _with_total(per_group: Float[Tensor, " G"]) -> Float[Tensor, " G1"]:

@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -422,8 +422,3 @@ def _dot(a: Float[Tensor, " D"], b: Float[Tensor, " D"]) -> Float[Tensor, ""]:
     for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
         total = total + torch.dot(x.double(), y.double())
     return total
-
-
-def by_group(values: Float[Tensor, " G"], groups: Sequence[str]) -> Mapping[str, float]:
-    """Name one number per group; moves the tensor to the host once."""
-    return dict(zip(groups, values.tolist(), strict=True))

@@ -84,7 +84,7 @@ def spectrum(run: Run) -> Figure:
             axes.plot(range(1, len(ratios) + 1), ratios, color=GREY, lw=0.8)
         whole = pca.pca(trajectory.gram(), rows, normalise=unit)
         axes.plot(range(1, len(whole.ratios) + 1), whole.ratios, "o-", color=BACKBONE, ms=4)
-        walk = pca.pca(_orthogonal(run), rows, normalise=unit)
+        walk = pca.pca(nulls.walk(run.trajectory.gram()), rows, normalise=unit)
         axes.plot(range(1, len(walk.ratios) + 1), walk.ratios, "--", color=RESIDUAL, lw=1)
         axes.set_yscale("log")
         axes.set_ylim(1e-5, 1.5)
@@ -135,7 +135,7 @@ def alignment(run: Run) -> Figure:
     axes.plot(steps, whole, "--", color=BACKBONE, lw=1, alpha=0.7, label="update, whole-run $v_b$ (contains it)")
     axes.plot(steps, pca.past_update_alignment(gram), "o-", ms=3, color=BACKBONE, label="update, $v_b$ of its past")
     # Against a direction fitted with them included, orthogonal updates of the same lengths look like this.
-    walk = _orthogonal(run)
+    walk = nulls.walk(run.trajectory.gram())
     chance = pca.update_alignment(walk, pca.pca(walk, rows).backbone)
     axes.plot(steps, chance, ":", color="black", lw=1, label="random directions, whole-run $v_b$")
     for name, label, colour in (("lm", "LM gradient", "#2e8b57"), ("probe", "probe gradient", RESIDUAL)):
@@ -195,11 +195,6 @@ FIGURE_FUNCTIONS: dict[str, Callable[[Run], Figure]] = {
     "alignment": alignment,
     "growth": growth,
 }
-
-
-def _orthogonal(run: Run) -> pca.Gram:
-    """The Gram of a walk with the run's own step lengths in mutually orthogonal directions."""
-    return run.trajectory.gram().diag().diag()
 
 
 def _line(axes: Axes, series: pd.Series[float], label: str, colour: str, **style: object) -> None:
