@@ -24,7 +24,7 @@ class CostControl(Callback):
     Logs `overhead/fraction`, the probes' share of training time without them (evaluations left out), and
     `overhead/<probe>`, each when the trainer logs. With a budget, a common factor thins the schedules of all probes
     that allow it: the recorder does not, as its schedule defines what is measured. At the start it prints an estimate
-    of memory and of extra passes. Times differ between runs, so these metrics alone are not reproducible.
+    of memory and of time. Times differ between runs, so these metrics alone are not reproducible.
 
     Args:
         max_overhead: Largest share, such as 0.02; None only measures.
@@ -47,8 +47,10 @@ class CostControl(Callback):
         for probe in _probes(trainer):
             found = probe.estimate(steps, dim)
             if found.bytes or found.passes:
+                share = found.passes / trainer.accumulate_grad_batches
                 rank_zero_info(
-                    f"{found.name}: about {found.bytes / 2**20:,.0f} MiB, {found.passes:.3f} extra passes a step"
+                    f"{found.name}: about {found.bytes / 2**20:,.0f} MiB, and {share:.1%} of the time that a step's "
+                    "forward and backward passes take"
                 )
 
     @override

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.cost import CostControl
-from callbacks.probe import Deferred, Probe, Stopwatch
+from callbacks.probe import Deferred, Estimate, Probe, Stopwatch
 from callbacks.schedule import Schedule
 from mini_gpt_pl.logs import MetricsCSV
 
@@ -99,6 +99,30 @@ def test_budget_is_kept(tmp_path: Path) -> None:
     assert min(b - a for a, b in pairwise(tail)) > 1
     assert 0 < len(tail) * PROBE / (200 * STEP) <= budget * 1.1
     assert metrics["overhead/stretch"].iloc[-1] > 1
+
+
+class Heavy(Sleeper):
+    """A probe that says what it will take."""
+
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        return Estimate("Heavy", bytes=3 * 2**20, passes=0.5)
+
+
+def test_the_start_says_what_memory_and_time_to_expect(tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("callbacks.cost.rank_zero_info", told.append)
+        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
+        trainer = Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            accumulate_grad_batches=2,
+            callbacks=[Heavy(Schedule(every=1)), CostControl()],
+            enable_model_summary=False,
+            **quiet,
+        )
+        trainer.fit(Slow(), DataLoader(torch.ones(4, 1), 1))  # type: ignore[arg-type]
+    assert len(told) == 1 and "3 MiB" in told[0] and "25.0%" in told[0]
 
 
 def test_due_counts_each_schedule_apart() -> None:
