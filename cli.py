@@ -1,8 +1,7 @@
-"""The command line: fit, validate, test, predict and reheat."""
+"""The command line: fit, validate, test, predict and reheat, and the commands that need no trainer."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from rich.console import Console
 from typing_extensions import override
 
 from callbacks.divergence import StopOnDivergence
-from callbacks.reheat import REHEAT_FILE
 from callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.errors import UserError
@@ -35,12 +34,20 @@ from mini_gpt_pl.logs import MetricsCSV
 from mini_gpt_pl.module import ProbedGPT, read_checkpoint
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
-from mini_gpt_pl.runs import CHECKPOINTS, CONFIG, METRICS, PRODUCTS, Run
+from mini_gpt_pl.runs import CHECKPOINTS, CONFIG, METRICS, OUTCOME, PRODUCTS, Outcome, Run
 from mini_gpt_pl.trainer import GeometryTrainer
 
 # What a run's configuration gives to a later command on one of its checkpoints.
 _SHARED = ("seed_everything", "trainer", "model", "data")
 _TRAINING = ("fit", "reheat")
+# What belongs to the command that began a run, not to the one that goes on with it.
+_OF_ONE_COMMAND = ("run_dir", "overwrite", "resume")
+# Commands that work on run folders rather than with a trainer: module with `main(args)`, and what it does.
+_WITHOUT_TRAINER = {
+    "sweep": ("mini_gpt_pl.sweep", "Run every point of a grid file, here, with W&B agents or on a cluster."),
+    "replay": ("mini_gpt_pl.replay", "Measure gradients at stored checkpoints against the whole run's backbone."),
+    "report": ("mini_gpt_pl.report.page", "Write tables, figures and one HTML page about one run or several."),
+}
 
 
 class RunConfig(SaveConfigCallback):
@@ -59,6 +66,8 @@ class RunConfig(SaveConfigCallback):
             if isinstance(logger, MetricsCSV) and trainer.global_step > 0:
                 logger.resume(trainer.global_step)
         self.save_config(trainer, pl_module, "fit")
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / OUTCOME).unlink(missing_ok=True)  # it goes on: not ended yet
 
     @override
     @rank_zero_only
@@ -111,7 +120,10 @@ class ProbedCLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         """Look into the checkpoint; nothing that it holds overrides the command line."""
-        path = self.config[self.config.subcommand].get("ckpt_path")
+        config = self.config[self.config.subcommand]
+        if config.get("moments") and config.ckpt_path:
+            config.ckpt_path = str(Path(config.ckpt_path).resolve())  # recorded: a resume may come from elsewhere
+        path = config.get("resume") or config.get("ckpt_path")
         if path:
             loaded = read_checkpoint(path)
             self.checkpoint = {key: loaded.get(key) for key in ("global_step", "callbacks")}
@@ -180,14 +192,17 @@ class ProbedCLI(LightningCLI):
             return
         _finish_wandb()  # before the table, which is to be the last thing on the screen
         run = Run(Path(self.config[self.subcommand].run_dir))
+        stopped = next(c for c in self.trainer.callbacks if isinstance(c, StopOnDivergence))  # type: ignore[attr-defined]
+        diverged = stopped.step is not None
+        if not self.trainer.interrupted:
+            Outcome("diverged" if diverged else "finished", self.trainer.global_step).write(run.path)
         figures = draw_all(run)
         console = table_console()
         print_summary(run, console)
         _print_reheat(run, console)
         _print_time(self.trainer, console)
         _print_products(run, figures, console)
-        stopped = next(c for c in self.trainer.callbacks if isinstance(c, StopOnDivergence))  # type: ignore[attr-defined]
-        if stopped.step is not None:
+        if diverged:
             raise UserError(f"the run diverged: its loss was not finite at step {stopped.step}; its records are kept")
 
     @rank_zero_only
@@ -212,9 +227,10 @@ def _claim(run: Run, config: Any, command: str) -> bool:
     Returns:
         Whether the folder holds a run that is to be replaced; not before model, data and trainer could be made.
     """
-    origin = Run.of_checkpoint(config.ckpt_path) if config.ckpt_path else None
+    checkpoint = config.get("resume") or config.ckpt_path
+    origin = Run.of_checkpoint(checkpoint) if checkpoint else None
     at_home = origin is not None and origin.path.resolve() == run.path.resolve()
-    if command == "reheat" and at_home:
+    if command == "reheat" and at_home and not config.resume:
         raise UserError(f"{run.path} is the run of the checkpoint itself: give the reheated one its own --run_dir")
     if command == "fit" and origin is not None and not at_home and origin.snapshot_folder.is_dir():
         raise UserError(
@@ -272,8 +288,10 @@ def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any
             more.setdefault("group", arguments.get("group") or origin["group"])
         if command == "reheat":
             more.setdefault("job_type", "reheat")
-            if origin.get("run_id"):
-                more["config"] = {**more.get("config", {}), "parent_run": origin["run_id"]}
+        if command == "reheat" and not config.resume:
+            lineage = {"parent_run": origin.get("run_id"), "parent_step": (checkpoint or {}).get("global_step")}
+            known = {name: value for name, value in lineage.items() if value is not None}
+            more["config"] = {**more.get("config", {}), **known}
         elif origin.get("run_id") and not arguments.offline:
             arguments.id = origin["run_id"]  # online the run goes on; offline it gets a new segment in its group
         if more:
@@ -288,10 +306,9 @@ def _finish_wandb() -> None:
 
 
 def _print_reheat(run: Run, console: Console) -> None:
-    file = run.path / REHEAT_FILE
-    if not file.is_file():
+    found = run.reheated
+    if found is None:
         return
-    found = json.loads(file.read_text())
     console.print(
         f"re-entry gain G = {found['gain']:+.3f}: p_ood {found['p0']:.3f} -> {found['peak']:.3f} at step "
         f"{found['peak_step']:.0f}"
@@ -333,11 +350,22 @@ def with_run_config(args: Sequence[str]) -> list[str]:
     checkpoint = _value_of("--ckpt_path", args)
     if position is None or checkpoint is None or (run := Run.of_checkpoint(checkpoint)) is None:
         return args
-    command = args[position]
+    command, rest = args[position], args[position + 1 :]
     shared = {key: run.config[key] for key in _SHARED if key in run.config}
     folder = run.path if command == "fit" else run.path / command / Path(checkpoint).stem
+    if command == "fit" and run.is_reheated:
+        # Its schedule and its weights of the loss are those of `reheat`, so it goes on as one.
+        shared = {key: value for key, value in run.config.items() if key not in _OF_ONE_COMMAND}
+        command, rest = "reheat", ["--resume", checkpoint, *_without("--ckpt_path", rest)]
     base = ["--config", yaml.safe_dump(shared), "--run_dir", str(folder)]
-    return [*args[: position + 1], *base, *args[position + 1 :]]
+    return [*args[:position], command, *base, *rest]
+
+
+def _without(option: str, args: Sequence[str]) -> list[str]:
+    kept = list(args)
+    while option in kept:
+        del kept[kept.index(option) : kept.index(option) + 2]
+    return [arg for arg in kept if not arg.startswith(f"{option}=")]
 
 
 def _value_of(option: str, args: Sequence[str]) -> str | None:
@@ -423,6 +451,9 @@ def main() -> None:
     args = sys.argv[1:]
     _quiet()
     try:
+        if args and args[0] in _WITHOUT_TRAINER:
+            import_module(_WITHOUT_TRAINER[args[0]][0]).main(args[1:])
+            return
         args = with_run_config(args)
         sys.argv = sys.argv[:1]  # Lightning warns when arguments come both ways
         run_cli(args)

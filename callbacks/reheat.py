@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +13,124 @@ from typing_extensions import override
 from mini_gpt_pl.basis import FrozenBasis, Placement
 from mini_gpt_pl.geometry.selection import Vector
 from mini_gpt_pl.logs import log_now
-
-REHEAT_FILE = "reheat.json"
+from mini_gpt_pl.runs import REHEAT
 
 
 class ReheatProbe(Callback):
     """Log where a reheated run goes in the frozen basis of its parent, and its re-entry gain.
 
     At every evaluation, under `reheat/`: coordinate a and residual ||r|| from the parent's theta_0, and the
-    displacement from the reheated checkpoint split along the parent's backbone (signed) and across it. At the end,
-    `summary` holds the gain G = max_t p(t) - p0, where p0 is the value before the first step.
+    displacement from the reheated checkpoint split along the parent's backbone (signed) and across it. `reheat.json`
+    in the run folder holds the lineage from the start, and what was found up to the last evaluation:
+    the gain G = max_t p(t) - p0, where p0 is the value before the first step, and the recovery
+    R = G / (best p of the parent - p0).
 
     Args:
-        p0: Probe accuracy of the checkpoint, before any step.
-        basis: The parent's; without one only the gain is reported.
-        metric: The accuracy whose gain is reported.
+        p0: Probe accuracy of the checkpoint, before any step; a resumed run takes it from its checkpoint.
+        basis: The parent's; without one only the accuracies are reported.
+        start: The reheated checkpoint's selected weights, where there is a basis.
+        moments: State for the optimizer to start with, by index of the parameter; None starts without memory.
+        lineage: What is to be recorded of the parent and of the settings.
+        parent_best: Best accuracy of the parent up to the checkpoint.
+        threshold: Accuracy whose first reaching is reported.
+        metric: The accuracy.
 
     Attributes:
-        summary: p0, peak, peak_step, gain, and with a basis the change of a and of ||r||.
+        summary: p0, peak, peak_step, gain, recovery, final, steps_to_threshold, and with a basis the change of a and
+            of ||r||. What there is none of is left out.
     """
 
-    def __init__(self, p0: float, basis: FrozenBasis | None, metric: str = "probe/p_ood") -> None:
+    def __init__(
+        self,
+        p0: float,
+        basis: FrozenBasis | None = None,
+        start: Vector | None = None,
+        moments: dict[Any, Any] | None = None,
+        lineage: Mapping[str, Any] | None = None,
+        parent_best: float = float("nan"),
+        threshold: float = 0.6,
+        metric: str = "probe/p_ood",
+    ) -> None:
         super().__init__()
         self.p0 = p0
         self.basis = basis
+        self.lineage = dict(lineage or {})
+        self.parent_best = parent_best
+        self.threshold = threshold
         self.metric = metric
         self.summary: dict[str, float] = {}
-        self._peak, self._peak_step = p0, 0
-        self._start: Vector | None = None
+        self._start = start
+        self._moments = moments
+        self._accuracy: dict[int, float] = {}
         self._first: Placement | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.basis is not None:
-            self.basis = self.basis.to(pl_module.device)
-            self._start = self.basis.theta0.selection.weights(pl_module)
-            self._first = self.basis.place(pl_module)
-        log_now(trainer, {self.metric: self.p0, **self._positions(pl_module)}, trainer.global_step)
+        resumed = trainer.global_step > 0
+        if self.basis is not None and self._start is not None:
+            self.basis, self._start = self.basis.to(pl_module.device), self._start.to(pl_module.device)
+            self._first = self.basis.place_weights(self._start)
+        if resumed:
+            return
+        if self._moments is not None:
+            optimizer = trainer.optimizers[0]
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": self._moments})
+        self._accuracy = {0: self.p0}
+        log_now(trainer, {self.metric: self.p0, **self._positions(pl_module)}, 0)
+        self._record(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.training and not trainer.validating:
             return
-        value = float(trainer.callback_metrics[self.metric])
-        if value > self._peak:
-            self._peak, self._peak_step = value, trainer.global_step
+        self._accuracy[trainer.global_step] = float(trainer.callback_metrics[self.metric])
         log_now(trainer, self._positions(pl_module), trainer.global_step)
+        self._record(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.summary = {
-            "p0": self.p0,
-            "peak": self._peak,
-            "peak_step": float(self._peak_step),
-            "gain": self._peak - self.p0,
-        }
-        if self.basis is not None and self._first is not None:
-            last = self.basis.place(pl_module)
-            self.summary |= {
-                "coordinate_before": self._first.coordinate,
-                "coordinate_after": last.coordinate,
-                "residual_before": self._first.residual_norm,
-                "residual_after": last.residual_norm,
-            }
+        self._record(trainer, pl_module)
+        log_now(trainer, {f"reheat/{name}": value for name, value in self.summary.items()}, trainer.global_step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"p0": self.p0, "accuracy": dict(self._accuracy)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.p0, self._accuracy = state_dict["p0"], dict(state_dict["accuracy"])
+
+    def _record(self, trainer: Trainer, module: LightningModule) -> None:
+        self.summary = {**self._gains(), **self._moved(module)}
         if trainer.is_global_zero:
-            file = Path(trainer.default_root_dir) / REHEAT_FILE
+            file = Path(trainer.default_root_dir) / REHEAT
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(self.summary, indent=2) + "\n")
+            file.write_text(json.dumps({**self.lineage, **self.summary}, indent=2) + "\n")
+
+    def _gains(self) -> dict[str, float]:
+        peak_step, peak = max(self._accuracy.items(), key=lambda item: item[1])  # the first of equal ones
+        gain = peak - self.p0
+        found = {"p0": self.p0, "peak": peak, "peak_step": float(peak_step), "gain": gain}
+        if self.parent_best > self.p0:
+            found["recovery"] = gain / (self.parent_best - self.p0)
+        reached = [step for step, value in sorted(self._accuracy.items()) if value >= self.threshold]
+        if reached:
+            found["steps_to_threshold"] = float(reached[0])
+        return {**found, "final": self._accuracy[max(self._accuracy)]}
+
+    def _moved(self, module: LightningModule) -> dict[str, float]:
+        if self.basis is None or self._start is None or self._first is None:
+            return {}
+        last = self.basis.place(module)
+        along, across = self.basis.split(self._start, module)
+        return {
+            "coordinate_before": self._first.coordinate,
+            "coordinate_after": last.coordinate,
+            "residual_before": self._first.residual_norm,
+            "residual_after": last.residual_norm,
+            "along": along,
+            "across": across,
+        }
 
     def _positions(self, module: LightningModule) -> dict[str, Any]:
         if self.basis is None or self._start is None:

@@ -67,7 +67,11 @@ class FrozenBasis:
 
     def place(self, module: nn.Module) -> Placement:
         """Place a module's weights."""
-        drift = self.theta0.selection.weights(module) - self.theta0
+        return self.place_weights(self.theta0.selection.weights(module))
+
+    def place_weights(self, weights: Vector) -> Placement:
+        """Place selected weights."""
+        drift = weights - self.theta0
         coordinate = float(drift.dots(self.backbone).sum())
         residual = Vector(drift.values - coordinate * self.backbone.values, drift.selection)
         return Placement(coordinate, float(residual.dots(residual).sum().clamp_min(0).sqrt()))

@@ -64,7 +64,8 @@ class Scores(NamedTuple):
 
     Attributes:
         nll: Negative log-likelihood in nats, at least float32; 0 where the target is ignored (-100).
-        hit: Whether the most likely token is the target; False where the target is ignored.
+        hit: Whether the target alone is the most likely token; False where the target is ignored. A tie is no hit:
+            bfloat16 logits have many, and which of two equal ones comes first says nothing.
     """
 
     nll: Float[Tensor, "B T"]
@@ -198,8 +199,8 @@ class GPT(nn.Module):
         x = self.tok_emb(tokens) + self.pos_emb.weight[:T]  # (B, T, d)
         for block in self.blocks:
             x = block(x)
-        logits = F.linear(self.ln_f(x), self.tok_emb.weight)[..., : self.vocab_size]  # (B, T, Vp) -> (B, T, V)
-        return logits if targets is None else _score(logits, targets)
+        logits = F.linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, Vp)
+        return logits[..., : self.vocab_size] if targets is None else _score(logits, targets, self.vocab_size)
 
     @torch.no_grad()
     def generate(
@@ -242,12 +243,20 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, mean=0.0, std=INIT_STD)
 
 
-def _score(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Scores:
+def _score(logits: Float[Tensor, "B T Vp"], targets: Int[Tensor, "B T"], vocab_size: int) -> Scores:
     # bfloat16 has 8 bits: a log-sum-exp over the vocabulary needs float32. float64 stays (reference runs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    if vocab_size < logits.shape[-1]:
+        # Masked, not cut: a slice of padded rows costs the backward a copy of all logits.
+        logits = torch.where(ids < vocab_size, logits, -torch.inf)
     # -100 is the ignore_index of cross_entropy unless told otherwise.
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return Scores(nll.view_as(targets), logits.argmax(dim=-1) == targets)
+    with torch.no_grad():  # two maxima fuse with the softmax; an argmax would take a pass of its own
+        chosen = ids == targets[..., None]
+        own = torch.where(chosen, logits, -torch.inf).amax(-1)
+        others = torch.where(chosen, -torch.inf, logits).amax(-1)
+    return Scores(nll.view_as(targets), own > others)
 
 
 def _draw(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,7 @@ class ProbedGPT(LightningModule):
         sizes = PRESETS[size] if isinstance(size, str) else size
         self.gpt = GPT(replace(sizes, context=context), vocab_size, vocab_multiple)
         self.make_optimizer = optimizer
-        self.schedule = schedule
+        self.schedule: Callable[[int], float] = schedule
         self.probe_weight = probe_weight
         self.peak_lr: float | None = None
         self._compile = compile

@@ -1,4 +1,4 @@
-"""Additions to PyTorch's optimizers: what is decayed, decoupled decay for SGD, the schedule of the rate."""
+"""Additions to PyTorch's optimizers: what is decayed, Muon beside AdamW, decoupled decay for SGD, the schedule."""
 
 from __future__ import annotations
 
@@ -14,24 +14,100 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mini_gpt_pl.errors import UserError
 
+KINDS = ("matrices", "tables", "vectors")
+
 
 def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Split the trainable parameters: tensors with two or more axes are decayed, vectors are not.
+    """Split the trainable parameters: matrices and embedding tables are decayed, vectors are not.
 
-    For the GPT of this project the decayed ones are the block matrices and both embedding tables, the others
-    the LayerNorms.
+    For the GPT of this project the matrices are those of the blocks, the tables those of tokens and positions, the
+    vectors the LayerNorms.
 
     Args:
         module: The model; a tied parameter is listed once, a frozen one not at all.
 
     Returns:
-        Parameter groups for an optimizer, empty ones left out. The first kind has no ``weight_decay`` of its
-        own and so follows the optimizer's; the second has 0.
+        Parameter groups for an optimizer, empty ones left out, each with its ``kind``: "matrices", "tables" or
+        "vectors". The first two have no ``weight_decay`` of their own and so follow the optimizer's; the third has 0.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]  # parameters() lists a tied one once
-    decayed: dict[str, Any] = {"params": [p for p in trainable if p.ndim >= 2]}
-    exempt: dict[str, Any] = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
-    return [group for group in (decayed, exempt) if group["params"]]
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    groups: dict[str, dict[str, Any]] = {kind: {"params": [], "kind": kind} for kind in KINDS}
+    for parameter in module.parameters():  # lists a tied one once
+        if parameter.requires_grad:
+            kind = "vectors" if parameter.ndim < 2 else "tables" if id(parameter) in tables else "matrices"
+            groups[kind]["params"].append(parameter)
+    groups["vectors"]["weight_decay"] = 0.0
+    return [group for group in groups.values() if group["params"]]
+
+
+class MuonAdamW(Optimizer):
+    """Muon on the matrices of hidden layers, AdamW on everything else, as one optimizer.
+
+    Muon orthogonalises the momentum of a matrix, so it is no optimizer for embedding tables or vectors. Both parts
+    are PyTorch's own; they share the learning rate and the decoupled decay, which ``match_rms_adamw`` makes meaningful
+    (arXiv 2502.16982).
+
+    Args:
+        params: The groups of ``decay_groups``.
+        lr: Learning rate of both.
+        weight_decay: Decoupled decay of both; vectors keep their 0.
+        momentum: Of Muon.
+        nesterov: Whether Muon looks ahead.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        adjust_lr_fn: How Muon scales its step to a matrix's shape; see ``torch.optim.Muon``.
+
+    Raises:
+        ValueError: A group does not say its ``kind``, a setting is out of range, or no group holds matrices, or
+            nothing but matrices is there.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        adjust_lr_fn: str = "match_rms_adamw",
+    ) -> None:
+        groups = list(params)
+        if not all(isinstance(group, dict) and group.get("kind") in KINDS for group in groups):
+            raise ValueError(f"MuonAdamW needs parameter groups with a kind, one of {', '.join(KINDS)}")
+        matrices = [group for group in groups if group["kind"] == "matrices"]
+        others = [group for group in groups if group["kind"] != "matrices"]
+        if not (matrices and others):
+            raise ValueError("MuonAdamW needs both matrices and other parameters; use torch.optim.Muon or AdamW alone")
+        muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn
+        )
+        self._parts = (muon, torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on this optimizer's groups and state: schedules and checkpoints know only those."""
+        matrices = [group for group in self.param_groups if group["kind"] == "matrices"]
+        others = [group for group in self.param_groups if group["kind"] != "matrices"]
+        for part, groups in zip(self._parts, (matrices, others), strict=True):
+            part.param_groups, part.state = groups, self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()  # loading replaces both
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step of both; ``closure``, if given, computes the gradients first and gives the returned loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
 
 
 class SGDW(torch.optim.SGD):
@@ -140,6 +216,25 @@ class ClippedCosine:
             return step / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
         return max((1 + math.cos(math.pi * progress)) / 2, self.floor)
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Another schedule from one of its later steps on, times a factor: step t here is step ``offset`` + t there.
+
+    Args:
+        schedule: Factor by optimizer step.
+        offset: Steps already taken under it.
+        factor: Multiplies it.
+    """
+
+    schedule: Callable[[int], float]
+    offset: int
+    factor: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        """Give the factor for optimizer step ``step``; the first one is 1."""
+        return self.factor * self.schedule(self.offset + step)
 
 
 def lambda_lr(optimizer: Optimizer, schedule: Callable[[int], float]) -> LambdaLR:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import yaml
@@ -21,8 +23,42 @@ CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 TRAJECTORY = "trajectory.safetensors"
 FIGURES = "figures"
+OUTCOME = "outcome.json"
+REHEAT = "reheat.json"
+REPLAY = "replay"
+WEIGHTS_ONLY = "weights-"
+"""How the names of checkpoints begin that cannot be resumed, as they hold no optimizer."""
 # Everything a run writes into its folder; overwriting a run removes these and nothing else.
-PRODUCTS = (CONFIG, METRICS, CHECKPOINTS, SNAPSHOTS, TRAJECTORY, FIGURES, "reheat.json", "switching.json", "wandb")
+PRODUCTS = (
+    CONFIG,
+    METRICS,
+    CHECKPOINTS,
+    SNAPSHOTS,
+    TRAJECTORY,
+    FIGURES,
+    OUTCOME,
+    REHEAT,
+    REPLAY,
+    "switching.json",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended by itself; a run that broke off, or is still going, has none.
+
+    Args:
+        state: `finished`, or `diverged` when its loss was no longer finite.
+        step: Optimizer steps taken.
+    """
+
+    state: Literal["finished", "diverged"]
+    step: int
+
+    def write(self, folder: Path) -> None:
+        """Record it in a run folder."""
+        (folder / OUTCOME).write_text(json.dumps(asdict(self)) + "\n")
 
 
 @dataclass(frozen=True)
@@ -71,6 +107,41 @@ class Run:
             raise UserError(f"the configuration {file} holds no options: restore it, or give another with --config")
         return loaded
 
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended, or None if it broke off or is still going.
+
+        Raises:
+            UserError: The record of it is damaged.
+        """
+        return None if (found := self._read_json(OUTCOME)) is None else Outcome(**found)
+
+    @property
+    def reheated(self) -> dict[str, Any] | None:
+        """What a reheated run recorded of its parent and of its gain; None for a run from scratch."""
+        return self._read_json(REHEAT)
+
+    @property
+    def is_reheated(self) -> bool:
+        """Whether the run was started by `reheat`: its configuration then holds the settings of that."""
+        return "data_order" in self.config
+
+    @property
+    def replayed(self) -> dict[int, dict[str, Any]]:
+        """What a replay found at each stored checkpoint, by step; empty before one."""
+        files = sorted((self.path / REPLAY).glob("[0-9]*.json"))
+        return {int(file.stem): self._read_json(f"{REPLAY}/{file.name}") or {} for file in files}
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
+        return found
+
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """All logged numbers, one row per step; a number that was not logged at a step is NaN.
@@ -97,6 +168,12 @@ class Run:
         values = self.series(name)
         return float(values.iloc[-1]) if len(values) else float("nan")
 
+    def best_until(self, name: str, step: int) -> float:
+        """Return the largest value of a metric up to a step, NaN if it was never logged."""
+        if not (self.path / METRICS).is_file():
+            return float("nan")
+        return float(self.series(name).loc[:step].max())
+
     @cached_property
     def trajectory(self) -> Trajectory:
         """The Gram matrices of the recorded weights.
@@ -120,8 +197,16 @@ class Run:
     @property
     def checkpoints(self) -> dict[int, Path]:
         """Full checkpoints by optimizer step; the last version (`-v1`, `-v2`) where a resumed run came by again."""
+        return self._checkpoints(lambda file: not file.name.startswith(WEIGHTS_ONLY))
+
+    @property
+    def stored_weights(self) -> dict[int, Path]:
+        """Checkpoints by step that hold the model's weights: the full ones, and those named `weights-<step>.ckpt`."""
+        return dict(sorted({**self._checkpoints(lambda file: True), **self.checkpoints}.items()))
+
+    def _checkpoints(self, wanted: Callable[[Path], bool]) -> dict[int, Path]:
         found = []
-        for file in (self.path / CHECKPOINTS).glob("*.ckpt"):
+        for file in filter(wanted, (self.path / CHECKPOINTS).glob("*.ckpt")):
             if match := re.search(r"(\d+)(?:-v(\d+))?\.ckpt$", file.name):
                 found.append((int(match[1]), int(match[2] or 0), file))
         return {step: file for step, _, file in sorted(found)}

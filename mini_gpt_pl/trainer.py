@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.module import ProbedGPT, check_identity, read_checkpoint
-from mini_gpt_pl.objective import ProbeWeight
-from mini_gpt_pl.optim import ClippedCosine
+from mini_gpt_pl.reheating import DataOrder, Moments, Reheating
 from mini_gpt_pl.runs import Run
 
 
@@ -34,54 +34,72 @@ class GeometryTrainer(Trainer):
         ckpt_path: str = "",
         steps: int = 2000,
         lr: float | None = None,
+        factor: float | None = None,
         warmup: int = 200,
         floor: float = 0.1,
-        probe_weight: float = 4.0,
+        probe_weight: float | None = 4.0,
         eval_every: int = 100,
+        moments: Moments = "zeroed",
+        data_order: DataOrder = "restart",
+        threshold: float = 0.6,
         basis: str | None = None,
+        resume: str | None = None,
     ) -> dict[str, float]:
-        """Restart a checkpoint with a fresh optimizer and a fresh learning-rate schedule.
+        """Restart a checkpoint, with a new learning-rate schedule or with the parent's times a factor.
 
-        Only the weights are taken: neither moments, nor schedule, nor counters. The probe's accuracy is measured
-        before the first step, so that the gain is against the checkpoint itself.
+        The probe's accuracy is measured before the first step, so that the gain is against the checkpoint itself.
 
         Args:
             model: The module whose weights are replaced.
             datamodule: Its data.
             ckpt_path: The checkpoint to restart.
             steps: Optimizer steps to take.
-            lr: Peak learning rate; that of the configured optimizer for None.
-            warmup: Steps of linear warm-up.
-            floor: Smallest factor of the clipped cosine.
-            probe_weight: Weight lambda of the probe loss, constant.
+            lr: Peak learning rate of a new schedule; that of the configured optimizer for None.
+            factor: Go on with the parent's schedule, times this, instead of a new one.
+            warmup: Steps of linear warm-up of a new schedule.
+            floor: Smallest factor of a new schedule, a clipped cosine.
+            probe_weight: Weight lambda of the probe loss, constant; None goes on with the parent's.
             eval_every: Optimizer steps between evaluations.
+            moments: Whether the optimizer starts without memory or keeps the checkpoint's.
+            data_order: Whether the data start anew or go on where the checkpoint stood.
+            threshold: Accuracy whose first reaching is reported.
             basis: Run folder whose backbone the displacement is split by; that of the checkpoint for None.
+            resume: A checkpoint of this reheated run, to go on from.
 
         Returns:
-            p0, peak, peak_step and gain; with a basis, a and ||r|| in it before and after.
+            p0, peak, peak_step, gain, final and more; with a basis, a and ||r|| in it before and after.
 
         Raises:
             UserError: A setting is out of range, or the checkpoint or the basis cannot be read or is of another model.
         """
         assert isinstance(model, ProbedGPT)
-        if steps < 1 or eval_every < 1 or (lr is not None and lr < 0):
-            raise UserError("reheat: give --steps and --eval_every of 1 or more, and an --lr that is not negative")
+        settings = Reheating(steps, lr, factor, warmup, floor, probe_weight, eval_every, moments, data_order, threshold)
         checkpoint = read_checkpoint(ckpt_path)
         check_identity(checkpoint, model)
         model.load_state_dict(checkpoint["state_dict"])
-        frozen = self._frozen_basis(model, ckpt_path, basis, int(checkpoint["global_step"]))
-        p0 = self._probe_accuracy(model, datamodule)
-        model.schedule = ClippedCosine(warmup=min(warmup, steps), total=steps, floor=floor)
-        model.probe_weight = ProbeWeight(probe_weight, probe_weight, 0)
+        parent, offset = Run.of_checkpoint(ckpt_path), int(checkpoint["global_step"])
+        if factor is not None and parent is not None and parent.is_reheated:
+            raise UserError("reheat: the parent is itself a reheated run, whose schedule is not configured: give --lr")
+        frozen = self._frozen_basis(model, ckpt_path, basis, offset)
+        start = None if frozen is None else frozen.theta0.selection.weights(model)
+        p0 = float("nan") if resume else self._probe_accuracy(model, datamodule)
+        model.schedule = settings.schedule(model.schedule, offset)
+        model.probe_weight = settings.weight(model.probe_weight, offset)
         model.peak_lr = lr
-        probe = ReheatProbe(p0, frozen)
+        if isinstance(datamodule, ProbedStories):
+            datamodule.start = settings.data_position(checkpoint)
+        lineage = _lineage(settings, ckpt_path, offset, frozen)
+        best = float("nan") if parent is None else parent.best_until("probe/p_ood", offset)
+        probe = ReheatProbe(
+            p0, frozen, start, settings.optimizer_state(checkpoint), lineage, parent_best=best, threshold=threshold
+        )
         # Before ModelCheckpoint, which Lightning keeps last.
         self.callbacks.insert(0, probe)  # type: ignore[attr-defined]
         self.fit_loop.epoch_loop.max_steps = steps
         self.fit_loop.max_epochs = -1
         self.val_check_interval = eval_every * self.accumulate_grad_batches
         self.check_val_every_n_epoch = None
-        self.fit(model, datamodule=datamodule)
+        self.fit(model, datamodule=datamodule, ckpt_path=resume)
         return probe.summary
 
     def _frozen_basis(self, model: ProbedGPT, ckpt_path: str, basis: str | None, step: int) -> FrozenBasis | None:
@@ -152,3 +170,13 @@ class GeometryTrainer(Trainer):
         if datamodule.eos_id in new:
             new = new[: new.index(datamodule.eos_id)]
         return datamodule.encoding.decode(new)
+
+
+def _lineage(settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis | None) -> dict[str, Any]:
+    """Say where a reheated run comes from and what it was started with."""
+    checkpoint = Path(ckpt_path).resolve()
+    run = Run.of_checkpoint(checkpoint)
+    known: dict[str, Any] = {"parent": str(run.path if run else checkpoint), "parent_step": step, **asdict(settings)}
+    if basis is not None:
+        known |= {"basis_step": basis.step, "basis_fingerprint": basis.theta0.selection.fingerprint}
+    return known

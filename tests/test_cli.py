@@ -36,7 +36,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.module import read_checkpoint
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs import Outcome, Run
 
 ROOT = Path(cli.__file__).resolve().parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -409,7 +409,8 @@ def test_a_checkpoint_apart_from_its_run_still_gives_the_gain(
     with pytest.warns(UserWarning, match="no parent run"):
         told = command("reheat", *options, "--ckpt_path", "alone.ckpt")
     found = json.loads(Path("hot/reheat.json").read_text())
-    assert found.keys() == {"p0", "peak", "peak_step", "gain"}
+    assert found["parent"] == str(Path("alone.ckpt").resolve()) and found["parent_step"] == 3
+    assert not {"coordinate_before", "along", "recovery"} & found.keys()
     assert "re-entry gain" in told
     assert "basis" not in told
 
@@ -420,6 +421,57 @@ def test_a_checkpoint_before_the_first_step_of_the_path_has_no_basis(parent: Run
     with pytest.warns(UserWarning, match="no path before step 3"):
         told = command("reheat", "--ckpt_path", checkpoint(parent), "--steps", "1", "--trainer.logger", "false")
     assert "re-entry gain" in told
+
+
+def test_without_reheating_a_reheat_is_its_parents_own_continuation(parent: Run, command: Command) -> None:
+    control = ["--factor", "1", "--moments", "kept", "--data_order", "continue", "--probe_weight", "null"]
+    options = ["--steps", "3", "--eval_every", "3", "--trainer.logger", "false", "--run_dir", "control"]
+    command("reheat", "--ckpt_path", checkpoint(parent), *control, *options)
+    assert_same_weights(weights(Run(Path("control")), 3), weights(parent, 6))
+    for name in ("train/loss", "train/lr", "train/probe_weight"):
+        assert Run(Path("control")).series(name).tolist() == parent.series(name).loc[4:].tolist()
+
+
+@pytest.mark.parametrize(
+    "change", [("--factor", "2"), ("--moments", "zeroed"), ("--data_order", "restart"), ("--probe_weight", "9")]
+)
+def test_each_setting_of_the_control_matters(parent: Run, command: Command, change: tuple[str, str]) -> None:
+    control = {"--factor": "1", "--moments": "kept", "--data_order": "continue", "--probe_weight": "null"}
+    options = [word for pair in {**control, change[0]: change[1]}.items() for word in pair]
+    command(
+        "reheat", "--ckpt_path", checkpoint(parent), *options, "--steps", "3", "--trainer.logger", "false",
+        "--run_dir", "other",
+    )  # fmt: skip
+    theirs, ours = weights(parent, 6), weights(Run(Path("other")), 3)
+    assert any(not torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_a_reheat_says_where_it_comes_from(reheated: Reheated) -> None:
+    parent, run, _, _ = reheated
+    found = run.reheated
+    assert found is not None
+    assert (found["parent"], found["parent_step"], found["basis_step"]) == (str(parent.path), 3, 2)
+    assert found["basis_fingerprint"] == parent.trajectory.fingerprint
+    assert (found["moments"], found["data_order"], found["factor"]) == ("zeroed", "restart", None)
+    assert found["along"] == run.series("reheat/along").iloc[-1]
+
+
+def test_a_reheat_that_broke_off_goes_on_by_itself(parent: Run, command: Command) -> None:
+    options = ["--steps", "5", "--lr", "0.01", "--warmup", "1", "--eval_every", "1", "--trainer.logger", "false"]
+    command("reheat", "--ckpt_path", checkpoint(parent), *options, "--run_dir", "whole")
+    whole, again = Run(Path("whole")), Run(Path(shutil.copytree("whole", "again")))
+    for product in ("outcome.json", "reheat.json"):
+        (again.path / product).unlink()
+    command("fit", "--ckpt_path", str(again.path / "checkpoints" / "000003.ckpt"))
+    assert whole.outcome == again.outcome == Outcome("finished", 5)
+    assert again.reheated == whole.reheated
+    for name in ("probe/p_ood", "reheat/across", "train/loss", "train/lr"):
+        assert again.series(name).tolist() == whole.series(name).tolist()
+
+
+def test_a_schedule_that_a_reheat_made_is_not_continued(reheated: Reheated, mistake: Command) -> None:
+    told = mistake("reheat", "--ckpt_path", checkpoint(reheated[1]), "--factor", "1", "--run_dir", "twice")
+    assert "itself a reheated run" in told
 
 
 # ------------------------------------------------------------------------------------------ run folders
@@ -545,9 +597,9 @@ def test_the_environment_wins_over_the_configured_mode(monkeypatch: pytest.Monke
 def test_online_a_resumed_run_goes_on_under_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     state = {"callbacks": {"WandbSegments": {"run_id": "two", "group": "one"}}}
-    for name, wanted in (("fit", "two"), ("reheat", None)):
+    for name, resume, wanted in (("fit", None, "two"), ("reheat", None, None), ("reheat", "y", "two")):
         logger = Namespace(class_path="x.WandbLogger", init_args=Namespace(offline=True, id=None))
-        config = Namespace(trainer=Namespace(logger=[logger]), ckpt_path="x")
+        config = Namespace(trainer=Namespace(logger=[logger]), ckpt_path="x", resume=resume)
         cli._direct_wandb(config, Run(Path("run")), name, state)
         assert logger.init_args.id == wanted
         assert logger.dict_kwargs["group"] == "one"

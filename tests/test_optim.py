@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.moments import decay_rate
 from mini_gpt_pl.gpt import GPT, PRESETS
-from mini_gpt_pl.optim import SGDW, ClippedCosine, decay_groups, lambda_lr
+from mini_gpt_pl.optim import SGDW, ClippedCosine, Continued, MuonAdamW, decay_groups, lambda_lr
 
 # --- decay groups ------------------------------------------------------------------------------------------
 
 
 def test_decay_groups_of_the_51m_model() -> None:
     with torch.device("meta"):
-        decayed, exempt = decay_groups(GPT(PRESETS["51m"], 50257))
-    assert [len(decayed["params"]), len(exempt["params"])] == [34, 34]
-    assert sum(p.numel() for p in decayed["params"]) == 51_028_480
-    assert sum(p.numel() for p in exempt["params"]) == 17_408
-    assert "weight_decay" not in decayed and exempt["weight_decay"] == 0.0
+        groups = decay_groups(GPT(PRESETS["51m"], 50257))
+    assert [group["kind"] for group in groups] == ["matrices", "tables", "vectors"]
+    assert [len(group["params"]) for group in groups] == [32, 2, 34]
+    assert [sum(p.numel() for p in group["params"]) for group in groups] == [25_165_824, 25_862_656, 17_408]
+    assert ["weight_decay" in group for group in groups] == [False, False, True] and groups[2]["weight_decay"] == 0.0
 
 
 def test_decay_groups_follow_the_optimizer_default() -> None:
@@ -42,6 +43,69 @@ def test_decay_groups_list_tied_once_and_skip_frozen_and_empty() -> None:
     (exempt,) = decay_groups(module)
     assert exempt["weight_decay"] == 0.0 and len(exempt["params"]) == 2
     assert decay_groups(nn.GELU()) == []
+
+
+# --- Muon beside AdamW -------------------------------------------------------------------------------------
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6)).double()
+
+
+def train(module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, first: int = 0) -> None:
+    for k in range(first, first + steps):
+        ids = torch.arange(6).roll(k)
+        nn.functional.cross_entropy(module(ids), (ids + 1) % 6).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        module.zero_grad()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_muon_adamw_is_torchs_muon_and_torchs_adamw() -> None:
+    ours, theirs = tiny(), tiny()
+    train(ours, [MuonAdamW(decay_groups(ours), lr=0.01, weight_decay=0.5)], 5)
+    matrices, *others = decay_groups(theirs)
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5}
+    muon = torch.optim.Muon([matrices], adjust_lr_fn="match_rms_adamw", **settings)
+    train(theirs, [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), **settings)], 5)
+    assert same(ours, theirs) and not same(ours, tiny())
+
+
+def test_muon_adamw_follows_a_schedule_and_resumes() -> None:
+    whole, broken = tiny(), tiny()
+    reference = MuonAdamW(decay_groups(whole), lr=0.01)
+    train(whole, [reference], 3)
+    for group in reference.param_groups:
+        group["lr"] = 0.002
+    train(whole, [reference], 3, first=3)
+
+    first = MuonAdamW(decay_groups(broken), lr=0.01)
+    train(broken, [first], 3)
+    again = MuonAdamW(decay_groups(broken), lr=0.01)
+    again.load_state_dict(first.state_dict())
+    scheduler = lambda_lr(again, lambda step: 0.2)
+    train(broken, [again], 3, first=3)
+    assert scheduler.get_last_lr() == pytest.approx([0.002] * 3)
+    assert same(whole, broken)
+
+
+def test_muon_adamw_wants_to_know_the_kinds() -> None:
+    with pytest.raises(ValueError, match="kind"):
+        MuonAdamW([{"params": [start()]}])
+    with pytest.raises(ValueError, match="both"):
+        MuonAdamW(decay_groups(nn.Linear(3, 3, bias=False)))
+
+
+def test_decay_of_muon_beside_adamw_is_known() -> None:
+    module = tiny()
+    optimizer = MuonAdamW(decay_groups(module), lr=0.01, weight_decay=0.5)
+    rates = [decay_rate(optimizer, group["params"][0]) for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.005, 0.005, 0.0])
 
 
 # --- SGDW --------------------------------------------------------------------------------------------------
@@ -212,3 +276,8 @@ def test_a_checkpoint_does_not_bring_its_schedule_along() -> None:
     optimizer.step()
     new.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2 / 8)
+
+
+def test_a_continued_schedule_starts_where_the_other_stood() -> None:
+    schedule = ClippedCosine(warmup=10, total=100)
+    assert [Continued(schedule, 30, 2.0)(t) for t in range(1, 90)] == [2 * schedule(30 + t) for t in range(1, 90)]

@@ -390,9 +390,9 @@ def test_the_configured_optimizer_settings_win_over_the_checkpoint(tmp_path: Pat
     trainer = quiet_trainer(tmp_path / "second", [spy], max_steps=7)
     trainer.fit(module, datamodule=tiny_stories(), ckpt_path=tmp_path / "first/checkpoints/000004.ckpt")
     assert next(float(state["step"]) for state in spy.optimizer["state"].values()) == 4  # the moments go on
-    matrices, norms = trainer.optimizers[0].param_groups
-    assert (matrices["weight_decay"], norms["weight_decay"]) == (0.3, 0.0)
-    assert matrices["betas"] == norms["betas"] == (0.8, 0.9)
+    groups = trainer.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.0]
+    assert {group["betas"] for group in groups} == {(0.8, 0.9)}
     rates = {step: row["train/lr"] for step, row in metrics(tmp_path / "second").items()}
     assert rates == pytest.approx({t: 3e-3 * ClippedCosine(2, 9, 0.5)(t) for t in (5, 6, 7)})
 
@@ -521,7 +521,8 @@ def test_reheat(tmp_path: Path, accumulate: int) -> None:
     assert summary["coordinate_after"] == rows[6]["reheat/coordinate"]
     assert summary["residual_before"] == rows[0]["reheat/residual"]
     assert summary["residual_after"] == rows[6]["reheat/residual"]
-    assert json.loads((tmp_path / "reheat.json").read_text()) == summary
+    recorded = json.loads((tmp_path / "reheat.json").read_text())
+    assert {name: recorded[name] for name in summary} == summary
 
 
 def test_reheat_without_a_learning_rate_takes_the_optimizers(tmp_path: Path) -> None:
@@ -529,7 +530,7 @@ def test_reheat_without_a_learning_rate_takes_the_optimizers(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="not split"):
         checkpoint = str(_parent() / "checkpoints/000007.ckpt")
         summary = trainer.reheat(tiny_gpt(), tiny_stories(**_DATA), checkpoint, steps=1, warmup=200, eval_every=1)
-    assert summary.keys() == {"p0", "peak", "peak_step", "gain"}
+    assert {"p0", "peak", "peak_step", "gain", "final"} <= summary.keys()
     assert metrics(tmp_path)[1]["train/lr"] == pytest.approx(PEAK)  # the warm-up is cut to the run
 
 

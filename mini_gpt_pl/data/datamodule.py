@@ -186,6 +186,7 @@ class ProbedStories(LightningDataModule):
         vocab_size: Number of ids, end of text included.
         eos_id: The id of end of text, which pads.
         codewords: The probe's words.
+        start: Where the training stream is to begin, as `TrainStream.state_dict` gives it; None at the beginning.
 
     Raises:
         UserError: The tokenizer cannot be had, has too few codewords, or the context is too short for the gaps.
@@ -228,6 +229,7 @@ class ProbedStories(LightningDataModule):
         self.eos_id = eos_id(self.encoding)
         self.codewords = choose_codewords(self.encoding, probe.n_codewords, probe.codeword_seed)
         self.probe = Probe(self.encoding, self.codewords, probe, context)
+        self.start: dict[str, int] | None = None
         self._train: TokenizedStories | None = None
         self._stream: TrainStream | None = None
         self._evaluation: dict[str, _FixedExamples] = {}
@@ -276,6 +278,8 @@ class ProbedStories(LightningDataModule):
             limit=lambda: float("inf") if trainer is None else trainer.num_training_batches,
             epoch=0 if trainer is None else trainer.current_epoch,
         )
+        if self.start is not None:
+            self._stream.load_state_dict(self.start)
         return self._stream
 
     def teardown(self, stage: str | None = None) -> None:

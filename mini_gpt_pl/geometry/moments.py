@@ -28,7 +28,7 @@ from mini_gpt_pl.geometry.pca import Gram
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector, local_part
 
 # torch keeps the two kinds of decay apart by class, or by this flag on Adam and its relatives.
-_DECOUPLED = ("AdamW", "SGDW", "Muon")
+_DECOUPLED = ("AdamW", "SGDW", "Muon", "MuonAdamW", "Adafactor")
 # Values of each vector converted to float64 at a time.
 _CHUNK = 1 << 20
 # Normal deviates behind one `white_noise`.
@@ -52,9 +52,9 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 def decay_rate(optimizer: Optimizer, parameter: Tensor) -> float:
     """Share of a parameter that weight decay takes away in one step at the current learning rate.
 
-    Decoupled decay (AdamW, SGDW, Muon): lr wd. L2 inside SGD's gradient: lr wd / (1 - momentum), its rate once the
-    momentum buffer has filled. L2 inside an adaptive gradient is rescaled per coordinate and is no shrinkage at any
-    common rate: 0.
+    Decoupled decay (AdamW, SGDW, Muon, Adafactor): lr wd. L2 inside SGD's gradient: lr wd / (1 - momentum), its rate
+    once the momentum buffer has filled. L2 inside an adaptive gradient is rescaled per coordinate and is no shrinkage
+    at any common rate: 0.
     """
     group = group_of(optimizer, parameter)
     rate = float(group["lr"]) * float(group.get("weight_decay", 0.0))
