@@ -31,7 +31,7 @@ from callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.logs import MetricsCSV
-from mini_gpt_pl.module import ProbedGPT, read_checkpoint
+from mini_gpt_pl.module import ADAMW, ProbedGPT, read_checkpoint
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs import CHECKPOINTS, CONFIG, METRICS, OUTCOME, PRODUCTS, Outcome, Run
@@ -105,6 +105,8 @@ class ProbedCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder for everything the run writes.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace a run that run_dir already holds.")
+        # The module's own default is a function, which a kept configuration could not name.
+        parser.set_defaults({"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": dict(ADAMW)}})
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
         parser.link_arguments("data.context", "model.context", apply_on="instantiate")
 

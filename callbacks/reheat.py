@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from mini_gpt_pl.basis import FrozenBasis, Placement
+from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import Vector
 from mini_gpt_pl.logs import log_now
 from mini_gpt_pl.runs import REHEAT
@@ -29,7 +31,7 @@ class ReheatProbe(Callback):
         p0: Probe accuracy of the checkpoint, before any step; a resumed run takes it from its checkpoint.
         basis: The parent's; without one only the accuracies are reported.
         start: The reheated checkpoint's selected weights, where there is a basis.
-        moments: State for the optimizer to start with, by index of the parameter; None starts without memory.
+        moments: The `state_dict` of an optimizer whose state is taken, not its settings; None starts without memory.
         lineage: What is to be recorded of the parent and of the settings.
         parent_best: Best accuracy of the parent up to the checkpoint.
         threshold: Accuracy whose first reaching is reported.
@@ -45,7 +47,7 @@ class ReheatProbe(Callback):
         p0: float,
         basis: FrozenBasis | None = None,
         start: Vector | None = None,
-        moments: dict[Any, Any] | None = None,
+        moments: dict[str, Any] | None = None,
         lineage: Mapping[str, Any] | None = None,
         parent_best: float = float("nan"),
         threshold: float = 0.6,
@@ -73,8 +75,7 @@ class ReheatProbe(Callback):
         if resumed:
             return
         if self._moments is not None:
-            optimizer = trainer.optimizers[0]
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": self._moments})
+            _take_moments(trainer.optimizers[0], self._moments)
         self._accuracy = {0: self.p0}
         log_now(trainer, {self.metric: self.p0, **self._positions(pl_module)}, 0)
         self._record(trainer, pl_module)
@@ -143,3 +144,21 @@ class ReheatProbe(Callback):
             "reheat/along": along,
             "reheat/across": across,
         }
+
+
+def _take_moments(optimizer: Optimizer, parent: Mapping[str, Any]) -> None:
+    ours = optimizer.state_dict()
+    form, theirs = _form(ours), _form(parent)
+    if form != theirs:
+        raise UserError(
+            f"reheat: the checkpoint's optimizer is of another form ({theirs}) than this one ({form}): "
+            "keep the parent's optimizer, or give --moments zeroed"
+        )
+    optimizer.load_state_dict({**ours, "state": parent["state"]})
+
+
+def _form(state: Mapping[str, Any]) -> str:
+    """What tells optimizers apart whose states do not fit each other: how parameters are grouped, and the settings."""
+    groups = state["param_groups"]
+    settings = sorted(set(groups[0]) - {"params", "kind", "lr", "initial_lr", "weight_decay"})
+    return f"groups of {[len(group['params']) for group in groups]} tensors, with {', '.join(settings)}"

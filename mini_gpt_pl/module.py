@@ -36,6 +36,8 @@ from mini_gpt_pl.optim import ClippedCosine, decay_groups, lambda_lr
 
 # The evaluation sets in the order of the data module's loaders.
 EVALUATIONS = ("lm", "in", "ood")
+# The paper's optimizer, an AdamW.
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.5}
 
 
 class ProbedGPT(LightningModule):
@@ -59,7 +61,7 @@ class ProbedGPT(LightningModule):
         vocab_size: int = 50257,
         context: int = 256,
         vocab_multiple: int = 1,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.5),
+        optimizer: OptimizerCallable = lambda params: AdamW(params, **ADAMW),
         schedule: ClippedCosine = ClippedCosine(),  # noqa: B008 (frozen)
         probe_weight: ProbeWeight = ProbeWeight(),  # noqa: B008 (frozen)
         compile: bool = False,

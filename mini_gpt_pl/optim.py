@@ -99,7 +99,7 @@ class MuonAdamW(Optimizer):
         self._share()  # loading replaces both
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of both; ``closure``, if given, computes the gradients first and gives the returned loss."""
         loss = None
         if closure is not None:

@@ -70,8 +70,8 @@ class Reheating:
             return ProbeWeight(self.probe_weight, self.probe_weight, 0)
         return ProbeWeight(parent.first, parent.second, max(parent.switch_step - offset, 0))
 
-    def optimizer_state(self, checkpoint: Mapping[str, Any]) -> dict[Any, Any] | None:
-        """Return the parent's moments if they are to be kept.
+    def optimizer_state(self, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the parent's optimizer, as its `state_dict` gave it, if the moments are to be kept.
 
         Raises:
             UserError: The checkpoint holds weights alone.
@@ -81,8 +81,8 @@ class Reheating:
         states = checkpoint.get("optimizer_states")
         if not states:
             raise UserError("reheat: the checkpoint holds no optimizer: give a full one, or --moments zeroed")
-        state: dict[Any, Any] = states[0]["state"]
-        return state
+        found: dict[str, Any] = states[0]
+        return found
 
     def data_position(self, checkpoint: Mapping[str, Any]) -> dict[str, int] | None:
         """Return where the parent stood in its data if they are to go on.

@@ -26,6 +26,7 @@ FIGURES = "figures"
 OUTCOME = "outcome.json"
 REHEAT = "reheat.json"
 REPLAY = "replay"
+REPORT = "report"
 WEIGHTS_ONLY = "weights-"
 """How the names of checkpoints begin that cannot be resumed, as they hold no optimizer."""
 # Everything a run writes into its folder; overwriting a run removes these and nothing else.
@@ -39,6 +40,7 @@ PRODUCTS = (
     OUTCOME,
     REHEAT,
     REPLAY,
+    REPORT,
     "switching.json",
     "wandb",
 )

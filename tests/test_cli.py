@@ -36,6 +36,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.module import read_checkpoint
+from mini_gpt_pl.optim import ClippedCosine
 from mini_gpt_pl.runs import Outcome, Run
 
 ROOT = Path(cli.__file__).resolve().parent
@@ -444,6 +445,23 @@ def test_each_setting_of_the_control_matters(parent: Run, command: Command, chan
     )  # fmt: skip
     theirs, ours = weights(parent, 6), weights(Run(Path("other")), 3)
     assert any(not torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_moments_of_another_optimizer_are_not_kept(parent: Run, mistake: Command) -> None:
+    options = ["--moments", "kept", "--model.optimizer", "torch.optim.SGD", "--run_dir", "other"]
+    assert "of another form" in mistake("reheat", "--ckpt_path", checkpoint(parent), *options)
+    assert not Run(Path("other")).exists
+
+
+def test_the_optimizer_that_nobody_chose_is_in_the_configuration(command: Command, cache: str) -> None:
+    config = yaml.safe_load(Path(TINY).read_text())
+    del config["model"]["optimizer"]
+    Path("plain.yaml").write_text(yaml.safe_dump(config))
+    command("fit", "-c", "plain.yaml", "--data.cache_dir", cache, "--run_dir", "plain", "--trainer.max_steps", "3")
+    run = Run(Path("plain"))
+    assert run.config["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert set(run.series("train/lr")) == {1e-3 * ClippedCosine(2, 6, 0.1)(t) for t in (1, 2, 3)}
+    assert "val/loss" in command("validate", "--ckpt_path", checkpoint(run))
 
 
 def test_a_reheat_says_where_it_comes_from(reheated: Reheated) -> None:
