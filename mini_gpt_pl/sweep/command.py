@@ -1,0 +1,217 @@
+"""The command `sweep`: every point of a grid file, once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.sweep.grid import PROGRAM, Sweep, folder_name, read_sweep
+from mini_gpt_pl.sweep.local import Slot, run_all, slots, visible_devices
+from mini_gpt_pl.sweep.points import PointRun
+from mini_gpt_pl.sweep.progress import Display, counts, table
+from mini_gpt_pl.sweep.remote import Invocation, create_wandb, run_agent, submit
+
+_EPILOG = """\
+What follows -- is added to the command of every run and wins over the file, as in
+  mini_gpt_pl sweep configs/sweeps/beta2.yaml --root runs/beta2 -- --data.tokenizer gpt2.tiktoken
+
+Finished and diverged points are passed over, points that broke off are resumed from their last checkpoint, failed ones
+are tried again: the same command takes a sweep up wherever it stopped. ROOT/POINT is the run folder of a point and
+ROOT/POINT.log what it printed.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
+        if unknown.startswith("-"):
+            message += f"; did you mean {near[0]}?" if near else "; options of the runs go behind --"
+        raise UserError(f"{message}; see mini_gpt_pl sweep --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mini_gpt_pl sweep",
+        description="Run every point of a grid file in W&B's sweep format, once.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("file", type=Path, help="the sweep file")
+    add("--root", type=Path, help="folder of the runs, one folder a point (default: runs/sweeps/NAME)")
+    add("--launcher", choices=("local", "wandb", "slurm"), default="local", help="who runs the points")
+    add("--jobs", type=int, help="runs at a time on this machine (default: one a GPU, or one)")
+    add("--retry_diverged", action="store_true", help="run diverged points again, from the start")
+    add("--dry_run", action="store_true", help="list points, folders, states and commands, and run nothing")
+    add("--point", help="run this one point only: its name, or its parameters as JSON")
+    add("--agent", action="store_true", help="with --launcher wandb: work on the sweep here, at once")
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="of the jobs: partition=gpu gpus=1 time=8:00:00")
+    add("--program", type=Path, default=PROGRAM, help=argparse.SUPPRESS)  # for the tests
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Run a sweep.
+
+    Args:
+        args: The command line behind `sweep`.
+
+    Raises:
+        UserError: The file, an option or a run folder is not as it should be; nothing has been run.
+        SystemExit: With status 1 if a point failed, 130 if the sweep was interrupted.
+    """
+    own, extras = _split(args)
+    given = _parser().parse_args(own)
+    _consistent(given)
+    sweep = replace(read_sweep(given.file), program=given.program)
+    _check_extras(sweep, extras)
+    root = given.root or Path("runs/sweeps") / folder_name(sweep.name)
+    runs = [PointRun(point, sweep, root, extras) for point in sweep.points]
+    if given.point is not None:
+        runs = [_find(runs, given.point)]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if given.dry_run:
+        _list(runs, given.retry_diverged, console)
+        return
+    if conflict := next(filter(None, (run.conflict() for run in runs)), None):
+        raise UserError(conflict)
+    _launch(given, Invocation(sweep, root, _passed_on(given), extras), runs, console)
+
+
+def _launch(given: argparse.Namespace, call: Invocation, runs: list[PointRun], console: Console) -> None:
+    if given.launcher == "wandb":
+        identifier, agent = create_wandb(call)
+        console.print(f"start agents, on any machine that sees {call.root}, with: {agent}", soft_wrap=True)
+        if given.agent:
+            run_agent(call, identifier)
+        return
+    todo = [run for run in runs if _to_run(run, given.retry_diverged)]
+    states = counts(run.state for run in runs)
+    console.print(f"{_points(len(runs))} below {call.root} ({states}): {len(todo)} to run", soft_wrap=True)
+    if given.launcher == "slurm":
+        for run, job in zip(todo, submit(call, todo, given.slurm) if todo else [], strict=True):
+            console.print(f"job {job}: {run.name}", soft_wrap=True)
+        console.print("submitting again is safe: a point that a job has run, or is running, is passed over by the next")
+        return
+    failed = _run_here(given, todo, console)
+    if given.point is None:
+        console.print(table(runs, call.sweep.name))
+    _report_failures(failed, len(todo))
+
+
+def _points(n: int) -> str:
+    return f"{n} point{'' if n == 1 else 's'}"
+
+
+def _run_here(given: argparse.Namespace, todo: list[PointRun], console: Console) -> list[PointRun]:
+    # An agent or a scheduler has already shared out the machine.
+    places = [Slot()] if given.point is not None and given.jobs is None else slots(given.jobs, visible_devices())
+    try:
+        with Display(console, len(todo)) as display:
+            return run_all(todo, places, display, retry_diverged=given.retry_diverged)
+    except KeyboardInterrupt:
+        print("mini_gpt_pl: interrupted: the runs were stopped; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _report_failures(failed: list[PointRun], runs: int) -> None:
+    if failed:
+        first = failed[0]
+        told = f"{len(failed)} of {runs} runs failed: {first.name} ({first.record.failure if first.record else ''})"
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        logs = f"{first.log}" if len(failed) == 1 else f"{first.root}/POINT.log"
+        print(f"mini_gpt_pl: error: {told}{more}; see {logs}, and repeat the command to try again", file=sys.stderr)
+        raise SystemExit(1)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    args = list(args)
+    border = args.index("--") if "--" in args else len(args)
+    return args[:border], tuple(args[border + 1 :])
+
+
+def _consistent(given: argparse.Namespace) -> None:
+    if given.jobs is not None and given.jobs < 1:
+        raise UserError("--jobs must be 1 or more")
+    for option, value, launcher in (
+        ("--jobs", given.jobs, "local"),
+        ("--agent", given.agent, "wandb"),
+        ("--slurm", given.slurm, "slurm"),
+    ):
+        if value and given.launcher != launcher:
+            raise UserError(f"{option} belongs to --launcher {launcher}, not {given.launcher}")
+
+
+def _passed_on(given: argparse.Namespace) -> tuple[str, ...]:
+    """Return those of our options that hold for a point run elsewhere too."""
+    options = ["--retry_diverged"] if given.retry_diverged else []
+    return (*options, *(["--program", str(given.program)] if given.program != PROGRAM else []))
+
+
+def _check_extras(sweep: Sweep, extras: Sequence[str]) -> None:
+    named = {word.split("=", 1)[0].lstrip("-") for word in extras if word.startswith("-")}
+    own = {"run_dir", "overwrite"} | (set() if "reheat" in sweep.command else {"ckpt_path"})
+    for key in sorted(named & own - set(sweep.values)):
+        raise UserError(f"-- --{key}: the sweep gives each run its own; choose their folder with --root")
+    for key in sorted(named & set(sweep.values) - {"config", "c"}):
+        raise UserError(f"-- --{key} would override the parameter {key} of {sweep.path}: change it there")
+
+
+def _find(runs: Sequence[PointRun], wanted: str) -> PointRun:
+    """Return the point of a name, or of parameters as an agent hands them out."""
+    if not wanted.lstrip().startswith("{"):
+        found = [run for run in runs if run.name == wanted]
+    else:
+        try:
+            parameters: dict[str, Any] = json.loads(wanted)
+        except ValueError as error:
+            raise UserError(f"--point {wanted}: no valid JSON ({error})") from None
+        found = [run for run in runs if _same(run.wanted.parameters, parameters)]
+    if found:
+        return found[0]
+    near = get_close_matches(wanted, [run.name for run in runs], n=1)
+    hint = f"did you mean {near[0]}?" if near else "list its points with --dry_run"
+    raise UserError(f"--point {wanted}: {runs[0].sweep.path} has no such point: {hint}")
+
+
+def _same(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the parameters are the same, whatever a server made of 1.0 and 1."""
+    return all(
+        key in other and other[key] == value and isinstance(other[key], bool) == isinstance(value, bool)
+        for key, value in mine.items()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ states
+
+
+def _to_run(run: PointRun, retry_diverged: bool) -> bool:
+    return run.state not in ("finished", "running") and (run.state != "diverged" or retry_diverged)
+
+
+def _list(runs: Sequence[PointRun], retry_diverged: bool, console: Console) -> None:
+    for run in runs:
+        state = run.state
+        console.print(f"{run.name}: {state}, {run.folder}", highlight=False, markup=False, soft_wrap=True)
+        if conflict := run.conflict():
+            print(f"  cannot be run: {conflict}")
+        elif _to_run(run, retry_diverged):
+            print(f"  {shlex.join(run.command(afresh=state == 'diverged'))}")
+        else:
+            print(f"  {shlex.join(run.first_command)}")
+    console.print(table(runs, f"{runs[0].sweep.name}: {counts(run.state for run in runs)}"))

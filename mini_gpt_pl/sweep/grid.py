@@ -1,0 +1,308 @@
+"""A grid file and its points: W&B's sweep format, method grid, read without W&B.
+
+The points are the Cartesian product of the values, in the order of the file. A point's name is made from the
+parameters that the file gives as `values`, so that a point keeps its name, and with it its run, when values are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mini_gpt_pl.errors import UserError
+
+# Beside the package in a checkout and where it is installed.
+PROGRAM = Path(__file__).resolve().parents[2] / "cli.py"
+TRAINING = ("fit", "reheat")
+
+_KEYS = (
+    *("name", "program", "method", "command", "parameters"),
+    *("metric", "description", "project", "entity", "run_cap"),
+)
+_NOT_GRID = ("distribution", "min", "max", "mu", "sigma", "q", "probabilities")
+_MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
+_ANY_MACRO = re.compile(r"\$\{[^}]*\}")
+_RESERVED = ("run_dir", "overwrite")  # each run has its own folder, and the sweep knows which to replace
+_LONGEST_LABEL, _LONGEST_NAME = 40, 160  # file systems take 255 bytes
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Args:
+        name: Name of its folder; unique in the sweep.
+        parameters: Value of every parameter of the file, by dotted key.
+    """
+
+    name: str
+    parameters: Parameters
+
+    @property
+    def options(self) -> list[str]:
+        """The parameters as options: `--key=value`, everything but strings as JSON."""
+        return [f"--{key}={_option(value)}" for key, value in self.parameters.items()]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid file.
+
+    Args:
+        path: The file.
+        name: Of the sweep.
+        command: Template of a run's command line, with W&B's macros.
+        values: Values of each parameter, by dotted key.
+        varying: The keys that name a point: those given as `values`, even a single one.
+        run_cap: Most runs of the sweep, None for all.
+        project: W&B project, where an agent runs the sweep.
+        entity: W&B user or team.
+        about: What only W&B reads: metric, description, run_cap.
+        program: What `${program}` stands for.
+    """
+
+    path: Path
+    name: str
+    command: tuple[str, ...]
+    values: dict[str, tuple[Any, ...]]
+    varying: tuple[str, ...]
+    run_cap: int | None = None
+    project: str | None = None
+    entity: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    program: Path = PROGRAM
+
+    @property
+    def points(self) -> list[Point]:
+        """Every combination of the values, the last parameter varying fastest; the first `run_cap` of them."""
+        parts = _key_names(self.varying)
+        labels = {key: _labels(self.values[key], key in _FILES) for key in self.varying}
+        found = []
+        for chosen in product(*(range(len(values)) for values in self.values.values())):
+            at = dict(zip(self.values, chosen, strict=True))
+            pieces = (f"{parts[key]}{labels[key][at[key]]}" for key in self.varying)
+            name = _cut("_".join(pieces) or folder_name(self.name), _LONGEST_NAME)
+            found.append(Point(name, {key: self.values[key][i] for key, i in at.items()}))
+        return found[: self.run_cap]
+
+    def expand(self, options: Sequence[str]) -> list[str]:
+        """Return the template with its macros replaced, `${args}` by these options."""
+        known = {
+            "${env}": [] if os.name == "nt" else ["/usr/bin/env"],
+            "${interpreter}": [sys.executable],
+            "${program}": [str(self.program)],
+            "${args}": list(options),
+        }
+        return [word for piece in self.command for word in known.get(piece, [piece])]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read and check a sweep file.
+
+    Args:
+        path: A YAML file as `wandb sweep` takes it, with method grid.
+
+    Raises:
+        UserError: Something in it is not as it should be; the line names the file and the key.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"no sweep file {path} ({error.strerror}): give the path of one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the sweep file {path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"the sweep file {path} holds no keys: it needs {', '.join(_KEYS[:5])}")
+    return _checked(path, {str(key): value for key, value in loaded.items()})
+
+
+def _checked(path: Path, loaded: dict[str, Any]) -> Sweep:
+    _known(loaded, _KEYS, path, "")
+    if loaded.get("method") != "grid":
+        raise UserError(f"{path}: method is {loaded.get('method')!r}: only 'grid' can be run")
+    if Path(str(loaded.get("program"))).name != PROGRAM.name:
+        raise UserError(f"{path}: program is {loaded.get('program')!r}: it must be cli.py")
+    cap = loaded.get("run_cap")
+    if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
+        raise UserError(f"{path}: run_cap is {cap!r}: it must be an integer of 1 or more")
+    given = loaded.get("parameters")
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{path}: parameters must list at least one: KEY: {{values: [A, B]}}")
+    values: dict[str, tuple[Any, ...]] = {}
+    varying: list[str] = []
+    for key, found, named in _flatten(path, given, ""):
+        if key in values:
+            raise UserError(f"{path}: parameters.{key} is given twice")
+        values[key] = found
+        varying += [key] if named else []
+    command = _command(path, loaded.get("command"))
+    _files_exist(path, [*_named_files(command), *(v for key in values if key in _CONFIGS for v in values[key])])
+    return Sweep(
+        path=path,
+        name=str(loaded.get("name") or path.stem),
+        command=command,
+        values=values,
+        varying=tuple(varying),
+        run_cap=cap,
+        project=_text(loaded.get("project")),
+        entity=_text(loaded.get("entity")),
+        about={key: loaded[key] for key in ("metric", "description", "run_cap") if loaded.get(key) is not None},
+    )
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+
+def _flatten(path: Path, given: Mapping[Any, Any], above: str) -> Iterable[tuple[str, tuple[Any, ...], bool]]:
+    """Yield dotted key, values and whether they name the point, of W&B's nested parameters."""
+    for part, spec in given.items():
+        key = f"{above}{part}"
+        where = f"parameters.{key}"
+        if key in _RESERVED:
+            raise UserError(f"{path}: {where} cannot be swept: every point gets a folder of its own below --root")
+        if not isinstance(spec, dict):
+            raise UserError(f"{path}: {where} is {spec!r}: write {{value: {spec}}} or {{values: [...]}}")
+        for other in _NOT_GRID:
+            if other in spec:
+                raise UserError(f"{path}: {where}.{other}: a grid takes value or values only")
+        _known(spec, ("value", "values", "parameters"), path, f"{where}.")
+        if len(spec) != 1:
+            raise UserError(f"{path}: {where} needs one of value, values or parameters")
+        if "parameters" in spec:
+            if not isinstance(spec["parameters"], dict) or not spec["parameters"]:
+                raise UserError(f"{path}: {where}.parameters must list at least one")
+            yield from _flatten(path, spec["parameters"], f"{key}.")
+        elif "value" in spec:
+            yield key, (spec["value"],), False
+        else:
+            yield key, _several(path, where, spec["values"]), True
+
+
+def _several(path: Path, where: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{path}: {where}.values must be a list of at least one value")
+    texts = [_option(value) for value in values]
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise UserError(f"{path}: {where}.values holds {twice} twice")
+    return tuple(values)
+
+
+def _known(given: Mapping[Any, Any], allowed: Sequence[str], path: Path, where: str) -> None:
+    for key in given:
+        if key not in allowed:
+            near = get_close_matches(str(key), allowed, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
+            raise UserError(f"{path}: unknown key {where}{key}: {hint}")
+
+
+def _option(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+_CONFIGS = ("config", "c")
+_FILES = (*_CONFIGS, "ckpt_path")  # their names speak for themselves
+
+
+def _command(path: Path, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{path}: command must be a list, as W&B takes it: {[*_MACROS[:3], 'fit', _MACROS[3]]}")
+    command = tuple(str(piece) for piece in given)
+    for piece in command:
+        for macro in _ANY_MACRO.findall(piece):
+            if macro not in _MACROS or piece != macro:
+                near = ["${args}"] if macro.startswith("${args") else get_close_matches(macro, _MACROS, n=1)
+                hint = f"did you mean {near[0]}, by itself?" if near else f"known are {', '.join(_MACROS)}"
+                raise UserError(f"{path}: command: cannot use {piece!r}: {hint}")
+    for macro in ("${program}", "${args}"):
+        if command.count(macro) != 1:
+            raise UserError(f"{path}: command must hold {macro} once: the parameters of a point cannot be passed on")
+    verb = command[command.index("${program}") + 1 :][:1]
+    if not verb or verb[0] not in TRAINING:
+        raise UserError(f"{path}: command: {' or '.join(TRAINING)} must follow ${{program}}, not {' '.join(verb)!r}")
+    return command
+
+
+def _named_files(command: Sequence[str]) -> list[str]:
+    """Return the configuration files that a command names."""
+    return [word for flag, word in pairwise(command) if flag in ("-c", "--config")]
+
+
+def _files_exist(path: Path, names: Iterable[Any]) -> None:
+    for name in names:
+        if str(name).endswith((".yaml", ".yml", ".json")) and not Path(str(name)).is_file():
+            raise UserError(f"{path}: no configuration {name}: paths are relative to the working directory")
+
+
+# ------------------------------------------------------------------------------------------------------ names
+
+
+def folder_name(text: str) -> str:
+    """Make a file name of a text: letters, digits and `.+-=`, none of them hidden or empty."""
+    return re.sub(r"[^A-Za-z0-9.+=-]+", "-", text).lstrip(".") or "empty"
+
+
+def _key_names(keys: Sequence[str]) -> dict[str, str]:
+    """Return the shortest ends of dotted keys that are told apart, with a hyphen; nothing for a file."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-k:]) for k in range(1, len(parts) + 1)]
+        rivals = [f".{other}" for other in keys if other != key]
+        end = next((end for end in ends if not any(r.endswith(f".{end}") for r in rivals)), key)
+        names[key] = "" if key in _FILES else re.sub(r"[^A-Za-z0-9._+=-]+", "-", end).lstrip(".") + "-"
+    return names
+
+
+def _labels(values: Sequence[Any], are_files: bool) -> list[str]:
+    """Name the values of one parameter apart; the first of two alike keeps the plain name.
+
+    No label has an underscore, which stands between the labels of a name: different labels make different names.
+    """
+    labels: list[str] = []
+    taken: set[str] = set()
+    for value in values:
+        text = _option(value)
+        plain = _file_label(text) if are_files else text.strip('[]{}"')
+        label = folder_name(plain)
+        if are_files:
+            label = label.lstrip("-.") or "empty"
+        if label.casefold() in taken:  # some file systems fold upper and lower case
+            label = f"{label}-{_digest(text)}"
+        label = _cut(label, _LONGEST_LABEL)
+        taken.add(label.casefold())
+        labels.append(label)
+    return labels
+
+
+def _file_label(text: str) -> str:
+    """Return the stem of a file, and of a checkpoint the run that it is of as well."""
+    stem = re.sub(r"\.(ya?ml|json|ckpt)$", "", Path(text).name)
+    return f"{Path(text).parents[1].name}-{stem}" if Path(text).parent.name == "checkpoints" else stem
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 9]}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,241 @@
+"""Run points on this machine: as many at once as there are GPUs, or as asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from mini_gpt_pl.sweep.points import PointRun, State
+from mini_gpt_pl.sweep.progress import Display
+
+PATIENCE = 30.0
+"""Seconds that a run gets to end in order when the sweep is interrupted."""
+
+_POLL = 0.2
+# The line of a log that says what went wrong: an error of ours, or the end of a traceback.
+_COMPLAINT = re.compile(r"^\S+: error: |^[\w.]*(Error|Exception|Interrupt|Killed)\b")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one run at a time.
+
+    Args:
+        device: What the run sees as `CUDA_VISIBLE_DEVICES`; None leaves the environment as it is.
+        threads: `OMP_NUM_THREADS` where it is not set; None leaves the environment as it is.
+    """
+
+    device: str | None = None
+    threads: int | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of a run in this place."""
+        environment = dict(os.environ)
+        if self.device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.device
+        if self.threads is not None:
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
+        return environment
+
+
+def visible_devices() -> list[str]:
+    """Return the GPUs that a run may be given, without initialising CUDA in this process."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None and given.strip() in ("", "-1"):
+        return []
+    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    done = subprocess.run(count, capture_output=True, text=True, check=False)
+    n = int(done.stdout) if done.returncode == 0 else 0
+    return given.split(",")[:n] if given is not None else [str(i) for i in range(n)]
+
+
+def slots(jobs: int | None, devices: Sequence[str]) -> list[Slot]:
+    """Share the machine out.
+
+    Args:
+        jobs: Runs at a time; None for one per GPU, or one where there is none.
+        devices: GPUs; with more runs than GPUs they are dealt out in turn.
+    """
+    if devices:
+        return [Slot(device=devices[i % len(devices)]) for i in range(jobs or len(devices))]
+    jobs = jobs or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [Slot(threads=max(1, cores // jobs)) for _ in range(jobs)]
+
+
+class Execution:
+    """A run that this process has started, and whose lock the run itself holds as well.
+
+    Args:
+        run: The point.
+        slot: Its place.
+        held: Descriptor of the lock.
+        afresh: Replace what is there.
+    """
+
+    def __init__(self, run: PointRun, slot: Slot, held: int, *, afresh: bool) -> None:
+        self.run = run
+        self.slot = slot
+        self._held = held
+        command = run.command(afresh=afresh)
+        self.resumed = run.resumable and not afresh
+        run.begin(afresh=afresh)
+        self._started = time.monotonic()
+        with run.log.open("ab") as log:
+            log.write(f"=== {datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(command)}\n".encode())
+            log.flush()
+            self._log_from = log.tell()
+            # A session of its own: what interrupts the sweep reaches it through the sweep only.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=slot.environment,
+                pass_fds=(held,),
+                start_new_session=True,
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since it started."""
+        return time.monotonic() - self._started
+
+    def close(self, *, interrupted: bool = False) -> State:
+        """Record how the ended process left the run, and let go of the lock."""
+        try:
+            failure = None if interrupted else self._failure()
+            self.run.end(self.seconds, failure)
+            outcome = self.run.outcome
+        finally:
+            os.close(self._held)
+        if failure is not None:
+            return "failed"
+        return outcome.state if outcome else "broken off"
+
+    def _failure(self) -> str | None:
+        status = self.process.returncode
+        outcome = self.run.outcome
+        if outcome is not None and (status == 0 or (status == 2 and outcome.state == "diverged")):
+            return None
+        told = _last_complaint(self.run.log, self._log_from)
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}{f': {told}' if told else ''}"
+        return told or ("it ended without an outcome" if status == 0 else f"exit status {status}")
+
+
+def _last_complaint(log: Path, start: int) -> str:
+    with log.open("rb") as handle:
+        handle.seek(max(start, log.stat().st_size - 2**16))
+        text = handle.read().decode(errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    # Standard output is written late, when a process ends: the last line need not be the complaint.
+    return next((line for line in reversed(lines) if _COMPLAINT.match(line)), lines[-1] if lines else "")
+
+
+def run_all(
+    runs: Sequence[PointRun], places: Sequence[Slot], display: Display, *, retry_diverged: bool = False
+) -> list[PointRun]:
+    """Run points until none is left; what became of each is in its folder.
+
+    A point that another process works on, or has ended meanwhile, is passed over.
+
+    Args:
+        runs: The points.
+        places: Where, and how many at a time.
+        display: Told of every beginning and end.
+        retry_diverged: Run those again that diverged.
+
+    Returns:
+        The points that failed.
+
+    Raises:
+        KeyboardInterrupt: The sweep was interrupted or told to end; its runs have been stopped.
+    """
+    waiting, free, going, failed = deque(runs), deque(places), list[Execution](), list[PointRun]()
+    with _end_is_interrupt():
+        try:
+            while waiting or going:
+                while waiting and free:
+                    run = waiting.popleft()
+                    execution = _begin(run, free[0], retry_diverged)
+                    if execution is None:
+                        display.passed(run)
+                        continue
+                    free.popleft()
+                    going.append(execution)
+                    display.begun(run, execution.slot.device, resumed=execution.resumed)
+                for ended in [execution for execution in going if execution.process.poll() is not None]:
+                    going.remove(ended)
+                    free.append(ended.slot)
+                    state = ended.close()
+                    failed += [ended.run] if state == "failed" else []
+                    display.ended(ended.run, state)
+                display.update()
+                if going:
+                    time.sleep(_POLL)
+        finally:
+            _stop(going)
+    return failed
+
+
+def _begin(run: PointRun, slot: Slot, retry_diverged: bool) -> Execution | None:
+    held = run.lock()
+    if held is None:
+        return None
+    try:
+        outcome = run.outcome
+        afresh = outcome is not None and outcome.state == "diverged" and retry_diverged
+        if outcome is None or afresh:
+            return Execution(run, slot, held, afresh=afresh)
+    except BaseException:
+        os.close(held)
+        raise
+    os.close(held)
+    return None
+
+
+def _stop(going: list[Execution]) -> None:
+    """End what still runs: politely first, then with everything that it has started."""
+    for execution in going:
+        execution.process.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for execution in going:
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            execution.process.wait(max(0.0, deadline - time.monotonic()))
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(execution.process.pid, signal.SIGKILL)
+        execution.process.wait()
+        execution.close(interrupted=True)
+
+
+@contextmanager
+def _end_is_interrupt() -> Iterator[None]:
+    """Treat a request to end, from a scheduler or a closed terminal, like Ctrl-C."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    except ValueError:  # not the main thread: nobody can be interrupted
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,247 @@
+"""The runs of a sweep's points: where each lies, how far it is, and the command that begins it or takes it up again.
+
+All state is in the run folders. A point that a process works on is locked for as long as that process lives, so that
+two sweeps, agents or jobs never train one point at a time; a lock needs no cleaning up after a crash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.runs import OUTCOME, Outcome, Run
+from mini_gpt_pl.sweep.grid import Point, Sweep
+
+RECORD = "point.json"
+_LOCK = ".lock"
+
+State = Literal["new", "running", "broken off", "failed", "finished", "diverged"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder remembers of the point that it is.
+
+    Args:
+        parameters: Of the point, by dotted key.
+        command: The sweep's template and, behind it, what was given after `--`.
+        seconds: Wall-clock time spent on it, over all of its starts.
+        failure: Why the last start ended, if it failed.
+    """
+
+    parameters: dict[str, Any]
+    command: list[str]
+    seconds: float = 0.0
+    failure: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Record | None:
+        """Read the record of a folder; None if it has none.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        file = folder / RECORD
+        if not file.is_file():
+            return None
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}): restore it, or move its folder away") from None
+
+    def write(self, folder: Path) -> None:
+        """Put the record into a folder, whole or not at all."""
+        partial = folder / f".{RECORD}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(partial, folder / RECORD)
+
+    def same_run(self, other: Record) -> bool:
+        """Whether both ask for one and the same run."""
+        return self.parameters == other.parameters and self.command == other.command
+
+
+@dataclass(frozen=True)
+class PointRun:
+    """A point and the folder that its run lies in.
+
+    Args:
+        point: The point.
+        sweep: The sweep that it is of.
+        root: Folder of the sweep's runs.
+        extras: Options behind `--`, for every run.
+    """
+
+    point: Point
+    sweep: Sweep
+    root: Path
+    extras: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the point, and of its folder."""
+        return self.point.name
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.root / self.name
+
+    @property
+    def log(self) -> Path:
+        """What the run printed, over all of its starts."""
+        return self.root / f"{self.name}.log"
+
+    @property
+    def run(self) -> Run:
+        """The run, read afresh."""
+        return Run(self.folder)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended, if it did."""
+        return self.run.outcome
+
+    @property
+    def wanted(self) -> Record:
+        """The record of a run that is about to begin."""
+        parameters = json.loads(json.dumps(self.point.parameters, default=str))
+        return Record(parameters, [*self.sweep.command, *self.extras])
+
+    @property
+    def record(self) -> Record | None:
+        """What the folder remembers."""
+        return Record.read(self.folder)
+
+    @property
+    def state(self) -> State:
+        """How far the run is, from its folder alone."""
+        if self.locked():
+            return "running"
+        if outcome := self.outcome:
+            return outcome.state
+        record = self.record
+        if record is not None and record.failure is not None:
+            return "failed"
+        return "broken off" if self.run.exists else "new"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return bool(self.run.checkpoints)
+
+    def conflict(self) -> str | None:
+        """Say why the folder's run is not that of this point; None if it is, or if nothing would be lost."""
+        run = self.run
+        if run.outcome is None and not run.checkpoints:
+            return None
+        record, wanted = self.record, self.wanted
+        if record is None:
+            return f"{self.folder} holds a run that no sweep began: move it away, or give the sweep another --root"
+        if record.same_run(wanted):
+            return None
+        change = _difference(record, wanted)
+        return f"{self.folder} was run with other options ({change}): move it away, or give the sweep another --root"
+
+    @property
+    def first_command(self) -> list[str]:
+        """The command line that begins the run in an empty folder."""
+        return [*self.sweep.expand(self.point.options), *self.extras, f"--run_dir={self.folder}"]
+
+    def command(self, *, afresh: bool = False) -> list[str]:
+        """Return the command line that begins the run or, if it broke off with a checkpoint, takes it up again.
+
+        Args:
+            afresh: Replace what is there.
+        """
+        run = self.run
+        last = next(reversed(run.checkpoints.values()), None)
+        if last is not None and not afresh:
+            return [sys.executable, str(self.sweep.program), "fit", f"--ckpt_path={last}"]
+        return [*self.first_command, *(["--overwrite=true"] if run.exists else [])]
+
+    # --------------------------------------------------------------------------------------------- the record
+
+    def begin(self, *, afresh: bool = False) -> None:
+        """Note in the folder that a run begins or goes on."""
+        before = self.record
+        goes_on = before is not None and self.resumable and not afresh
+        (replace(before, failure=None) if before is not None and goes_on else self.wanted).write(self.folder)
+        if afresh:
+            (self.folder / OUTCOME).unlink(missing_ok=True)  # or a start that fails at once would look diverged
+
+    def end(self, seconds: float, failure: str | None) -> None:
+        """Note how long it took and, if it failed, why."""
+        record = self.record or self.wanted
+        replace(record, seconds=round(record.seconds + seconds, 3), failure=failure).write(self.folder)
+
+    # ----------------------------------------------------------------------------------------------- the lock
+
+    def lock(self) -> int | None:
+        """Make the folder and lock it.
+
+        Returns:
+            A file descriptor that holds the lock, also in a process that inherits it, until all copies are closed;
+            None if another process has the lock.
+
+        Raises:
+            UserError: The folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}): choose another --root") from None
+        for _ in range(3):  # somebody may be looking whether it is locked
+            if _flock(held):
+                return held
+            time.sleep(0.05)
+        os.close(held)
+        return None
+
+    def locked(self) -> bool:
+        """Whether a process is at work on the point."""
+        try:
+            probe = os.open(self.folder / _LOCK, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            return not _flock(probe, fcntl.LOCK_SH)
+        finally:
+            os.close(probe)
+
+
+def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: nobody can hold one
+    return True
+
+
+def _difference(was: Record, now: Record) -> str:
+    """Return the first thing that changed, in short."""
+    for key in {**was.parameters, **now.parameters}:
+        old, new = was.parameters.get(key, "nothing"), now.parameters.get(key, "nothing")
+        if old != new:
+            return f"{key} was {_short(old)} and is now {_short(new)}"
+    gone, come = (_only(a, b) for a, b in ((was.command, now.command), (now.command, was.command)))
+    return f"its command had {_short(gone)} and now has {_short(come)}"
+
+
+def _only(here: Sequence[str], there: Sequence[str]) -> str:
+    return " ".join(word for word in here if word not in there) or "nothing else"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

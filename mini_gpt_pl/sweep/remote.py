@@ -1,0 +1,171 @@
+"""Hand points to other machines: W&B agents, or the jobs of a cluster.
+
+Both run `mini_gpt_pl sweep FILE --point POINT` for one point at a time. That command skips and resumes like a local
+sweep and takes a lock, so a point that is handed out twice is still run once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.sweep.grid import PROGRAM, Sweep
+from mini_gpt_pl.sweep.points import PointRun
+
+_OFFLINE = ("offline", "dryrun", "disabled")
+# What a cluster calls these, by submitit's names; anything else is Slurm's own.
+_SUBMITIT = {"gpus": "gpus_per_node", "cpus": "cpus_per_task", "time": "slurm_time", "minutes": "timeout_min"}
+_GENERIC = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How this sweep was called, to call it for one point elsewhere.
+
+    Args:
+        sweep: The sweep.
+        root: Folder of its runs.
+        options: Further options of ours.
+        extras: Options behind `--`, for every run.
+    """
+
+    sweep: Sweep
+    root: Path
+    options: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+
+    def arguments(self, point: str) -> list[str]:
+        """Return the arguments behind the program that run one point."""
+        own = ["sweep", str(self.sweep.path), "--root", str(self.root), "--point", point, *self.options]
+        return [*own, *(["--", *self.extras] if self.extras else [])]
+
+
+# -------------------------------------------------------------------------------------------------------- W&B
+
+
+def wandb_config(call: Invocation) -> dict[str, Any]:
+    """Return the sweep as W&B takes it, its command replaced by one that skips and resumes.
+
+    An agent hands out the parameters as JSON; `/usr/bin/env` puts the run's own logger online, since there is a server.
+    """
+    sweep = call.sweep
+    named = sweep.varying
+    parameters = {k: {"values": list(v)} if k in named else {"value": v[0]} for k, v in sweep.values.items()}
+    return {
+        "name": sweep.name,
+        "method": "grid",
+        "program": "cli.py",
+        "command": ["${env}", "WANDB_MODE=online", "${interpreter}", "${program}", *call.arguments("${args_json}")],
+        "parameters": parameters,
+        **sweep.about,
+    }
+
+
+def create_wandb(call: Invocation) -> tuple[str, str]:
+    """Create the sweep on the W&B server.
+
+    Returns:
+        Its identifier, and the command that starts an agent.
+
+    Raises:
+        UserError: There is no server to talk to, no login, or it refuses.
+    """
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if mode in _OFFLINE:
+        raise UserError(f"--launcher wandb needs a server, but WANDB_MODE is {mode}: unset it, or use --launcher local")
+    wandb = importlib.import_module("wandb")
+    project = call.sweep.project or os.environ.get("WANDB_PROJECT") or "mini_gpt_pl"
+    entity = call.sweep.entity or os.environ.get("WANDB_ENTITY")
+    try:
+        identifier = str(wandb.sweep(wandb_config(call), project=project, entity=entity))
+    except (wandb.errors.Error, ValueError) as error:
+        raise UserError(
+            f"W&B did not take the sweep ({error}): log in with `wandb login`, or use --launcher local"
+        ) from None
+    path = "/".join(part for part in (entity, project, identifier) if part)
+    return identifier, f"wandb agent {path}"
+
+
+def run_agent(call: Invocation, identifier: str) -> None:
+    """Work on a W&B sweep in this process until it has no more points."""
+    wandb = importlib.import_module("wandb")
+    project = call.sweep.project or os.environ.get("WANDB_PROJECT") or "mini_gpt_pl"
+    wandb.agent(identifier, project=project, entity=call.sweep.entity or os.environ.get("WANDB_ENTITY"))
+
+
+# ------------------------------------------------------------------------------------------------------ Slurm
+
+
+def cluster_settings(given: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """Read `key=value` settings of a cluster.
+
+    Args:
+        given: `gpus`, `cpus`, `time` (Slurm's notation), `minutes`, a parameter of submitit's, or one of Slurm's
+            (`partition`, `account`, `mem`, `qos`); `cluster` is `slurm` unless it says `local` or `debug`.
+
+    Returns:
+        The cluster, None for the one found, and submitit's parameters.
+
+    Raises:
+        UserError: One is no `key=value`.
+    """
+    settings: dict[str, Any] = {}
+    for pair in given:
+        key, equals, value = pair.partition("=")
+        if not equals or not key or not value:
+            raise UserError(f"--slurm {pair}: write key=value, as in --slurm partition=gpu gpus=1 time=8:00:00")
+        key = _SUBMITIT.get(key, key)
+        prefixed = key if key in _GENERIC or key == "cluster" or key.startswith("slurm_") else f"slurm_{key}"
+        settings[prefixed] = int(value) if value.isdigit() else value
+    return settings.pop("cluster", None), settings
+
+
+def submit(call: Invocation, runs: Sequence[PointRun], given: Sequence[str]) -> list[str]:
+    """Submit one job for each point.
+
+    A job whose time is up is queued again by submitit, and resumes. On the cluster `debug` the points run here, now.
+
+    Returns:
+        The identifier of each job.
+
+    Raises:
+        UserError: submitit is missing, a setting is wrong, or the cluster refuses.
+    """
+    try:
+        submitit = importlib.import_module("submitit")
+    except ImportError:
+        raise UserError("--launcher slurm needs submitit: pip install submitit") from None
+    cluster, settings = cluster_settings(given)
+    folder = call.root / ".jobs"
+    commands = [[sys.executable, str(PROGRAM), *call.arguments(run.name)] for run in runs]
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(**{"name": "sweep", **settings})
+        with executor.batch():  # one array
+            jobs = [executor.submit(_job(submitit), command) for command in commands]
+        if cluster == "debug":
+            failures = [job.exception() for job in jobs]
+            del failures  # each point's folder holds its own
+    except (RuntimeError, ValueError, NameError, AssertionError, TypeError, OSError) as error:
+        raise UserError(
+            f"the cluster did not take the jobs ({' '.join(str(error).split())[:300]}): see --slurm"
+        ) from None
+    return [str(job.job_id) for job in jobs]
+
+
+def _job(submitit: Any) -> Any:
+    """Return what a job does, so made that it is stored by value: a job need not find this package."""
+
+    class RunCommand(submitit.helpers.Checkpointable):
+        def __call__(self, command: list[str]) -> None:
+            import subprocess
+
+            subprocess.run(command, check=True)
+
+    return RunCommand()
