@@ -105,9 +105,11 @@ def test_learning_shows_the_logged_values_at_their_steps(run: Run) -> None:
 
 def test_spectrum_shows_the_shares_of_groups_whole_and_walk(run: Run) -> None:
     groups = [DRIFTS[:, part] for part in SMALL.slices]
+    decayed = decaying_walk()
+    decayed = (decayed - decayed[0])[1:]
     for axes, unit in zip(figures.spectrum(run).axes, (False, True), strict=True):
         drawn = [y(part) for part in axes.lines if len(y(part))]
-        expected = [ratios_of(rows, unit=unit) for rows in (*groups, DRIFTS, WALK)]
+        expected = [ratios_of(rows, unit=unit) for rows in (*groups, DRIFTS, WALK, decayed)]
         assert len(drawn) == len(expected)
         for found, wanted in zip(drawn, expected, strict=True):
             np.testing.assert_allclose(found, wanted, atol=1e-12)
@@ -213,7 +215,7 @@ def test_a_frozen_group_has_no_spectrum(run: Run) -> None:
     weights[:, SMALL.slices[0]] = weights[0, SMALL.slices[0]]
     record(SMALL, weights)[1].save(run.path / "trajectory.safetensors")
     raw = figures.spectrum(run).axes[0]
-    assert len([part for part in raw.lines if len(y(part))]) == 3  # the other group, the whole, the walk
+    assert len([part for part in raw.lines if len(y(part))]) == 4  # the other group, the whole, both walks
 
 
 # ------------------------------------------------------------------------------------------- closing table

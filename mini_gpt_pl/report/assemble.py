@@ -1,0 +1,242 @@
+"""Draw, tabulate and lay out: from run folders to the text of one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report.comparison import comparison_tables, require_comparable
+from mini_gpt_pl.report.families import labels
+from mini_gpt_pl.report.headline import Headline, headline
+from mini_gpt_pl.report.plotting import STYLE, render, save
+from mini_gpt_pl.report.progress import Steps
+from mini_gpt_pl.report.sections import (
+    COMPARISON_SECTIONS,
+    MORE,
+    RUN_FIGURES,
+    RUN_SECTIONS,
+    Plate,
+    Section,
+    Subject,
+    claimed,
+)
+from mini_gpt_pl.report.sheet import NULLS
+from mini_gpt_pl.report.tables import Table, require_reportable, run_tables, write_tables
+from mini_gpt_pl.runs import Run
+
+# Vector graphics stay sharp, but one with thousands of points would be most of the page.
+_LARGEST_SVG = 110_000
+_PIXELS_PER_INCH = 96
+_NUMBER = re.compile(r"[-+−±]?[\d.,]|[-–]?$|nan$")
+_LONG = 40  # characters of a cell that needs a wide column
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as the page holds it.
+
+    Args:
+        anchor: Unique on the page.
+        caption: What is seen.
+        source: The image itself, as a `data:` address.
+        width: In CSS pixels.
+        height: In CSS pixels.
+    """
+
+    anchor: str
+    caption: str
+    source: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table on the page.
+
+    Args:
+        title: Its head.
+        kind: Its CSS class: number, words or long.
+    """
+
+    title: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as the page holds it: strings only.
+
+    Args:
+        name: Unique on the page.
+        title: In words.
+        columns: Heads.
+        rows: Cells.
+        notes: Footnotes, without the one that the page says once for all.
+    """
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page."""
+
+    anchor: str
+    title: str
+    sentence: str
+    figures: tuple[Picture, ...]
+    tables: tuple[Grid, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of several runs on the page."""
+
+    anchor: str
+    label: str
+    headline: Headline
+    figures: tuple[Picture, ...]
+
+
+def assemble(runs: Sequence[Run], folder: Path, page: Mapping[str, Any], steps: Steps) -> str:
+    """Write figures and tables into a folder and return the text of the page that holds them.
+
+    Args:
+        runs: One run, or several that belong together.
+        folder: Gets `figures/` and `tables/`.
+        page: Values of the template that do not come from the runs' data: title and commands.
+        steps: Told of every step.
+
+    Raises:
+        UserError: A run cannot be reported on, or runs do not belong together.
+        OSError: The folder cannot be written to.
+    """
+    for run in runs:
+        require_reportable(run)
+    if len(runs) == 1:
+        steps.expect(2 + sum(len(section.plates) for section in RUN_SECTIONS))
+        content = _of_one(runs[0], folder, steps)
+    else:
+        require_comparable(runs)
+        steps.expect(1 + len(runs) + sum(len(section.plates) for section in COMPARISON_SECTIONS))
+        content = _of_several(runs, folder, steps)
+    return _template().render(**page, **content, nulls=NULLS, style=_asset("page.css"))
+
+
+def _of_one(run: Run, folder: Path, steps: Steps) -> dict[str, Any]:
+    steps.begin("headline")
+    single = headline(run)
+    steps.begin("tables")
+    tables = run_tables(run)
+    write_tables(tables, folder / "tables")
+    return {"single": single, "sections": _parts(RUN_SECTIONS, run, tables, folder, steps), "entries": []}
+
+
+def _of_several(runs: Sequence[Run], folder: Path, steps: Steps) -> dict[str, Any]:
+    steps.begin("tables")
+    tables = comparison_tables(runs)
+    write_tables(tables, folder / "tables")
+    parts = _parts(COMPARISON_SECTIONS, runs, tables, folder, steps)
+    entries = []
+    for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True), 1):
+        steps.begin(f"run {run.path.resolve().name}")
+        anchor = f"run-{number}"
+        plate = Plate("backbone", RUN_FIGURES["backbone"], f"{label}: backbone and residual, with p_ood behind.")
+        drawn = _draw(plate, run, folder, f"{anchor}-backbone")
+        name = run.path.resolve().name
+        shown = label if name in label else f"{label} ({name})"
+        entries.append(Entry(anchor, shown, headline(run), (drawn,) if drawn else ()))
+    return {"single": None, "sections": parts, "entries": entries}
+
+
+def _parts(
+    sections: Sequence[Section[Subject]], subject: Subject, tables: Sequence[Table], folder: Path, steps: Steps
+) -> list[Part]:
+    """Make every section that has a figure or a table."""
+    by_name = {table.name: table for table in tables}
+    shared = claimed(sections, list(by_name))
+    parts = []
+    for section in sections:
+        figures = []
+        for plate in section.plates:
+            steps.begin(f"figure {plate.name}")
+            if (picture := _draw(plate, subject, folder, plate.name)) is not None:
+                figures.append(picture)
+        grids = tuple(_grid(by_name[name]) for name in shared[section.anchor])
+        if figures or grids:
+            parts.append(Part(section.anchor, section.title, section.sentence, tuple(figures), grids))
+    if left := shared.get(MORE[0]):
+        parts.append(Part(*MORE, (), tuple(_grid(by_name[name]) for name in left)))
+    return parts
+
+
+def _draw(plate: Plate[Subject], subject: Subject, folder: Path, name: str) -> Picture | None:
+    """Draw a figure and write its files; None where the data for it are missing."""
+    try:
+        with mpl.rc_context(STYLE):
+            figure = plate.draw(subject)
+            figure.draw_without_rendering()
+    except UserError:
+        return None
+    figure.set_layout_engine("none")  # laid out once for all of its files
+    png, _ = save(figure, folder / "figures", name, ("png", "pdf"))
+    width, height = (round(_PIXELS_PER_INCH * float(inches)) for inches in figure.get_size_inches())
+    return Picture(name, plate.caption, _source(figure, png), width, height)
+
+
+def _source(figure: Figure, png: Path) -> str:
+    """Return a figure as a `data:` address: vectors, or pixels where vectors are many."""
+    vectors = render(figure, "svg")
+    kind, content = ("png", png.read_bytes()) if len(vectors) > _LARGEST_SVG else ("svg+xml", vectors)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def _grid(table: Table) -> Grid:
+    rows = tuple(tuple("" if cell is None else str(cell) for cell in row) for row in table.frame.to_numpy().tolist())
+    titles = [str(title).strip() for title in table.frame.columns]
+    columns = tuple(Column(title, _kind(row[k] for row in rows)) for k, title in enumerate(titles))
+    notes = tuple(note for note in table.notes if note != NULLS)
+    return Grid(table.name, table.title, columns, rows, notes)
+
+
+def _kind(cells: Iterable[str]) -> str:
+    texts = list(cells)
+    if all(_NUMBER.match(text) for text in texts):
+        return "number"
+    return "long" if max(map(len, texts)) > _LONG else "words"
+
+
+# -------------------------------------------------------------------------------------------------- template
+
+
+def _loader() -> jinja2.PackageLoader:
+    return jinja2.PackageLoader("mini_gpt_pl.report", "assets")
+
+
+def _template() -> jinja2.Template:
+    """Everything that comes from a run or from the command line is escaped."""
+    environment = jinja2.Environment(
+        loader=_loader(), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html")
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / "assets" / name).read_text()

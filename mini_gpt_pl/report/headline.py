@@ -1,0 +1,149 @@
+"""What a run is, and which of its numbers stand out of their null: computed, for the head of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.nulls import Calibrated
+from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
+from mini_gpt_pl.report.settings import facts, optimizer_label
+from mini_gpt_pl.runs import METRICS, Run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A number with an interval, and whether it differs from its null by more than that.
+
+    Args:
+        quantity: In words.
+        measured: As written.
+        null: The decaying walk's, as written.
+        excess: Measured minus null, as written.
+        interval: 95 % of the excess, as written.
+        stands_out: Whether the interval leaves out zero.
+    """
+
+    quantity: str
+    measured: str
+    null: str
+    excess: str
+    interval: str
+    stands_out: bool
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The head of a report on one run.
+
+    Args:
+        sentence: What the run is.
+        facts: Its settings, in words.
+        learned: What it learned, one sentence each.
+        verdicts: Numbers with an interval.
+        without_interval: How many calibrated numbers have none.
+    """
+
+    sentence: str
+    facts: Mapping[str, str]
+    learned: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+    without_interval: int
+
+    @property
+    def found(self) -> str:
+        """Which numbers stand out of their null and which do not, in a sentence."""
+        if not self.verdicts:
+            return "There is no interval for any of its numbers: the path is too short, or the weights never moved."
+        sides = {out: [v.quantity for v in self.verdicts if v.stands_out == out] for out in (True, False)}
+        said = [
+            f"{words}: {'; '.join(names)}."
+            for words, names in (("Out of the null", sides[True]), ("Within the null", sides[False]))
+            if names
+        ]
+        return " ".join(said)
+
+
+def headline(run: Run) -> Headline:
+    """Read a run's settings and calibrate its numbers.
+
+    Raises:
+        UserError: The run has no configuration, or no trajectory.
+    """
+    try:
+        calibrated = calibrate_run(run)
+    except UserError:  # too short, or it never moved
+        calibrated = {}
+    judged = tuple(_verdict(name, found) for name, found in calibrated.items() if found.low == found.low)
+    return Headline(_sentence(run), _facts(run), _learned(run), judged, len(calibrated) - len(judged))
+
+
+def _verdict(name: str, found: Calibrated) -> Verdict:
+    words, form = QUANTITIES[name]
+    written = (form.format(found.value), form.format(found.decay), points(found.excess, form), interval(found, form))
+    return Verdict(words, *written, stands_out=not found.low <= 0 <= found.high)
+
+
+def _sentence(run: Run) -> str:
+    known = facts(run)
+    parts = [
+        optimizer_label(known) if known["optimizer"] else None,
+        known["model"],
+        f"seed {known['seed']}" if known["seed"] is not None else None,
+        state(run),
+    ]
+    return "; ".join(str(part) for part in parts if part) + "."
+
+
+def state(run: Run) -> str:
+    """How far a run came and how it ended."""
+    ended = run.outcome
+    if ended is None:
+        return f"recorded up to step {run.trajectory.steps[-1]:,}, its end is not on record"
+    return f"{ended.state} at step {ended.step:,}"
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """Settings, then what was recorded of the path."""
+    shown = {key: _plain(value) for key, value in facts(run).items() if value is not None}
+    trajectory = run.trajectory
+    shown["recorded weights"] = f"{trajectory.dim:,} in {len(trajectory.groups)} groups"
+    shown["snapshots"] = f"{len(trajectory)}, {_spacing(trajectory.steps)}"
+    shown["initial weights that decay left"] = f"{trajectory.survival[-1]:.0%}"
+    if (record := run.reheated) is not None and record.get("parent"):
+        shown["reheated from"] = f"{record['parent']}, step {record.get('parent_step', '?')}"
+    return shown
+
+
+def _spacing(steps: list[int]) -> str:
+    gaps = sorted({later - earlier for earlier, later in pairwise(steps)})
+    if not gaps:
+        return "one alone"
+    return f"every {gaps[0]} steps" if len(gaps) == 1 else f"{gaps[0]} to {gaps[-1]} steps apart"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _learned(run: Run) -> tuple[str, ...]:
+    """Best and last validation loss and p_ood."""
+    if not (run.path / METRICS).is_file():
+        return ()
+    said = []
+    loss, retrieved = run.series("val/loss"), run.series("probe/p_ood")
+    if len(loss):
+        best = int(loss.index[int(loss.argmin())])
+        rise = float(loss.iloc[-1] - loss[best])
+        end = f"it has risen by {rise:.3f} since: over-fitting" if rise > 0 else "the last evaluation"
+        said.append(f"Validation loss was lowest, {loss[best]:.3f} nats per token, at step {best:,} ({end}).")
+    if len(retrieved):
+        best = int(retrieved.index[int(retrieved.argmax())])
+        said.append(
+            f"Retrieval at long gaps, p_ood, was highest, {retrieved[best]:.3f}, at step {best:,}, "
+            f"and is {retrieved.iloc[-1]:.3f} at the end."
+        )
+    return tuple(said)

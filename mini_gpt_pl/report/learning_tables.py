@@ -1,0 +1,216 @@
+"""Tables of one run about its learning curve: loss and over-fitting, and what happens where the probe switches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mini_gpt_pl.geometry import switching
+from mini_gpt_pl.geometry.switching import Interval, SwitchReport
+from mini_gpt_pl.report.beside import Setting
+from mini_gpt_pl.report.calibration import probes_table
+from mini_gpt_pl.report.measures import RecordedPath
+from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
+from mini_gpt_pl.runs import Run
+
+LOSS, TRAIN, P_IN, P_OOD = "val/loss", "train/lm_loss", "probe/p_in", "probe/p_ood"
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where validation and training loss part.
+
+    Args:
+        best: Lowest validation loss, in nats per token.
+        best_step: Its step.
+        last: Validation loss at the end.
+        train: Mean training loss on language since the evaluation before the last; NaN if it was not logged.
+        parted: First evaluation from which on validation lies above training loss; None where it does not at the end.
+    """
+
+    best: float
+    best_step: int
+    last: float
+    train: float
+    parted: int | None
+
+
+def fit_of(run: Run) -> Fit | None:
+    """Compare validation loss with the mean training loss of the steps since the evaluation before; None without."""
+    loss, train = run.series(LOSS), run.series(TRAIN)
+    if loss.empty:
+        return None
+    means = pd.Series(math.nan, index=loss.index)
+    before = -1
+    for step in loss.index:
+        means.loc[step] = train[(train.index > before) & (train.index <= step)].mean()
+        before = step
+    above = loss > means
+    parted = None
+    for step in reversed(loss.index):
+        if not above[step]:
+            break
+        parted = int(step)
+    best = int(loss.argmin())
+    return Fit(float(loss.iloc[best]), int(loss.index[best]), float(loss.iloc[-1]), float(means.iloc[-1]), parted)
+
+
+def learning(run: Run, setting: Setting) -> list[Table]:
+    """Loss, over-fitting and the probe's accuracy: best, and at the end."""
+    rows: list[Row] = []
+
+    def add(words: str, value: float, form: str, key: str = "", step: float = math.nan) -> None:
+        if not math.isnan(value):
+            row = {"quantity": word(words), "measured": number(value, form), "at step": number(step, "{:,.0f}")}
+            rows.append({**row, **setting.cell(key, form)})
+            keys.append(key)
+
+    keys: list[str] = []
+    if (fit := fit_of(run)) is not None:
+        add("validation loss, lowest (nats per token)", fit.best, "{:.3f}", "loss_best", fit.best_step)
+        add("validation loss at the end", fit.last, "{:.3f}", "loss_last", run.series(LOSS).index[-1])
+        add("rise since its lowest", fit.last - fit.best, "{:+.3f}")
+        add("training loss on language at the end", fit.train, "{:.3f}")
+        add("validation minus training loss at the end", fit.last - fit.train, "{:+.3f}")
+        parted = math.nan if fit.parted is None else fit.parted
+        add("step from which validation stays above training loss", parted, "{:,.0f}")
+    for metric, words, key in ((P_OOD, "p_ood", "p_ood"), (P_IN, "p_in", "p_in")):
+        values = run.series(metric)
+        if len(values):
+            best = int(values.argmax())
+            add(f"{words}, highest", float(values.iloc[best]), "{:.3f}", f"{key}_best", int(values.index[best]))
+            add(f"{words} at the end", float(values.iloc[-1]), "{:.3f}", f"{key}_last", int(values.index[-1]))
+    if not rows:
+        return []
+    notes = [
+        "Training loss: mean over the logged steps since the evaluation before, without the probe's share.",
+        *setting.notes(*keys),
+    ]
+    return [tabulate("learning", "Learning and over-fitting", rows, notes)]
+
+
+def live_probes(path: RecordedPath, setting: Setting) -> list[Table]:
+    """What the probes logged during the run, each beside its null."""
+    frame = probes_table(path.run)
+    notes = (
+        "Directions are those of the snapshots before each measurement; means over the run, in units of the null.",
+    )
+    return [] if frame.empty else [Table("live_probes", "Live probes, means over the run", frame, notes)]
+
+
+# --------------------------------------------------------------------------------------------------- switching
+
+
+def switch_intervals(run: Run) -> list[tuple[switching.Switch, Interval]]:
+    """Switches of p_ood whose two ends are different snapshots, by the rules of the run's own SwitchingProbe."""
+    values = run.series(P_OOD)
+    rules = _rules(run)
+    found = switching.events(
+        [int(step) for step in values.index], values.tolist(), rules["prominence"], int(rules["reach"])
+    )
+    pairs = switching.switches(found, int(rules["reach"]))
+    placed = [(pair, switching.interval_of(pair, run.trajectory.steps)) for pair in pairs]
+    return [(pair, interval) for pair, interval in placed if interval is not None]
+
+
+def _rules(run: Run) -> dict[str, float]:
+    rules: dict[str, float] = {"prominence": 0.03, "reach": 3}
+    callbacks = (run.config.get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if str(callback.get("class_path", "")).endswith("SwitchingProbe"):
+            settings = callback.get("init_args") or {}
+            rules |= {name: settings[name] for name in rules if name in settings}
+    return rules
+
+
+def switches(path: RecordedPath, setting: Setting) -> list[Table]:
+    """Switches of p_ood beside stretches of equal length without one (paper, section 7)."""
+    placed = switch_intervals(path.run)
+    if not placed:
+        return []
+    intervals = list(dict.fromkeys(interval for _, interval in placed))
+    axes = switching.Axes()
+    found = [
+        {past: switching.report(path.trajectory, interval, intervals, axes, past=past) for past in (False, True)}
+        for _, interval in placed
+    ]
+    return [
+        _switch_table(path, setting, placed, found, intervals),
+        _switch_blocks(path, setting, placed, found[0][False]),
+    ]
+
+
+def _switch_table(
+    path: RecordedPath,
+    setting: Setting,
+    placed: list[tuple[switching.Switch, Interval]],
+    found: list[dict[bool, dict[str | None, SwitchReport]]],
+    intervals: list[Interval],
+) -> Table:
+    rows = [
+        {
+            "peak": number(pair.peak.step, "{:,.0f}"),
+            "trough": number(pair.trough.step, "{:,.0f}"),
+            **_switch_cells(reports[False][None]),
+            **{f"past, {name}": cell for name, cell in _switch_cells(reports[True][None]).items() if name in _PAST},
+        }
+        for (pair, _), reports in zip(placed, found, strict=True)
+    ]
+    pairs, control = (
+        switching.mean_cosine(path.trajectory.gram(), intervals),
+        switching.control_mean_cosine(path.trajectory, intervals),
+    )
+    notes = [
+        "|cos| of theta(peak) - theta(trough) with the whole run's raw v_b; controls: mean over stretches of the same "
+        "number of steps that share nothing with a switch; rank: share of the controls below it, uniform by chance. "
+        "Past: with the v_b of the snapshots up to the peak.",
+        "E_2:6: energy in PCs 2 to 6 once the part along v_b is taken out.",
+        None
+        if math.isnan(pairs)
+        else f"Pairs of switches that share no step: mean |cos| {pairs:.3f}; with controls in their place "
+        f"{control:.3f}.",
+        *setting.notes("switch_pairs"),
+    ]
+    return tabulate("switching", "Switches of the probe and the backbone (paper, section 7)", rows, notes)
+
+
+_PAST = ("|cos|", "|cos|, controls", "|cos|, rank")
+
+
+def _switch_cells(found: SwitchReport) -> Row:
+    return {
+        "|cos|": number(abs(found.stretch.cosine)),
+        "|cos|, controls": number(found.control_cosine),
+        "|cos|, rank": number(found.cosine_percentile, "{:.2f}"),
+        "transverse": number(found.stretch.transverse, "{:.1%}"),
+        "E_2:6": number(found.stretch.energy_across, "{:.1%}"),
+        "E_2:6, rank": number(found.energy_across_percentile, "{:.2f}"),
+        "controls": number(float(found.controls), "{:.0f}"),
+    }
+
+
+def _switch_blocks(
+    path: RecordedPath,
+    setting: Setting,
+    placed: list[tuple[switching.Switch, Interval]],
+    reports: dict[str | None, SwitchReport],
+) -> Table:
+    rows = []
+    for label, group in path.parts.items():
+        cells = {"group": word(label), **_switch_cells(reports[group])}
+        if group is not None:
+            cells |= {f"|cos|, {name}": cell for name, cell in setting.cell("switch_cosine", "{:.2f}").items()}
+            cells |= {f"E_2:6, {name}": cell for name, cell in setting.cell("switch_energy", "{:.0%}").items()}
+        rows.append(cells)
+    pair = placed[0][0]
+    notes = [
+        f"The first switch, from the peak at step {pair.peak.step:,} to the trough at {pair.trough.step:,}, as in the "
+        "paper; controls and ranks as in the table of all switches.",
+        *setting.notes("switch_cosine", "switch_energy"),
+    ]
+    return tabulate("switching_blocks", "The first switch, block by block (paper, section 7)", rows, notes)

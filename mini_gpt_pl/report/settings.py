@@ -1,0 +1,126 @@
+"""What a run was, in words and numbers that can be compared: read from its configuration, never retyped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mini_gpt_pl.gpt import PRESETS
+from mini_gpt_pl.runs import Run
+
+PAPER: dict[str, Any] = {
+    "model": "8 blocks, 16 heads, width 512, MLP 2048",
+    "context": 256,
+    "optimizer": "AdamW",
+    "learning rate": 1e-3,
+    "weight decay": 0.5,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "warm-up": 1500,
+    "schedule length": 10_000,
+    "steps": 10_000,
+    "sequences a step": 128,
+    "clipping": 1.0,
+    "lambda": "2 to 4 at step 4000",
+    "share of probe sequences": 0.1,
+    "corpus": "tinystories",
+}
+"""Facts of the paper's main runs (paper, Table 1)."""
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Collect what decides how a run goes; what a configuration does not say is None.
+
+    Keys are words for the reader. `tokenizer` is a name without folder and ending, so that one rank file under two
+    paths is one tokenizer.
+    """
+    config = run.config
+    model, data, trainer = (_mapping(config, part) for part in ("model", "data", "trainer"))
+    schedule, probe = _mapping(model, "schedule"), _mapping(data, "probe")
+    return {
+        "model": _size(model.get("size")),
+        "tokenizer": _name(data.get("tokenizer")),
+        "context": data.get("context"),
+        **_optimizer(_mapping(model, "optimizer")),
+        "warm-up": schedule.get("warmup"),
+        "schedule length": schedule.get("total"),
+        "steps": trainer.get("max_steps"),
+        "sequences a step": _product(data.get("batch_size"), trainer.get("accumulate_grad_batches")),
+        "clipping": trainer.get("gradient_clip_val"),
+        "lambda": _probe_weight(_mapping(model, "probe_weight")),
+        "share of probe sequences": probe.get("p_probe"),
+        "corpus": _mapping(data, "corpus").get("name"),
+        "seed": data.get("seed", config.get("seed_everything")),
+    }
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+    """Say which facts of `a` are other than those of `b`, as `steps 4000 instead of 10000`; unknown ones agree."""
+    found = []
+    for key, wanted in b.items():
+        value = a.get(key)
+        if key not in ignore and None not in (value, wanted) and value != wanted:
+            found.append(f"{key} {_plain(value)} instead of {_plain(wanted)}")
+    return found
+
+
+def label(run: Run) -> str:
+    """Short name of a run: its folder's."""
+    return run.path.resolve().name
+
+
+def optimizer_label(found: Mapping[str, Any]) -> str:
+    """Name an optimizer with what sets it apart, such as `SGDW, lr 0.01, momentum 0.9, decay 0.5`."""
+    parts = [str(found["optimizer"] or "optimizer unknown")]
+    for key, words in (("learning rate", "lr"), ("momentum", "momentum"), ("weight decay", "decay")):
+        if found.get(key) not in (None, 0) or (key == "weight decay" and found.get(key) is not None):
+            parts.append(f"{words} {_plain(found[key])}")
+    return ", ".join(parts)
+
+
+def _size(size: Any) -> str | None:
+    if isinstance(size, str) and size in PRESETS:
+        size = asdict(PRESETS[size])
+    if not isinstance(size, Mapping):
+        return None
+    values = [size.get(key) for key in ("n_layer", "n_head", "d_model", "d_ff")]
+    return None if None in values else "{} blocks, {} heads, width {}, MLP {}".format(*values)
+
+
+def _optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    settings = _mapping(optimizer, "init_args")
+    betas = settings.get("betas") or (None, None)
+    kind = optimizer.get("class_path")
+    return {
+        "optimizer": None if kind is None else str(kind).rpartition(".")[2],
+        "learning rate": settings.get("lr"),
+        "weight decay": settings.get("weight_decay"),
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "momentum": settings.get("momentum"),
+        "Nesterov": settings.get("nesterov"),
+    }
+
+
+def _probe_weight(weight: Mapping[str, Any]) -> str | None:
+    values = [weight.get(key) for key in ("first", "second", "switch_step")]
+    return None if None in values else f"{values[0]:g} to {values[1]:g} at step {values[2]}"
+
+
+def _name(path: Any) -> str | None:
+    return None if path is None else Path(str(path)).name.split(".")[0]
+
+
+def _product(a: Any, b: Any) -> Any:
+    return None if a is None else a * (b or 1)
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = config.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
