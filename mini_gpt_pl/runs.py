@@ -120,8 +120,11 @@ class Run:
 
     @property
     def reheated(self) -> dict[str, Any] | None:
-        """What a reheated run recorded of its parent and of its gain; None for a run from scratch."""
-        return self._read_json(REHEAT)
+        """What a reheated run recorded of its gain and of its parent, whose folder is absolute here; else None."""
+        found = self._read_json(REHEAT)
+        if found is not None and "parent" in found:
+            found["parent"] = str((self.path / found["parent"]).resolve())
+        return found
 
     @property
     def is_reheated(self) -> bool:

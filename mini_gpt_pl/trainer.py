@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,7 @@ class GeometryTrainer(Trainer):
         model.peak_lr = lr
         if isinstance(datamodule, ProbedStories):
             datamodule.start = settings.data_position(checkpoint)
-        lineage = _lineage(settings, ckpt_path, offset, frozen)
+        lineage = _lineage(settings, ckpt_path, offset, frozen, Path(self.default_root_dir))
         best = float("nan") if parent is None else parent.best_until("probe/p_ood", offset)
         probe = ReheatProbe(
             p0, frozen, start, settings.optimizer_state(checkpoint), lineage, parent_best=best, threshold=threshold
@@ -172,11 +173,14 @@ class GeometryTrainer(Trainer):
         return datamodule.encoding.decode(new)
 
 
-def _lineage(settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis | None) -> dict[str, Any]:
+def _lineage(
+    settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis | None, folder: Path
+) -> dict[str, Any]:
     """Say where a reheated run comes from and what it was started with."""
-    checkpoint = Path(ckpt_path).resolve()
-    run = Run.of_checkpoint(checkpoint)
-    known: dict[str, Any] = {"parent": str(run.path if run else checkpoint), "parent_step": step, **asdict(settings)}
+    run = Run.of_checkpoint(ckpt_path)
+    # Relative to the reheated run, so that both can move together.
+    parent = os.path.relpath((run.path if run else Path(ckpt_path)).resolve(), folder.resolve())
+    known: dict[str, Any] = {"parent": parent, "parent_step": step, **asdict(settings)}
     if basis is not None:
         known |= {"basis_step": basis.step, "basis_fingerprint": basis.theta0.selection.fingerprint}
     return known

@@ -410,7 +410,7 @@ def test_a_checkpoint_apart_from_its_run_still_gives_the_gain(
     with pytest.warns(UserWarning, match="no parent run"):
         told = command("reheat", *options, "--ckpt_path", "alone.ckpt")
     found = json.loads(Path("hot/reheat.json").read_text())
-    assert found["parent"] == str(Path("alone.ckpt").resolve()) and found["parent_step"] == 3
+    assert (found["parent"], found["parent_step"]) == ("../alone.ckpt", 3)
     assert not {"coordinate_before", "along", "recovery"} & found.keys()
     assert "re-entry gain" in told
     assert "basis" not in told

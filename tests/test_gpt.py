@@ -235,6 +235,19 @@ def test_uniform_logits_cost_log_vocab() -> None:
     torch.testing.assert_close(nll, torch.full_like(nll, math.log(VOCAB)))  # 29, not the padded 32
 
 
+def test_a_tie_is_no_hit() -> None:
+    """Two tokens with one embedding have one logit everywhere: neither alone is the most likely."""
+    gpt, tokens = make_gpt(vocab_multiple=16), make_tokens()
+    best = int(gpt(tokens)[0, 0].argmax())
+    assert bool(gpt(tokens, torch.full_like(tokens, best)).hit[0, 0])
+    other = next(token for token in range(VOCAB) if token != best and token not in tokens)
+    with torch.no_grad():
+        gpt.tok_emb.weight[other] = gpt.tok_emb.weight[best]
+    assert gpt(tokens)[0, 0, other] == gpt(tokens)[0, 0, best]
+    for target in (best, other):
+        assert not gpt(tokens, torch.full_like(tokens, target)).hit[0, 0]
+
+
 def test_padding_rows_get_no_gradient_and_no_say() -> None:
     gpt, tokens, targets = make_gpt(vocab_multiple=16), make_tokens(), make_tokens(seed=2)
     before = gpt(tokens, targets)
