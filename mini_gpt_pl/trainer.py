@@ -173,9 +173,7 @@ class GeometryTrainer(Trainer):
         return datamodule.encoding.decode(new)
 
 
-def _lineage(
-    settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis | None, folder: Path
-) -> dict[str, Any]:
+def _lineage(settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis | None, folder: Path) -> dict[str, Any]:
     """Say where a reheated run comes from and what it was started with."""
     run = Run.of_checkpoint(ckpt_path)
     # Relative to the reheated run, so that both can move together.

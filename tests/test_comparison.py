@@ -16,7 +16,10 @@ from report_runs import ADAMW, DECAY, components, config, learning_curve, path_o
 
 from mini_gpt_pl.report.beside import setting_of
 from mini_gpt_pl.report.comparison import comparison_tables, grouped, require_comparable
+from mini_gpt_pl.report.families import names, one_beta2
 from mini_gpt_pl.report.measures import RecordedPath
+from mini_gpt_pl.report.optimizer_tables import common_window
+from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.report.sweep_tables import direction, spearman, t_interval, t_quantile
 from mini_gpt_pl.runs import Run
@@ -80,9 +83,10 @@ def test_optimizers_may_differ_in_length_and_in_decay(tmp_path: Path) -> None:
     no_decay["trainer"]["max_steps"] = 2000
     found = tables_of(adamw(tmp_path / "a"), write_run(tmp_path / "b", STEPS, None, no_decay, CURVE))
     assert found["table9_optimizers"].frame["optimizer"].to_list() == [
-        "AdamW, lr 0.001, decay 0.5",
-        "AdamW, lr 0.001, decay 0",
+        "AdamW, lr 1e-3, decay 0.5, β₂ 0.95",
+        "AdamW, lr 1e-3, decay 0, β₂ 0.95",
     ]
+    assert found["runs"].frame["steps"].to_list() == ["4,000", "4,000"]  # past what one of them was to take
     assert "runs_geometry" not in found  # the table of whole runs says the same
 
 
@@ -167,6 +171,89 @@ def test_pairs_are_matched_at_the_loss_that_the_worse_one_reaches(tmp_path: Path
     assert shown.loc[("step", "fast"), "PC1, measured"] == pytest.approx(ratios(drifts, unit=True)[0])
     until = drifts[: STEPS.index(2000)]
     assert shown.loc[("loss 2.50", "fast"), "PC1, measured"] == pytest.approx(ratios(until, unit=True)[0])
+
+
+def diverge(folder: Path, beta2: float = 0.0) -> Run:
+    """A run of which little is left: three snapshots, and a loss beyond all others."""
+    settings = {**ADAMW, "betas": [0.9, beta2]}
+    run = write_run(
+        folder, STEPS[:3], 1e4 * path_of(STEPS[:3]), config(settings=settings), learning_curve({200: (9e3, 0)})
+    )
+    (folder / "outcome.json").write_text('{"state": "diverged", "step": 450}')
+    return run
+
+
+def test_a_run_that_diverged_does_not_shrink_the_window(tmp_path: Path) -> None:
+    runs = [adamw(tmp_path / str(beta2), beta2) for beta2 in (0.8, 0.95)]
+    found = tables_of(*runs, diverge(tmp_path / "0.0"))
+    shown = written(found["beta2_geometry"], "quantity", "run")
+    assert shown.loc[("PC1 in the window", "0.0"), "measured"] == "-"
+    assert shown.loc[("PC1 in the window", "0.95"), "measured"] != "-"
+    assert shown.loc[("PC1, raw", "0.0"), "rows"] == "2"
+    notes = found["beta2_geometry"].notes
+    assert "Window: unit drifts from step 600 to 2,000." in notes
+    lacking = "Without the window of steps 600 to 2,000: 0.0 (diverged at step 450, last snapshot at step 400)."
+    assert lacking in notes
+    table = tables_of(sgd(tmp_path / "sgd"), runs[1], diverge(tmp_path / "wild", 0.95))["table9_optimizers"]
+    assert "steps 600 to 2,000" in table.title and any("wild (diverged" in note for note in table.notes)
+    assert written(table, "run").loc["wild", ["steps", "PC1, measured"]].to_list() == ["450 of 4,000", "-"]
+
+
+def test_the_window_of_short_runs_is_a_share_of_the_shortest(tmp_path: Path) -> None:
+    steps = STEPS[:5]  # 0 to 700
+    paths = [RecordedPath(write_run(tmp_path / "a", steps)), RecordedPath(adamw(tmp_path / "b"))]
+    assert common_window(paths) == (200, 400)  # nearest to 0.15 and 0.5 of 700
+    assert common_window([paths[1], RecordedPath(adamw(tmp_path / "c")), paths[0]]) == (600, 2000)
+    lost = RecordedPath(diverge(tmp_path / "lost"))
+    assert common_window([paths[0], lost]) == (200, 400)
+    assert common_window([lost]) == (0, 200)
+
+
+def test_of_several_beta2_the_optimizers_are_compared_at_one(tmp_path: Path) -> None:
+    runs = [adamw(tmp_path / str(beta2), beta2) for beta2 in (0.8, 0.95, 0.99)]
+    found = tables_of(*runs, sgd(tmp_path / "sgd"), diverge(tmp_path / "0.0"))
+    table = found["table9_optimizers"]
+    assert table.frame["run"].to_list() == ["0.95", "sgd"]
+    assert "Left out, as they differ from a run here in beta2 only: 0.8, 0.99, 0.0." in table.notes
+    assert set(found["table10_matched"].frame["pair"]) == {"0.95 and sgd"}
+    others = [adamw(tmp_path / "x" / str(k), beta2, seed=k) for k, beta2 in enumerate((0.8, 0.99, 0.99))]
+    assert [run.path.name for run in one_beta2(others)] == ["1", "2"]  # without 0.95, the commonest
+
+
+def test_what_diverged_is_matched_with_nothing(tmp_path: Path) -> None:
+    found = tables_of(adamw(tmp_path / "a"), sgd(tmp_path / "b"), diverge(tmp_path / "wild", 0.95))["table10_matched"]
+    assert set(found.frame["pair"]) == {"a and b"}
+    assert "Without what diverged: wild." in found.notes
+
+
+def test_runs_of_one_folder_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    runs = [adamw(tmp_path / parent / "run", seed=seed) for seed, parent in enumerate("ab")]
+    other = adamw(tmp_path / "c", seed=3)
+    assert list(names([*runs, other]).values()) == ["a/run", "b/run", "c"]
+    found = tables_of(*runs, other)
+    assert found["runs"].frame["run"].to_list() == ["a/run", "b/run", "c"]
+    assert any("0 (a/run), 1 (b/run), 3 (c)" in note for note in found["seeds"].notes)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy")), unique=True, min_size=1))
+def test_no_two_runs_have_one_name(folders: list[tuple[str, str]]) -> None:
+    runs = [Run(Path("/nowhere").joinpath(*parts)) for parts in folders]
+    found = names(runs)
+    assert len(set(found.values())) == len(runs)
+    assert all(name.split("/")[-1] == run.path.name for run, name in found.items())
+
+
+@given(st.floats(1e-9, 1e3))
+def test_settings_are_written_short_and_read_back(value: float) -> None:
+    assert float(plain(value)) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(3e-4, "3e-4"), (1e-3, "1e-3"), (0.01, "1e-2"), (0.05, "0.05"), (0.95, "0.95"), (0.0, "0"), (10_000, "10,000")],
+)
+def test_learning_rates_are_powers_of_ten_and_probabilities_are_not(value: float, text: str) -> None:
+    assert plain(value) == text
 
 
 def test_runs_never_evaluated_are_matched_by_step_only(tmp_path: Path) -> None:
@@ -288,6 +375,21 @@ def test_reheats_stand_beside_the_published_ones_and_their_parent(tmp_path: Path
     assert any("reheated step 2,000 instead of 10,000" in note for note in table.notes)
     assert "runs" not in found  # a reheated run is no run from scratch
     assert setting_of(Run(tmp_path / "hot")).differs[0].startswith("reheated from a checkpoint")
+
+
+def test_reheats_are_sorted_and_controls_come_last(tmp_path: Path) -> None:
+    parent = adamw(tmp_path / "parent")
+    control = reheated(tmp_path / "a", parent.path, lr=None, factor=1.0, steps=4000)
+    low = reheated(tmp_path / "b", parent.path, lr=3e-4, steps=5000)
+    high = reheated(tmp_path / "c", parent.path, lr=1e-3, steps=4000)
+    (high.path / "outcome.json").write_text('{"state": "finished", "step": 4000}')
+    table = tables_of(control, low, parent, high)["table11_reheating"]
+    assert table.frame["run"].to_list() == ["c", "b", "a", "parent"]
+    assert table.frame["kind"].to_list() == ["reheated", "reheated", "control", "not reheated"]
+    assert table.frame["lr"].to_list() == ["1e-3", "3e-4", "-", "-"]
+    assert table.frame["steps"].to_list() == ["4,000", "4,000 of 5,000", "4,000", "-"]
+    assert "Broke off, so that their last values are no final ones: b." in table.notes
+    assert any(note.startswith("Control:") for note in table.notes)
 
 
 def test_a_reheat_with_hardly_a_record_is_all_dashes(tmp_path: Path) -> None:

@@ -242,3 +242,22 @@ def test_block_bootstrap_brackets_the_excess_and_depends_on_its_seed_alone() -> 
     assert nulls.block_bootstrap(gram, null, 20, seed=1) == nulls.block_bootstrap(gram, null, 20, seed=1)
     assert nulls.block_bootstrap(gram, null, 20, seed=1) != nulls.block_bootstrap(gram, null, 20, seed=2)
     assert np.isnan(found["drift"].low)
+
+
+def test_bootstrap_equals_one_pca_a_draw() -> None:
+    """The batch of eigenvalue problems against the library's own PCA of the same resampled rows."""
+    gram = gram_of(bent_path(24, 60))
+    null = nulls.decaying_walk(gram, [0.97**k for k in range(24)])
+    rows, draws, length = pca.drifts(24)[1:], 40, 3
+    starts = np.random.Generator(np.random.Philox(key=5)).integers(0, 23 - length + 1, size=(draws, 8))
+    found: dict[str, list[float]] = {"pc1": [], "pc1_unit": [], "k95": [], "k95_unit": []}
+    for draw in starts:
+        taken = rows[torch.from_numpy(np.concatenate([np.arange(s, s + length) for s in draw])[:23])]
+        for suffix, unit in (("", False), ("_unit", True)):
+            ours, theirs = (pca.pca(path, taken, normalise=unit) for path in (gram, null))
+            found[f"pc1{suffix}"].append(ours.pc1 - theirs.pc1)
+            found[f"k95{suffix}"].append(ours.components_for(0.95) - theirs.components_for(0.95))
+    intervals = nulls.block_bootstrap(gram, null, draws, seed=5)
+    assert intervals.keys() == found.keys()
+    for name, values in found.items():
+        assert intervals[name] == pytest.approx(tuple(np.quantile(values, (0.025, 0.975))), abs=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,19 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from rich.console import Console
+from torch import Tensor
 
-from mini_gpt_pl.report import figures
-from mini_gpt_pl.report.calibration import QUANTITIES, groups_table, growth_table, markdown, probes_table, table
+from mini_gpt_pl.geometry import nulls
+from mini_gpt_pl.report import calibration, figures
+from mini_gpt_pl.report.calibration import (
+    QUANTITIES,
+    calibrate_run,
+    groups_table,
+    growth_table,
+    markdown,
+    probes_table,
+    table,
+)
 from mini_gpt_pl.report.summary import lines, print_summary
 from mini_gpt_pl.runs import Run
 
@@ -236,6 +247,25 @@ def decaying_walk() -> np.ndarray:
 def past_alignment(drifts: np.ndarray) -> float:
     steps = np.diff(np.vstack([np.zeros(drifts.shape[1]), drifts]), axis=0)
     return float(np.mean([cosine(steps[k], backbone_of(drifts[:k])) for k in range(1, len(drifts))]))
+
+
+def test_a_path_is_calibrated_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    calibrate = nulls.calibrate
+
+    def counted(gram: Tensor, *args: Any, **options: Any) -> dict[str, nulls.Calibrated]:
+        asked.append(len(gram))
+        return calibrate(gram, *args, **options)
+
+    monkeypatch.setattr(nulls, "calibrate", counted)
+    calibration._calibrated.cache_clear()
+    first = calibrate_run(run, bootstrap=3)
+    first["pc1"] = nulls.Calibrated(0.0, 0.0, 0.0)  # a caller's copy is its own
+    again = calibrate_run(Run(run.path), bootstrap=3)
+    assert len(asked) == 1 and again["pc1"].value > 0
+    record(SMALL, 2 * bent_path(SNAPSHOTS, SMALL.dim, seed=1))[1].save(run.path / "trajectory.safetensors")
+    other = calibrate_run(Run(run.path), bootstrap=3)
+    assert len(asked) == 2 and other["drift"].value != again["drift"].value
 
 
 def test_the_table_holds_the_numbers_of_a_plain_decomposition(run: Run) -> None:

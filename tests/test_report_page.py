@@ -23,6 +23,7 @@ from test_figures import CURVE, replay_record
 from mini_gpt_pl.report import page
 from mini_gpt_pl.report.assemble import _kind
 from mini_gpt_pl.report.calibration import calibrate_run
+from mini_gpt_pl.report.findings import findings
 from mini_gpt_pl.report.headline import Headline, Verdict, headline
 from mini_gpt_pl.report.progress import Steps
 from mini_gpt_pl.report.sections import COMPARISON_SECTIONS, MORE, RUN_FIGURES, RUN_SECTIONS, claimed
@@ -184,8 +185,9 @@ def test_several_runs_are_compared_before_each_is_told(compared: Path) -> None:
     assert entries == ["run-1", "run-2", "run-3"]
     assert found.ids.index("seeds") < found.ids.index("run-1")
     assert {f"#{entry}" for entry in entries} <= set(found.links)
-    for label in ("β₂ 0.95, seed 1 (a)", "β₂ 0.95, seed 2 (b)", "β₂ 0.8, seed 1 (c)"):
-        assert label in found.text
+    assert "Each run: a, b, c" in found.text
+    for finding in findings(page.expand([compared.parent.parent])):
+        assert f"{finding.topic}: {finding.said}" in found.text
     assert {file.stem for file in (compared.parent / "figures").glob("*.png")} >= {
         "beta2_pc1",
         "seeds",
@@ -242,7 +244,7 @@ def test_the_headline_names_what_stands_out(out: tuple[bool, bool], said: str) -
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [
-        (None, "recorded up to step 900, its end is not on record"),
+        (None, "recorded up to step 900 of 4,000, its end is not on record"),
         ({"state": "diverged", "step": 77}, "diverged at step 77"),
         ({"state": "finished", "step": 1900}, "finished at step 1,900"),
     ],
@@ -252,6 +254,61 @@ def test_the_headline_tells_how_the_run_ended(tmp_path: Path, outcome: dict[str,
     if outcome:
         (run.path / "outcome.json").write_text(json.dumps(outcome))
     assert said in headline(run).sentence
+
+
+# -------------------------------------------------------------------------------------------------- findings
+
+
+def said(runs: list[Run]) -> dict[str, str]:
+    return {finding.topic: finding.said for finding in findings(runs)}
+
+
+def test_findings_count_the_runs_that_stand_out(tmp_path: Path) -> None:
+    runs = comparable_runs(tmp_path)
+    found = [calibrate_run(run)["pc1"] for run in runs]
+    above = [run.path.name for run, one in zip(runs, found, strict=True) if one.low > 0]
+    sentence = said(runs)["PC1 of the drift, raw, against the decaying walk"]
+    assert sentence.startswith("of 3 runs from scratch ") and f"above in {len(above)}" in sentence
+    assert f"{100 * min(one.excess for one in found):+.1f} pt to" in sentence
+
+
+def test_findings_over_beta2_seeds_and_optimizers(tmp_path: Path) -> None:
+    runs = []
+    for k, (name, seed, beta2) in enumerate((("a", 1, 0.8), ("b", 1, 0.9), ("c", 1, 0.95), ("d", 2, 0.95))):
+        settings = config(settings={**ADAMW, "betas": [0.9, beta2]}, seed=seed, steps=900)
+        runs.append(write_run(tmp_path / name, STEPS, path_of(STEPS, k), settings, learning_curve(CURVE)))
+    sgd = config("torch.optim.SGD", {"lr": 1e-3, "weight_decay": 0.5}, 1, 900)
+    runs.append(write_run(tmp_path / "sgd", STEPS, path_of(STEPS, 9), sgd, learning_curve(CURVE)))
+    found = said(runs)
+    excess = [100 * calibrate_run(run)["pc1"].excess for run in runs]
+    trend = found["Excess of PC1 of the drift, raw by beta2"]
+    mean = (excess[2] + excess[3]) / 2
+    assert f"{excess[0]:+.1f} pt at 0.8, {excess[1]:+.1f} pt at 0.9, {mean:+.1f} pt at 0.95" in trend
+    ordered = sorted((excess[0], excess[1], mean))
+    rises, falls = [excess[0], excess[1], mean] == ordered, [mean, excess[1], excess[0]] == ordered
+    assert trend.split(" ")[0] == ("rises" if rises else "falls" if falls else "neither")
+    assert "over 2 seeds" in found["Over seeds"]
+    (optimizers,) = [text for topic, text in found.items() if topic.startswith("PC1 by optimizer")]
+    assert "sgd " in optimizers and "c " in optimizers and "a " not in optimizers.split(".")[0].split(", ")
+    assert found["Over-fitting"].startswith("validation loss rose again in 5 of 5 runs")
+
+
+def test_findings_leave_out_what_diverged_and_set_gains_beside_the_control(tmp_path: Path) -> None:
+    runs = comparable_runs(tmp_path)
+    (runs[0].path / "outcome.json").write_text('{"state": "diverged", "step": 77}')
+    for name, record in (
+        ("control", {"factor": 1.0, "gain": 0.01}),
+        ("low", {"lr": 3e-4, "gain": 0.25}),
+        ("high", {"lr": 1e-3, "gain": 0.5}),
+    ):
+        runs.append(write_run(tmp_path / name, STEPS, metrics=learning_curve(CURVE)))
+        (tmp_path / name / "reheat.json").write_text(json.dumps({"parent": "gone", **record}))
+    found = said(runs)
+    assert found["Diverged"].startswith("a (at step 77);")
+    assert found["PC1 of the drift, raw, against the decaying walk"].startswith("of 2 runs from scratch")
+    assert (
+        found["Gain in p_ood by reheating"] == "lr 1e-3 +0.500, lr 3e-4 +0.250; without reheating, the control: +0.010."
+    )
 
 
 # ----------------------------------------------------------------------------------------- tables and sections

@@ -220,12 +220,15 @@ def test_over_fitting_is_where_validation_leaves_training_for_good(tmp_path: Pat
     shown = written(tables_of(run)["learning"], "quantity")
     assert shown.loc["rise since its lowest", "measured"] == "+0.600"
     assert shown.loc["step from which validation stays above training loss", "measured"] == "400"
+    assert found.overfits and found.rise == pytest.approx(0.6)
+    assert any("risen by 0.60 nats per token since step 300" in note for note in tables_of(run)["learning"].notes)
 
 
 def test_a_run_that_fits_no_better_than_it_validates_has_not_parted(tmp_path: Path) -> None:
     run = write_run(tmp_path, STEPS, WEIGHTS, metrics="step,val/loss,train/lm_loss\n100,4,5\n200,3,3\n")
     found = fit_of(run)
-    assert found is not None and found.parted is None
+    assert found is not None and found.parted is None and not found.overfits
+    assert not any("Over-fitting" in note for note in tables_of(run)["learning"].notes)
 
 
 # ---------------------------------------------------------------------------------------------- gradients, replayed
@@ -246,6 +249,7 @@ def record(scale: float) -> dict[str, object]:
         "bias": {label: [0.01 * scale, 0.002] for label in labels},
         "gradient": {"combined": norms, "lm": norms},
         "interference": {"trunk": [-0.25, 0.125]},
+        "settings": {"batches": 4},
         "fisher": dict.fromkeys(labels, shown),
         "logit_lens": {"ood": [0.0, 0.25, 0.75]},
     }
@@ -270,6 +274,7 @@ def test_replayed_quantities_are_shown_as_recorded(run: Run) -> None:
     assert aligned["combined, |cos|"] == pytest.approx(0.3)
     assert aligned["combined, / floor"] == pytest.approx(0.3 / np.sqrt(2 / np.pi / 15))
     assert found["interference"].frame["cos(g_LM, g_probe)"].to_list() == ["-0.2500 ± 0.1250"] * 2
+    assert found["interference"].frame["/ standard error"].to_list() == ["-4.0"] * 2  # -0.25 / (0.125 / 2)
     lens = found["logit_lens"].frame.iloc[0]
     assert lens.to_dict() | {"embedding": "0.000", "block 0": "0.250", "block 1": "0.750"} == lens.to_dict()
 
@@ -303,6 +308,13 @@ def test_switches_are_placed_against_whole_run_and_past(tmp_path: Path) -> None:
     assert row["|cos|"] == pytest.approx(abs(cosine(moved, backbone(drifts))))
     assert row["past, |cos|"] == pytest.approx(abs(cosine(moved, backbone(drifts[: STEPS.index(1400)]))))
     assert set(found["switching_blocks"].frame["group"]) == set(PARTS)
+    blocks = numbers(found["switching_blocks"], "group")
+    for part in PARTS:  # the decaying walk over the same steps
+        walk = paths(part)["decaying walk"]
+        drifts, moved = (walk - walk[0])[1:], walk[STEPS.index(1400)] - walk[STEPS.index(1800)]
+        expected = abs(cosine(moved, backbone(drifts)))
+        assert blocks.loc[part, "|cos|, decaying walk"] == pytest.approx(expected)
+    assert row["|cos|, decaying walk"] == pytest.approx(expected)
     # the control stretches keep clear of the switch
     assert row["controls"] == sum(step + 400 in STEPS and (step + 400 <= 1400 or step >= 1800) for step in STEPS)
 

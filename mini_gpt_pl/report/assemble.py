@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.comparison import comparison_tables, require_comparable
-from mini_gpt_pl.report.families import labels
+from mini_gpt_pl.report.families import names
+from mini_gpt_pl.report.findings import findings
 from mini_gpt_pl.report.headline import Headline, headline
-from mini_gpt_pl.report.plotting import STYLE, render, save
+from mini_gpt_pl.report.plotting import STYLE, lay_out, render, save
 from mini_gpt_pl.report.progress import Steps
 from mini_gpt_pl.report.sections import (
     COMPARISON_SECTIONS,
@@ -143,7 +144,12 @@ def _of_one(run: Run, folder: Path, steps: Steps) -> dict[str, Any]:
     steps.begin("tables")
     tables = run_tables(run)
     write_tables(tables, folder / "tables")
-    return {"single": single, "sections": _parts(RUN_SECTIONS, run, tables, folder, steps), "entries": []}
+    return {
+        "single": single,
+        "findings": [],
+        "sections": _parts(RUN_SECTIONS, run, tables, folder, steps),
+        "entries": [],
+    }
 
 
 def _of_several(runs: Sequence[Run], folder: Path, steps: Steps) -> dict[str, Any]:
@@ -152,15 +158,13 @@ def _of_several(runs: Sequence[Run], folder: Path, steps: Steps) -> dict[str, An
     write_tables(tables, folder / "tables")
     parts = _parts(COMPARISON_SECTIONS, runs, tables, folder, steps)
     entries = []
-    for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True), 1):
-        steps.begin(f"run {run.path.resolve().name}")
+    for number, (run, label) in enumerate(names(runs).items(), 1):
+        steps.begin(f"run {label}")
         anchor = f"run-{number}"
         plate = Plate("backbone", RUN_FIGURES["backbone"], f"{label}: backbone and residual, with p_ood behind.")
         drawn = _draw(plate, run, folder, f"{anchor}-backbone")
-        name = run.path.resolve().name
-        shown = label if name in label else f"{label} ({name})"
-        entries.append(Entry(anchor, shown, headline(run), (drawn,) if drawn else ()))
-    return {"single": None, "sections": parts, "entries": entries}
+        entries.append(Entry(anchor, label, headline(run), (drawn,) if drawn else ()))
+    return {"single": None, "findings": findings(runs), "sections": parts, "entries": entries}
 
 
 def _parts(
@@ -189,10 +193,9 @@ def _draw(plate: Plate[Subject], subject: Subject, folder: Path, name: str) -> P
     try:
         with mpl.rc_context(STYLE):
             figure = plate.draw(subject)
-            figure.draw_without_rendering()
+            lay_out(figure)
     except UserError:
         return None
-    figure.set_layout_engine("none")  # laid out once for all of its files
     png, _ = save(figure, folder / "figures", name, ("png", "pdf"))
     width, height = (round(_PIXELS_PER_INCH * float(inches)) for inches in figure.get_size_inches())
     return Picture(name, plate.caption, _source(figure, png), width, height)

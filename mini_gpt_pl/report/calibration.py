@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import growth, nulls
+from mini_gpt_pl.geometry import growth, nulls, pca
 from mini_gpt_pl.geometry.alignment import noise_floor
 from mini_gpt_pl.runs import Run
 
@@ -44,7 +46,7 @@ QUANTITIES: dict[str, tuple[str, str]] = {
 
 
 def calibrate_run(run: Run, group: str | None = None, bootstrap: int = 200) -> dict[str, nulls.Calibrated]:
-    """Calibrate one group of a run's weights, or the whole selection for None.
+    """Calibrate one group of a run's weights, or the whole selection for None; the same path is calibrated once only.
 
     Raises:
         UserError: The run has fewer than three snapshots: nothing can be said about a path of one step.
@@ -53,9 +55,34 @@ def calibrate_run(run: Run, group: str | None = None, bootstrap: int = 200) -> d
     if len(trajectory) < 3:
         raise UserError(f"the run {run.path} has {len(trajectory)} snapshots: nulls need at least three")
     try:
-        return nulls.calibrate(trajectory.gram(group), trajectory.survival, curves=True, bootstrap=bootstrap)
+        return dict(_calibrated(_Path(trajectory.gram(group), tuple(trajectory.survival)), bootstrap))
     except ValueError as error:
         raise UserError(f"the weights of {group or 'the run'} in {run.path} never moved ({error})") from None
+
+
+class _Path:
+    """A path that is equal to another of the same numbers, so that a report calibrates each of them once.
+
+    Args:
+        gram: H.
+        survival: Share of theta_0 that decay alone leaves, per snapshot.
+    """
+
+    def __init__(self, gram: pca.Gram, survival: tuple[float, ...]) -> None:
+        self.gram, self.survival = gram, survival
+        self._content = (gram.contiguous().numpy().tobytes(), survival)
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Path) and self._content == other._content
+
+
+# A report of fifteen runs of eight blocks asks for 135 of them; a key of 52 snapshots has 22 kB.
+@lru_cache(maxsize=256)
+def _calibrated(path: _Path, bootstrap: int) -> Mapping[str, nulls.Calibrated]:
+    return nulls.calibrate(path.gram, path.survival, curves=True, bootstrap=bootstrap)
 
 
 def table(run: Run, group: str | None = None, bootstrap: int = 200) -> pd.DataFrame:
@@ -202,7 +229,7 @@ def points(excess: float, form: str) -> str:
     if excess != excess:
         return "-"
     if "%" in form:
-        return f"{100 * excess:+.1f} pt"
+        return f"{100 * excess:+.1f} pt".replace("-0.0 pt", "+0.0 pt")
     return f"{excess:+.0f}" if form == "{:.0f}" else f"{excess:+.3f}"
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.report.families import OF_OPTIMIZER, families, names, one_beta2
 from mini_gpt_pl.report.measures import RecordedPath
 from mini_gpt_pl.report.optimizer_tables import optimizers, outcome
 from mini_gpt_pl.report.reheat_tables import reheats
-from mini_gpt_pl.report.settings import facts, label, optimizer_label
+from mini_gpt_pl.report.settings import facts, optimizer_label, plain
 from mini_gpt_pl.report.sheet import NULLS, Row, Table, beside_nulls, tabulate, word
 from mini_gpt_pl.report.sweep_tables import beta2, seeds
 from mini_gpt_pl.report.tables import require_reportable
 from mini_gpt_pl.runs import METRICS, Run
 
-_OPTIMIZER = ("optimizer", "learning rate", "weight decay", "beta1", "beta2", "momentum", "Nesterov")
 _SHOWN = ("pc1", "pc1_unit", "k95_unit", "cos_theta0", "persistence")
 
 
@@ -68,11 +68,15 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int = 200) -> list[Table]:
         return []
     # Of a run that broke off before it logged anything, nothing can be said here.
     logged = [run for run in runs if (run.path / METRICS).is_file()]
-    paths = [path for run in logged if (path := RecordedPath(run, bootstrap)).moved and run.reheated is None]
+    called = names(runs)
+    scratch = [RecordedPath(run, bootstrap, called[run]) for run in logged if run.reheated is None]
+    paths = [path for path in scratch if path.moved]
     tables, whole = _overview(paths), _geometry(paths)
-    for part in grouped(paths, (*_OPTIMIZER, "steps", "seed")):
+    for group in grouped(paths, (*OF_OPTIMIZER, "steps", "seed")):
+        kept = one_beta2([path.run for path in group])
+        part = [path for path in group if path.run in kept]
         if len({optimizer_label(facts(path.run)) for path in part}) > 1:
-            tables += optimizers(part)
+            tables += optimizers(part, [path.label for path in group if path not in part])
             whole = [] if len(part) == len(paths) else whole  # its table of whole runs says the same
     tables[1:1] = whole
     for part in grouped(paths, ("beta2", "seed")):
@@ -81,16 +85,14 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int = 200) -> list[Table]:
     for part in grouped(paths, ("seed",)):
         if len({facts(path.run)["seed"] for path in part}) > 1:
             tables += seeds(part)
-    return _unique([*tables, *reheats(logged, logged)])
+    return _unique([*tables, *reheats(logged, logged, called)])
 
 
 def grouped(paths: Sequence[RecordedPath], ignore: Sequence[str]) -> list[list[RecordedPath]]:
     """Gather runs whose configurations agree in everything but some facts, in the order in which they were given."""
-    groups: dict[str, list[RecordedPath]] = {}
-    for path in paths:
-        kept = {key: value for key, value in facts(path.run).items() if key not in ignore}
-        groups.setdefault(repr(kept), []).append(path)
-    return [group for group in groups.values() if len(group) > 1]
+    of_run = {path.run: path for path in paths}
+    found = families([path.run for path in paths], *ignore)
+    return [[of_run[run] for run in group] for group in found if len(group) > 1]
 
 
 def _overview(paths: Sequence[RecordedPath]) -> list[Table]:
@@ -98,11 +100,12 @@ def _overview(paths: Sequence[RecordedPath]) -> list[Table]:
     if len(paths) < 2:
         return []
     found = [facts(path.run) for path in paths]
-    apart = [key for key in found[0] if len({repr(one[key]) for one in found}) > 1]
+    # How many steps is told with how it ended.
+    apart = [key for key in found[0] if key != "steps" and len({repr(one[key]) for one in found}) > 1]
     runs = [
         {
-            "run": word(label(path.run)),
-            **{key: word("-" if one[key] is None else _plain(one[key])) for key in apart},
+            "run": word(path.label),
+            **{key: word("-" if one[key] is None else plain(one[key])) for key in apart},
             **outcome(path),
         }
         for path, one in zip(paths, found, strict=True)
@@ -118,12 +121,8 @@ def _geometry(paths: Sequence[RecordedPath]) -> list[Table]:
         calibrated = path.calibrated(None)
         assert calibrated is not None
         words, form = QUANTITIES[name]
-        rows.append({"quantity": word(words), "run": word(label(path.run)), **beside_nulls(calibrated[name], form)})
+        rows.append({"quantity": word(words), "run": word(path.label), **beside_nulls(calibrated[name], form)})
     return [tabulate("runs_geometry", "The runs against their nulls", rows, [NULLS])] if len(paths) > 1 else []
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _unique(tables: Sequence[Table]) -> list[Table]:

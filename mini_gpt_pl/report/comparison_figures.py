@@ -2,162 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import nulls, pca
 from mini_gpt_pl.report.calibration import calibrate_run
-from mini_gpt_pl.report.families import beta2_of, from_scratch, labels, optimizers_of, seeds_of
-from mini_gpt_pl.report.plotting import BACKBONE, NULL, PC2, RESIDUAL, WIDTH, log_if_dwarfed, palette
+from mini_gpt_pl.report.families import beta2_of, from_scratch, names, optimizer_labels, optimizers_of, seeds_of
+from mini_gpt_pl.report.overlays import (
+    CURVES,
+    LINE_HEIGHT,
+    STYLES,
+    Look,
+    draw,
+    legend,
+    legend_rows,
+    looks_of,
+    named,
+    panels,
+)
+from mini_gpt_pl.report.plotting import BACKBONE, NULL, PC2, WIDTH, palette
 from mini_gpt_pl.report.probe_figures import reheats
-from mini_gpt_pl.report.settings import facts, optimizer_label
+from mini_gpt_pl.report.settings import diverged, facts, plain
 from mini_gpt_pl.runs import Run
 
-_DISTINCT = (BACKBONE, RESIDUAL, PC2, "#d68910", "#7d3c98", "#5d6d7e", "#117a65", "#a04000")
-_LINE = 105  # characters of a legend that fit in one line
-_LINE_HEIGHT = 0.17  # inches
 # A loss this many times the lowest first one says that a run went astray, and would press the others into a corner.
 _ASTRAY = 3.0
-
-
-# ---------------------------------------------------------------------------------------------------- curves
-
-
-class Curve(NamedTuple):
-    """One quantity along a run.
-
-    Attributes:
-        steps: Where it was measured.
-        values: What was measured.
-        null: The same of the decaying walk; None for what no walk has.
-    """
-
-    steps: Sequence[int]
-    values: Sequence[float]
-    null: Sequence[float] | None = None
-
-
-def _metric(name: str) -> Callable[[Run], Curve]:
-    def read(run: Run) -> Curve:
-        series = run.series(name)
-        return Curve(series.index.tolist(), series.tolist())
-
-    return read
-
-
-def _of_split(read: Callable[[pca.Decomposition], Any]) -> Callable[[Run], Curve]:
-    def measure(run: Run) -> Curve:
-        measured, null = (_split(path) for path in _paths(run))
-        return Curve(run.trajectory.steps[1:], read(measured).tolist(), read(null).tolist())
-
-    return measure
-
-
-def _paths(run: Run) -> tuple[pca.Gram, pca.Gram]:
-    """H of a run and of its decaying walk."""
-    run.drift_rows  # noqa: B018 (raises for a run without a path)
-    gram = run.trajectory.gram()
-    return gram, nulls.decaying_walk(gram, run.trajectory.survival)
-
-
-def _split(gram: pca.Gram) -> pca.Decomposition:
-    rows = pca.drifts(len(gram))[1:]
-    return pca.decompose(gram, rows, pca.pca(gram, rows).backbone)
-
-
-def _over_time(read: Callable[[pca.Gram], float]) -> Callable[[Run], Curve]:
-    """A number of the path up to each snapshot."""
-
-    def measure(run: Run) -> Curve:
-        sides = [[read(path[:k, :k]) for k in range(2, len(path) + 1)] for path in _paths(run)]
-        return Curve(run.trajectory.steps[1:], sides[0], sides[1])
-
-    return measure
-
-
-def _cos_theta0(gram: pca.Gram) -> float:
-    rows = pca.drifts(len(gram))[1:]
-    try:
-        return pca.cosine(gram, pca.pca(gram, rows).backbone, pca.theta0(len(gram)))
-    except ValueError:  # nothing has moved yet
-        return math.nan
-
-
-def _pc1(gram: pca.Gram) -> float:
-    try:
-        return 100 * pca.pca(gram, pca.drifts(len(gram))[1:]).pc1
-    except ValueError:  # nothing has moved yet
-        return math.nan
-
-
-_CURVES: dict[str, tuple[str, Callable[[Run], Curve]]] = {
-    "loss": ("validation loss, nats", _metric("val/loss")),
-    "p_ood": ("$p_{ood}$", _metric("probe/p_ood")),
-    "a": ("$a(t)=\\langle x(t),v_b\\rangle$", _of_split(lambda split: split.coordinate)),
-    "r": ("$||r(t)||$", _of_split(lambda split: split.residual_norm)),
-    "fraction": ("fraction $a^2/||x||^2$", _of_split(lambda split: split.fraction)),
-    "cos": ("cos$(v_b,\\theta_0)$, $v_b$ of the past", _over_time(_cos_theta0)),
-    "pc1": ("PC1 up to the step, %", _over_time(_pc1)),
-}
-
-
-_UNBOUNDED = ("loss", "a", "r")
-
-
-def _draw(axes: Axes, runs: Sequence[Run], colours: Sequence[Any], curve: str) -> None:
-    """Draw one quantity of every run that has it, its null dotted in the same colour."""
-    title, measure = _CURVES[curve]
-    for run, colour in zip(runs, colours, strict=True):
-        try:
-            found = measure(run)
-        except UserError:
-            continue  # a run that never moved
-        axes.plot(found.steps, found.values, "-", color=colour, lw=1.2)
-        if found.null is not None:
-            axes.plot(found.steps, found.null, ":", color=colour, lw=1.0)
-    if curve in _UNBOUNDED:
-        log_if_dwarfed(axes)
-    axes.set_title(title, fontsize=9)
-
-
-def _panels(runs: Sequence[Run], names: Sequence[str], curves: Sequence[str], colours: Sequence[Any]) -> Figure:
-    figure = Figure(figsize=(WIDTH, 4.6 + _lines(names) * _LINE_HEIGHT))
-    grid = figure.subplots(2, 2, sharex=True)
-    for axes, curve in zip(grid.flat, curves, strict=True):
-        _draw(axes, runs, colours, curve)
-    for axes in grid[1]:
-        axes.set_xlabel("step")
-    _legend(figure, names, colours)
-    return figure
-
-
-def _legend(figure: Figure, names: Sequence[str], colours: Sequence[Any], *, null: bool = True) -> None:
-    handles = [Line2D([], [], color=colour, lw=1.4, label=name) for name, colour in zip(names, colours, strict=True)]
-    if null:
-        handles.append(Line2D([], [], color=NULL, ls=":", lw=1.0, label="decaying walk of each"))
-    columns = _columns([str(handle.get_label()) for handle in handles])
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.2)
-
-
-def _columns(names: Sequence[str]) -> int:
-    return max(1, min(4, len(names), _LINE // (max(map(len, names), default=0) + 8)))
-
-
-def _lines(names: Sequence[str]) -> int:
-    return math.ceil(len(names) / _columns(names))
-
-
-def _colours(runs: Sequence[Run]) -> Sequence[Any]:
-    return _DISTINCT[: len(runs)] if len(runs) <= len(_DISTINCT) else palette(len(runs))
-
-
-# --------------------------------------------------------------------------------------------------- figures
 
 
 def _need(runs: Sequence[Run], what: str) -> Sequence[Run]:
@@ -175,7 +48,7 @@ def overview(runs: Sequence[Run]) -> Figure:
     chosen = from_scratch(runs)
     if len(chosen) < 2:
         raise UserError("fewer than two of the runs are from scratch: there is nothing to lay over one another")
-    return _panels(chosen, labels(chosen), ("loss", "p_ood", "a", "r"), _colours(chosen))
+    return panels(named(chosen, runs), ("loss", "p_ood", "a", "r"))
 
 
 def seeds(runs: Sequence[Run]) -> Figure:
@@ -185,7 +58,7 @@ def seeds(runs: Sequence[Run]) -> Figure:
         UserError: There are no two such runs.
     """
     chosen = _need(seeds_of(runs), "seed")
-    return _panels(chosen, labels(chosen), ("a", "r", "fraction", "p_ood"), _colours(chosen))
+    return panels(named(chosen, runs), ("a", "r", "fraction", "p_ood"))
 
 
 def beta2_curves(runs: Sequence[Run]) -> Figure:
@@ -194,12 +67,25 @@ def beta2_curves(runs: Sequence[Run]) -> Figure:
     Raises:
         UserError: There are no two values of beta2.
     """
-    chosen = _need(beta2_of(runs), "beta2")
-    return _panels(chosen, labels(chosen), ("a", "r", "loss", "p_ood"), palette(len(chosen)))
+    return panels(_shaded(_need(beta2_of(runs), "beta2"), runs), ("a", "r", "loss", "p_ood"))
+
+
+def _shaded(chosen: Sequence[Run], runs: Sequence[Run]) -> list[Look]:
+    """Colours in the order of beta2; seeds of one value have its colour, other lines and their names."""
+    called = names(runs)
+    values = [float(facts(run)["beta2"]) for run in chosen]
+    shades = dict(zip(dict.fromkeys(values), palette(len(set(values))), strict=True))
+    looks = []
+    for k, (run, value) in enumerate(zip(chosen, values, strict=True)):
+        name = f"β₂ {plain(value)}" + (f", {called[run]}" if values.count(value) > 1 else "")
+        looks.append(Look(run, name, shades[value], STYLES[values[:k].count(value) % len(STYLES)]))
+    return looks
 
 
 def beta2_pc1(runs: Sequence[Run]) -> Figure:
     """PC1 by beta2, raw and with unit rows, beside the decaying walk's, and the excess over it.
+
+    A run that diverged has too few rows for a share to be compared; it is named and left out.
 
     Raises:
         UserError: There are no two values of beta2 with a path.
@@ -211,6 +97,8 @@ def beta2_pc1(runs: Sequence[Run]) -> Figure:
     for name, colour, shift, label in (("pc1", BACKBONE, -0.2, "raw"), ("pc1_unit", PC2, 0.1, "unit rows")):
         seen: list[float] = []
         for run in chosen:
+            if diverged(run):
+                continue
             try:
                 found = calibrate_run(run)[name]
             except UserError:
@@ -224,6 +112,9 @@ def beta2_pc1(runs: Sequence[Run]) -> Figure:
             right.plot([x], [100 * found.excess], "o", ms=5, color=colour)
     right.axhline(0, color=NULL, ls=":", lw=1.2)
     for axes, title in ((left, "PC1 of the drift, %"), (right, "Excess, points, with 95 % interval")):
+        for beta2 in {float(facts(run)["beta2"]) for run in chosen if diverged(run)}:
+            place = (values.index(beta2), 0.5)
+            axes.annotate("diverged", place, xycoords=("data", "axes fraction"), ha="center", rotation=90, fontsize=8)
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set_xlim(-0.5, len(values) - 0.5)
         axes.set_xlabel("$\\beta_2$")
@@ -245,67 +136,83 @@ def optimizers(runs: Sequence[Run]) -> Figure:
         UserError: There are no two optimizers.
     """
     chosen = _need(optimizers_of(runs), "optimizer")
-    colours = _colours(chosen)
-    figure = Figure(figsize=(WIDTH, 5.4))
+    called, told = names(runs), optimizer_labels(chosen)
+    looks = looks_of(chosen, [f"{called[run]}: {label}" for run, label in zip(chosen, told, strict=True)])
+    figure = Figure(figsize=(WIDTH, 4.8 + legend_rows(looks) * LINE_HEIGHT))
     grid = figure.subplots(2, 2)
     bars = grid[0, 0]
-    for x, (run, colour) in enumerate(zip(chosen, colours, strict=True)):
+    for x, look in enumerate(looks):
         try:
-            found = calibrate_run(run, bootstrap=0)
+            found = calibrate_run(look.run)
         except UserError:
             continue
+        if look.diverged:
+            continue
         for name, shift, alpha in (("pc1", -0.2, 1.0), ("pc1_unit", 0.2, 0.5)):
-            bars.bar([x + shift], [100 * found[name].value], 0.36, color=colour, alpha=alpha)
+            bars.bar([x + shift], [100 * found[name].value], 0.36, color=look.colour, alpha=alpha)
             bars.plot([x + shift], [100 * found[name].walk], "x", ms=5, color="black")
             bars.plot([x + shift], [100 * found[name].decay], "d", ms=5, mfc="white", color="black")
     bars.set_xticks([])
     bars.set_ylim(0, 105)
     bars.set_title("PC1 %, raw and unit rows (pale); × walk, ◇ decaying", fontsize=8)
     for axes, curve in zip(grid.flat[1:], ("loss", "p_ood", "cos"), strict=True):
-        _draw(axes, chosen, colours, curve)
+        draw(axes, looks, curve)
         axes.set_xlabel("step")
-    _legend(figure, [optimizer_label(facts(run)) for run in chosen], colours)
+    legend(figure, looks)
     return figure
 
 
 def matched_loss(runs: Sequence[Run]) -> Figure:
     """p_ood and the PC1 of the path so far against validation loss, so that runs are compared at equal loss.
 
+    Each run up to its lowest loss: what it does when it over-fits is no progress. A run that diverged is left out.
+
     Raises:
         UserError: Fewer than two runs were evaluated.
     """
-    chosen = [run for run in from_scratch(runs) if len(run.series("val/loss")) > 1]
+    chosen = [run for run in from_scratch(runs) if len(run.series("val/loss")) > 1 and not diverged(run)]
     if len(chosen) < 2:
         raise UserError("fewer than two runs have a validation loss to be compared at")
-    colours = _colours(chosen)
+    looks = named(chosen, runs)
     astray = _ASTRAY * min(float(run.series("val/loss").iloc[0]) for run in chosen)
-    names = labels(chosen)
-    figure = Figure(figsize=(WIDTH, 3.0 + _lines(names) * _LINE_HEIGHT))
+    figure = Figure(figsize=(WIDTH, 3.0 + legend_rows(looks) * LINE_HEIGHT))
     pair = figure.subplots(1, 2)
     for axes, curve in zip(pair, ("p_ood", "pc1"), strict=True):
-        for run, colour in zip(chosen, colours, strict=True):
+        for look in looks:
             try:
-                found = _CURVES[curve][1](run)
+                found = CURVES[curve][1](look.run)
             except UserError:
                 continue  # a run that never moved
-            _against_loss(axes, run, astray, found.steps, found.values, "o-", colour)
+            _against_loss(axes, look, astray, found.steps, found.values, {"marker": "o", "ls": look.style})
             if found.null is not None:
-                _against_loss(axes, run, astray, found.steps, found.null, ":", colour)
+                _against_loss(axes, look, astray, found.steps, found.null, {"ls": ":"})
         axes.set_xlabel("validation loss, nats")
-        axes.set_title(_CURVES[curve][0], fontsize=9)
-        axes.invert_xaxis()
-    _legend(figure, names, colours)
+        axes.set_title(CURVES[curve][0], fontsize=9)
+        _loss_axis(axes)
+    legend(figure, looks)
     return figure
 
 
 def _against_loss(
-    axes: Axes, run: Run, most: float, steps: Iterable[int], values: Iterable[float], style: str, colour: Any
+    axes: Axes, look: Look, most: float, steps: Iterable[int], values: Iterable[float], style: Mapping[str, Any]
 ) -> None:
-    """Draw values at the losses of their steps, up to a loss."""
-    loss = {step: value for step, value in run.series("val/loss").items() if value <= most}
+    """Draw values at the losses of their steps, of those up to a loss and until the lowest one."""
+    series = look.run.series("val/loss")
+    kept = series.iloc[: int(series.argmin()) + 1]
+    loss = {step: value for step, value in kept.items() if value <= most}
     pairs = [(loss[step], value) for step, value in zip(steps, values, strict=True) if step in loss]
     if pairs:
-        axes.plot(*zip(*pairs, strict=True), style, ms=2.5, lw=1, color=colour)
+        axes.plot(*zip(*pairs, strict=True), ms=2.5, lw=1, color=look.colour, **style)
+
+
+def _loss_axis(axes: Axes) -> None:
+    """Make the axis of losses logarithmic and falling, with whole numbers on it: most happens at low losses."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_xlim()
+    shown = [value for value in (1, 2, 3, 4, 6, 8, 10, 12) if low <= value <= high]
+    axes.set_xticks(shown, [str(value) for value in shown])
+    axes.set_xlim(high, low)
 
 
 COMPARISON_FIGURES: dict[str, Callable[[Sequence[Run]], Figure]] = {

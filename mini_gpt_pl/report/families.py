@@ -1,4 +1,4 @@
-"""Which runs belong together, and what tells them apart."""
+"""Which runs belong together, and what they are called."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mini_gpt_pl.report.settings import facts, optimizer_label
+from mini_gpt_pl.report.settings import facts, optimizer_label, plain
 from mini_gpt_pl.runs import Run
 
-_SHORT = {
-    "optimizer": "{}",
-    "learning rate": "lr {}",
-    "weight decay": "decay {}",
-    "beta2": "β₂ {}",
-    "seed": "seed {}",
-    "steps": "{} steps",
-}
-_OF_OPTIMIZER = ("optimizer", "learning rate", "weight decay", "beta1", "beta2", "momentum", "Nesterov")
+OF_OPTIMIZER = ("optimizer", "learning rate", "weight decay", "beta1", "beta2", "momentum", "Nesterov")
+"""Facts that are an optimizer's own."""
+_PREFERRED = 0.95  # the paper's beta2
 
 
 def from_scratch(runs: Sequence[Run]) -> list[Run]:
@@ -33,11 +27,16 @@ def family(runs: Sequence[Run], *free: str) -> list[Run]:
         runs: Reheated ones are left out.
         free: Facts in which the runs may differ.
     """
+    return max(families(from_scratch(runs), *free), key=len, default=[])
+
+
+def families(runs: Sequence[Run], *free: str) -> list[list[Run]]:
+    """Gather runs that agree in all facts but the free ones, in the order in which they were given."""
     found: dict[str, list[Run]] = {}
-    for run in from_scratch(runs):
+    for run in runs:
         fixed = {key: value for key, value in facts(run).items() if key not in free}
         found.setdefault(repr(fixed), []).append(run)
-    return max(found.values(), key=len, default=[])
+    return list(found.values())
 
 
 def seeds_of(runs: Sequence[Run]) -> list[Run]:
@@ -51,43 +50,52 @@ def beta2_of(runs: Sequence[Run]) -> list[Run]:
     return sorted(_several(found, "beta2"), key=lambda run: -float(facts(run)["beta2"]))
 
 
-def optimizers_of(runs: Sequence[Run]) -> list[Run]:
-    """Runs that differ in their optimizer and its settings, one of each; none if there are not two.
+def one_beta2(runs: Sequence[Run]) -> list[Run]:
+    """Of runs that differ in beta2 (and perhaps seed) only, keep those of one beta2: 0.95, else the commonest one."""
+    kept: list[Run] = []
+    for part in families(runs, "beta2", "seed"):
+        count = Counter(facts(run)["beta2"] for run in part)
+        beta2 = _PREFERRED if count[_PREFERRED] else count.most_common(1)[0][0]
+        kept += [run for run in part if facts(run)["beta2"] == beta2]
+    return [run for run in runs if run in kept]
 
-    Of several runs of one kind, the one with the beta2 and the seed that most runs have, and the first of those.
+
+def optimizers_of(runs: Sequence[Run]) -> list[Run]:
+    """Runs that differ in their optimizer, its settings and their length, one of each; none if there are not two.
+
+    Of several runs of one kind, that of the seed that most runs have, and the first of those.
     """
-    known = [(run, facts(run)) for run in family(runs, *_OF_OPTIMIZER, "seed")]
-    usual = {key: Counter(found[key] for _, found in known) for key in ("beta2", "seed")}
-    known.sort(key=lambda pair: [-usual[key][pair[1][key]] for key in usual])
+    known = [(run, facts(run)) for run in one_beta2(family(runs, *OF_OPTIMIZER, "steps", "seed"))]
+    usual = Counter(found["seed"] for _, found in known)
+    known.sort(key=lambda pair: -usual[pair[1]["seed"]])
     kinds: dict[str, Run] = {}
     for run, found in known:
         kinds.setdefault(optimizer_label(found), run)
     return list(kinds.values()) if len(kinds) > 1 else []
 
 
+def optimizer_labels(runs: Sequence[Run]) -> list[str]:
+    """Name the optimizers of runs, with their beta2 where runs that have one differ in it."""
+    found = [facts(run) for run in runs]
+    several = len({one["beta2"] for one in found} - {None}) > 1
+    return [optimizer_label(one, beta2=several) for one in found]
+
+
 def _several(runs: list[Run], fact: str) -> list[Run]:
     return runs if len({facts(run)[fact] for run in runs}) > 1 else []
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """Name runs by what tells them apart; by their folders too where that leaves two alike."""
-    found = [facts(run) for run in runs]
-    differing = [key for key in (found[0] if found else ()) if len({repr(f[key]) for f in found} - {"None"}) > 1]
-    names = [_name(run, own, differing) for run, own in zip(runs, found, strict=True)]
-    folders = [run.path.resolve().name for run in runs]
-    return [
-        name if name and names.count(name) == 1 else f"{name} ({folder})" if name else folder
-        for name, folder in zip(names, folders, strict=True)
-    ]
-
-
-def _name(run: Run, found: Mapping[str, Any], differing: Sequence[str]) -> str:
-    reheat = run.reheated
-    parts = [] if reheat is None else [f"reheat, {reheat_setting(run, reheat)[1]}"]
-    for key in differing:
-        if (value := found[key]) is not None:
-            parts.append(_SHORT.get(key, f"{key} {{}}").format(f"{value:g}" if isinstance(value, float) else value))
-    return ", ".join(parts)
+def names(runs: Sequence[Run]) -> dict[Run, str]:
+    """Name runs by their folders, and by as many folders above as it takes to tell two of one name apart."""
+    parts = [run.path.resolve().parts for run in runs]
+    depths = [1] * len(parts)
+    while True:
+        found = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
+        alike = [k for k, name in enumerate(found) if found.count(name) > 1 and depths[k] < len(parts[k])]
+        if not alike:
+            return dict(zip(runs, found, strict=True))
+        for k in alike:
+            depths[k] += 1
 
 
 def is_control(record: Mapping[str, Any]) -> bool:
@@ -96,15 +104,15 @@ def is_control(record: Mapping[str, Any]) -> bool:
 
 
 def reheat_setting(run: Run, record: Mapping[str, Any]) -> tuple[float, str]:
-    """What a reheat was done with: a key that puts high rates first, and words.
+    """What a reheat was done with: a key that puts high rates first and controls last, and words.
 
     Args:
         run: The reheated run.
         record: What it recorded of its parent.
     """
     if is_control(record):
-        return math.inf, "control, the parent's schedule"
+        return math.inf, "control"
     if (factor := record.get("factor")) is not None:
-        return -float(factor), f"the parent's rate × {factor:g}"
+        return -float(factor), f"the parent's rate × {plain(factor)}"
     rate = record.get("lr") or facts(run)["learning rate"]
-    return (0.0, run.path.resolve().name) if rate is None else (-float(rate), f"lr {rate:g}")
+    return (0.0, run.path.resolve().name) if rate is None else (-float(rate), f"lr {plain(float(rate))}")

@@ -15,6 +15,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import growth as growth_laws
 from mini_gpt_pl.geometry import nulls, pca
 from mini_gpt_pl.geometry.alignment import noise_floor
+from mini_gpt_pl.report.learning_tables import fit_of
 from mini_gpt_pl.report.plotting import (
     BACKBONE,
     GREY,
@@ -64,10 +65,13 @@ def learning(run: Run) -> Figure:
     line(left, run.series("train/probe_loss"), "training, probe", "#e5b8a0", lw=1)
     validation = run.series("val/loss")
     line(left, validation, "validation, LM", BACKBONE, marker="o", ms=3)
-    if len(validation):
-        best = int(validation.index[int(validation.argmin())])
-        label = f"best validation: step {best:,}"
-        left.plot([best], [validation[best]], "*", ms=11, color=BACKBONE, mec="white", mew=0.6, label=label)
+    if (fit := fit_of(run)) is not None:
+        best, label = fit.best_step, f"best validation: step {fit.best_step:,}"
+        if fit.overfits:
+            over = f"over-fitting: {fit.rise:+.2f} since"
+            left.axvspan(best, int(validation.index[-1]), color=RESIDUAL, alpha=0.07, lw=0, label=over)
+            right.axvspan(best, int(validation.index[-1]), color=RESIDUAL, alpha=0.07, lw=0)
+        left.plot([best], [fit.best], "*", ms=11, color=BACKBONE, mec="white", mew=0.6, label=label)
     left.set(xlabel="step", ylabel="nats per token", title="Loss")
     left.set_ylim(bottom=0)
     line(right, run.series("probe/p_in"), "$p_{in}$, short gap", BACKBONE, marker="o", ms=3)

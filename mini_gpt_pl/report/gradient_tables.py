@@ -92,7 +92,8 @@ def _replayed_bias(path: RecordedPath, setting: Setting, steps: Mapping[int, Map
     notes = [
         "b = <g, v_b> of single-batch gradients of the combined loss, the group's own whole-run v_b, a(T) > 0, mean ± "
         "standard deviation over the same fixed batches at every checkpoint; B is its sum over these checkpoints only.",
-        "By chance: the mean |<g, w>| of a random direction w, ||g|| sqrt(2 / (pi D)), averaged over the checkpoints.",
+        "By chance: the mean |<g, w>| of one batch and a random direction w, ||g|| sqrt(2 / (pi D)), averaged over the "
+        "checkpoints. Negative b: the gradient step goes along +v_b.",
         *setting.notes(*keys),
     ]
     return tabulate("table5_signed_bias", "Signed gradient bias along the backbone (paper, Table 5)", rows, notes)
@@ -161,6 +162,7 @@ def fisher(path: RecordedPath, setting: Setting) -> list[Table]:
     notes = [
         "Mean squared projection of mini-batch gradients of the combined loss (empirical Fisher of batch means), ± "
         "standard error; random: the exact mean over all directions off v_b; anisotropy: q(v_b) over it, 1 by chance.",
+        "Isotropy is a low bar: compare q(v_b) with q of other directions of the path and of theta_0 too.",
         "u_1: leading mode of the same gradients; by chance |<u_1, v_b>| is the noise floor sqrt(2 / (pi D)).",
         None if steps else _PAST,
         *setting.notes(*keys),
@@ -287,6 +289,9 @@ def interference(path: RecordedPath, setting: Setting) -> list[Table]:
                 "event": _event(found),
                 "cos(g_LM, g_probe)": number(mean, "{:+.4f}", spread),
             }
+            batches = dig(found, "settings", "batches")
+            if batches and spread > 0:
+                row["/ standard error"] = number(mean / (spread / math.sqrt(batches)), "{:+.1f}")
             rows.append(row | {"/ floor": number(abs(mean) / floor, "{:.0f}")})
     live = not rows
     values = path.run.series(f"alignment/{path.trunk}/lm_vs_probe")
@@ -302,7 +307,8 @@ def interference(path: RecordedPath, setting: Setting) -> list[Table]:
         return []
     notes = [
         f"Mean ± standard deviation over {'measured steps' if live else 'batches'}; floor: sqrt(2 / (pi D)) = "
-        f"{floor:.1e}, the mean |cos| of independent isotropic vectors.",
+        f"{floor:.1e}, the mean |cos| of independent isotropic vectors, a low bar: gradients of one batch differ from "
+        "those of another by far more, as the standard deviation says.",
     ]
     return [tabulate("interference", "Interference of the two objectives", rows, notes)]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
-from mini_gpt_pl.report.settings import facts, optimizer_label
+from mini_gpt_pl.report.learning_tables import fit_of
+from mini_gpt_pl.report.settings import facts, optimizer_label, plain, progress
 from mini_gpt_pl.runs import METRICS, Run
 
 
@@ -90,7 +90,7 @@ def _verdict(name: str, found: Calibrated) -> Verdict:
 def _sentence(run: Run) -> str:
     known = facts(run)
     parts = [
-        optimizer_label(known) if known["optimizer"] else None,
+        optimizer_label(known, beta2=True) if known["optimizer"] else None,
         known["model"],
         f"seed {known['seed']}" if known["seed"] is not None else None,
         state(run),
@@ -102,13 +102,15 @@ def state(run: Run) -> str:
     """How far a run came and how it ended."""
     ended = run.outcome
     if ended is None:
-        return f"recorded up to step {run.trajectory.steps[-1]:,}, its end is not on record"
+        taken, asked = progress(run)
+        whole = "" if asked is None or taken >= asked else f" of {asked:,}"
+        return f"recorded up to step {taken:,}{whole}, its end is not on record"
     return f"{ended.state} at step {ended.step:,}"
 
 
 def _facts(run: Run) -> dict[str, str]:
     """Settings, then what was recorded of the path."""
-    shown = {key: _plain(value) for key, value in facts(run).items() if value is not None}
+    shown = {key: plain(value) for key, value in facts(run).items() if value is not None}
     trajectory = run.trajectory
     shown["recorded weights"] = f"{trajectory.dim:,} in {len(trajectory.groups)} groups"
     shown["snapshots"] = f"{len(trajectory)}, {_spacing(trajectory.steps)}"
@@ -125,10 +127,6 @@ def _spacing(steps: list[int]) -> str:
     return f"every {gaps[0]} steps" if len(gaps) == 1 else f"{gaps[0]} to {gaps[-1]} steps apart"
 
 
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-
-
 def _learned(run: Run) -> tuple[str, ...]:
     """Best and last validation loss and p_ood."""
     if not (run.path / METRICS).is_file():
@@ -136,10 +134,11 @@ def _learned(run: Run) -> tuple[str, ...]:
     said = []
     loss, retrieved = run.series("val/loss"), run.series("probe/p_ood")
     if len(loss):
-        best = int(loss.index[int(loss.argmin())])
-        rise = float(loss.iloc[-1] - loss[best])
-        end = f"it has risen by {rise:.3f} since: over-fitting" if rise > 0 else "the last evaluation"
-        said.append(f"Validation loss was lowest, {loss[best]:.3f} nats per token, at step {best:,} ({end}).")
+        fit = fit_of(run)
+        assert fit is not None
+        end = f"it has risen by {fit.rise:.3f} since" if fit.rise > 0 else "the last evaluation"
+        end += ": over-fitting" if fit.overfits else ""
+        said.append(f"Validation loss was lowest, {fit.best:.3f} nats per token, at step {fit.best_step:,} ({end}).")
     if len(retrieved):
         best = int(retrieved.index[int(retrieved.argmax())])
         said.append(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 
-from mini_gpt_pl.geometry import switching
+from mini_gpt_pl.geometry import nulls, switching
 from mini_gpt_pl.geometry.switching import Interval, SwitchReport
+from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.report.beside import Setting
 from mini_gpt_pl.report.calibration import probes_table
 from mini_gpt_pl.report.measures import RecordedPath
-from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 from mini_gpt_pl.runs import Run
 
 LOSS, TRAIN, P_IN, P_OOD = "val/loss", "train/lm_loss", "probe/p_in", "probe/p_ood"
@@ -38,6 +41,16 @@ class Fit:
     last: float
     train: float
     parted: int | None
+
+    @property
+    def rise(self) -> float:
+        """Validation loss at the end above its lowest, in nats per token."""
+        return self.last - self.best
+
+    @property
+    def overfits(self) -> bool:
+        """Whether validation loss has risen by more than 1 % of its lowest: less is noise of single evaluations."""
+        return self.rise > 0.01 * abs(self.best)
 
 
 def fit_of(run: Run) -> Fit | None:
@@ -71,10 +84,11 @@ def learning(run: Run, setting: Setting) -> list[Table]:
             keys.append(key)
 
     keys: list[str] = []
-    if (fit := fit_of(run)) is not None:
+    fit = fit_of(run)
+    if fit is not None:
         add("validation loss, lowest (nats per token)", fit.best, "{:.3f}", "loss_best", fit.best_step)
         add("validation loss at the end", fit.last, "{:.3f}", "loss_last", run.series(LOSS).index[-1])
-        add("rise since its lowest", fit.last - fit.best, "{:+.3f}")
+        add("rise since its lowest", fit.rise, "{:+.3f}")
         add("training loss on language at the end", fit.train, "{:.3f}")
         add("validation minus training loss at the end", fit.last - fit.train, "{:+.3f}")
         parted = math.nan if fit.parted is None else fit.parted
@@ -89,6 +103,10 @@ def learning(run: Run, setting: Setting) -> list[Table]:
         return []
     notes = [
         "Training loss: mean over the logged steps since the evaluation before, without the probe's share.",
+        f"Over-fitting: validation loss has risen by {fit.rise:.2f} nats per token since step {fit.best_step:,}, while "
+        f"training loss went on to {fit.train:.2f}; what the run does later, it does on stories that it knows."
+        if fit is not None and fit.overfits
+        else None,
         *setting.notes(*keys),
     ]
     return [tabulate("learning", "Learning and over-fitting", rows, notes)]
@@ -139,10 +157,28 @@ def switches(path: RecordedPath, setting: Setting) -> list[Table]:
         {past: switching.report(path.trajectory, interval, intervals, axes, past=past) for past in (False, True)}
         for _, interval in placed
     ]
+    null = Null(path.trajectory)
     return [
-        _switch_table(path, setting, placed, found, intervals),
-        _switch_blocks(path, setting, placed, found[0][False]),
+        _switch_table(path, setting, placed, found, intervals, null),
+        _switch_blocks(path, setting, placed, found[0][False], null),
     ]
+
+
+class Null:
+    """The decaying walk of a trajectory, in which a stretch lies at the same steps as in the run.
+
+    Args:
+        trajectory: Of the run.
+    """
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        grams = [nulls.decaying_walk(gram, trajectory.survival) for gram in trajectory.grams]
+        self._walk = dataclasses.replace(trajectory, grams=torch.stack(grams))
+        self._axes = switching.Axes()
+
+    def place(self, interval: Interval, group: str | None = None, *, past: bool = False) -> switching.Stretch:
+        """Place the walk's displacement over a stretch in its own directions."""
+        return switching.measure(self._walk, [interval], self._axes, group=group, past=past)[0]
 
 
 def _switch_table(
@@ -151,16 +187,13 @@ def _switch_table(
     placed: list[tuple[switching.Switch, Interval]],
     found: list[dict[bool, dict[str | None, SwitchReport]]],
     intervals: list[Interval],
+    null: Null,
 ) -> Table:
-    rows = [
-        {
-            "peak": number(pair.peak.step, "{:,.0f}"),
-            "trough": number(pair.trough.step, "{:,.0f}"),
-            **_switch_cells(reports[False][None]),
-            **{f"past, {name}": cell for name, cell in _switch_cells(reports[True][None]).items() if name in _PAST},
-        }
-        for (pair, _), reports in zip(placed, found, strict=True)
-    ]
+    rows = []
+    for (pair, interval), reports in zip(placed, found, strict=True):
+        whole, past = (_switch_cells(reports[side][None], null.place(interval, past=side)) for side in (False, True))
+        ends = {"peak": number(pair.peak.step, "{:,.0f}"), "trough": number(pair.trough.step, "{:,.0f}")}
+        rows.append(ends | whole | {f"past, {name}": cell for name, cell in past.items() if name in _PAST})
     pairs, control = (
         switching.mean_cosine(path.trajectory.gram(), intervals),
         switching.control_mean_cosine(path.trajectory, intervals),
@@ -169,6 +202,8 @@ def _switch_table(
         "|cos| of theta(peak) - theta(trough) with the whole run's raw v_b; controls: mean over stretches of the same "
         "number of steps that share nothing with a switch; rank: share of the controls below it, uniform by chance. "
         "Past: with the v_b of the snapshots up to the peak.",
+        "Controls lie early and late in the run alike, and alignment changes along any path, so that a rank also says "
+        "when a switch happened; the decaying walk is measured over the same steps as the switch.",
         "E_2:6: energy in PCs 2 to 6 once the part along v_b is taken out.",
         None
         if math.isnan(pairs)
@@ -179,16 +214,18 @@ def _switch_table(
     return tabulate("switching", "Switches of the probe and the backbone (paper, section 7)", rows, notes)
 
 
-_PAST = ("|cos|", "|cos|, controls", "|cos|, rank")
+_PAST = ("|cos|", "|cos|, decaying walk", "|cos|, controls", "|cos|, rank")
 
 
-def _switch_cells(found: SwitchReport) -> Row:
+def _switch_cells(found: SwitchReport, null: switching.Stretch) -> dict[str, Cell]:
     return {
         "|cos|": number(abs(found.stretch.cosine)),
+        "|cos|, decaying walk": number(abs(null.cosine)),
         "|cos|, controls": number(found.control_cosine),
         "|cos|, rank": number(found.cosine_percentile, "{:.2f}"),
         "transverse": number(found.stretch.transverse, "{:.1%}"),
         "E_2:6": number(found.stretch.energy_across, "{:.1%}"),
+        "E_2:6, decaying walk": number(null.energy_across, "{:.1%}"),
         "E_2:6, rank": number(found.energy_across_percentile, "{:.2f}"),
         "controls": number(float(found.controls), "{:.0f}"),
     }
@@ -199,10 +236,11 @@ def _switch_blocks(
     setting: Setting,
     placed: list[tuple[switching.Switch, Interval]],
     reports: dict[str | None, SwitchReport],
+    null: Null,
 ) -> Table:
     rows = []
     for label, group in path.parts.items():
-        cells = {"group": word(label), **_switch_cells(reports[group])}
+        cells = {"group": word(label), **_switch_cells(reports[group], null.place(placed[0][1], group))}
         if group is not None:
             cells |= {f"|cos|, {name}": cell for name, cell in setting.cell("switch_cosine", "{:.2f}").items()}
             cells |= {f"E_2:6, {name}": cell for name, cell in setting.cell("switch_energy", "{:.0%}").items()}

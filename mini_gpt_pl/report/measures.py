@@ -56,11 +56,18 @@ class RecordedPath:
     Args:
         run: The run; it must have a trajectory.
         bootstrap: Resamples behind the 95 % intervals.
+        name: What the run is called; its folder's name if empty.
     """
 
     run: Run
     bootstrap: int = 200
+    name: str = ""
     _known: dict[str | None, dict[str, Calibrated] | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """What the run is called."""
+        return self.name or self.run.path.resolve().name
 
     @property
     def trajectory(self) -> Trajectory:

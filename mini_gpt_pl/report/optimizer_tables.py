@@ -12,8 +12,9 @@ from mini_gpt_pl.report.calibration import QUANTITIES
 from mini_gpt_pl.report.learning_tables import LOSS, P_OOD
 from mini_gpt_pl.report.measures import RecordedPath, Window, window
 from mini_gpt_pl.report.published import NOTES
-from mini_gpt_pl.report.settings import facts, label, optimizer_label
+from mini_gpt_pl.report.settings import diverged, facts, optimizer_label, progress
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, number, tabulate, word
+from mini_gpt_pl.runs import Run
 
 STANDARD = (600, 2000)
 """Steps of the paper's window for comparisons."""
@@ -22,41 +23,71 @@ _COLUMN = "paper (51 M, 4,000 steps)"
 _WHOLE_RUN = ("pc1", "pc1_unit", "k95_unit", "pc1_corrected", "cos_theta0", "persistence")
 
 
-def optimizers(paths: Sequence[RecordedPath]) -> list[Table]:
-    """Tables 9 and 10: the standard window, the whole run, the paper's windows, and pairs at matched step and loss."""
-    found = [_outcome(paths), _whole_run(paths), _windows(paths), _matched(paths)]
+def optimizers(paths: Sequence[RecordedPath], left_out: Sequence[str] = ()) -> list[Table]:
+    """Tables 9 and 10: the standard window, the whole run, the paper's windows, and pairs at matched step and loss.
+
+    Args:
+        paths: Runs that differ in their optimizer, its settings, their length and seed.
+        left_out: Names of runs that differ from one of them in beta2 only.
+    """
+    found = [_outcome(paths, left_out), _whole_run(paths), _windows(paths), _matched(paths)]
     return [table for table in found if table is not None]
 
 
 def common_window(paths: Iterable[RecordedPath]) -> tuple[int, int] | None:
-    """Steps 600 to 2,000 where all runs have both snapshots, else the same shares of the shortest; None if neither."""
+    """Window that runs are compared in: the paper's, steps 600 to 2,000, if two of them were there.
+
+    Else the same shares of the shortest; None if there are no such snapshots. Runs that diverged have no say.
+    """
     paths = list(paths)
-    common = sorted(set.intersection(*(set(path.trajectory.steps) for path in paths)))
-    if set(STANDARD) <= set(common):
+    paths = [path for path in paths if not diverged(path.run)] or paths
+    if sum(set(STANDARD) <= set(path.trajectory.steps) for path in paths) > 1:
         return STANDARD
+    common = sorted(set.intersection(*(set(path.trajectory.steps) for path in paths)))
     last = min(path.last for path in paths)
     lo, hi = (min(common, key=lambda step: abs(step - share * last), default=0) for share in (0.15, 0.5))
     return (lo, hi) if lo < hi else None
 
 
+def window_note(paths: Iterable[RecordedPath], chosen: tuple[int, int] | None) -> str | None:
+    """Name the runs that have no path over a window; None if all have one."""
+    if chosen is None:
+        return None
+    lacking = [_ending(path) for path in paths if window(path.trajectory, *chosen) is None]
+    return f"Without the window of steps {chosen[0]:,} to {chosen[1]:,}: {', '.join(lacking)}." if lacking else None
+
+
+def _ending(path: RecordedPath) -> str:
+    how = f"diverged at step {progress(path.run)[0]:,}, " if diverged(path.run) else ""
+    return f"{path.label} ({how}last snapshot at step {path.last:,})"
+
+
 def identity(path: RecordedPath) -> dict[str, Cell]:
     """Cells that say which run a row is."""
     found = facts(path.run)
-    cells = {"run": word(label(path.run)), "optimizer": word(optimizer_label(found))}
+    cells = {"run": word(path.label), "optimizer": word(optimizer_label(found, beta2=True))}
     return cells | ({} if found["seed"] is None else {"seed": word(str(found["seed"]))})
 
 
 def outcome(path: RecordedPath) -> dict[str, Cell]:
-    """Cells that say how a run ended: loss, best p_ood and where, and whether it diverged."""
+    """Cells that say how a run ended: steps, loss, its lowest, best p_ood and where, and whether it diverged."""
     loss, p_ood = (path.run.series(name) for name in (LOSS, P_OOD))
     ended = path.run.outcome
     return {
-        "steps": number(float(path.last), "{:,.0f}"),
-        "ended": word("-" if ended is None else ended.state),
+        "steps": steps_cell(path.run),
+        "ended": word("not on record" if ended is None else ended.state),
         "final loss": number(float(loss.iloc[-1]) if len(loss) else None),
+        "lowest loss": number(float(loss.min()) if len(loss) else None),
         "best p_ood": number(float(p_ood.max()) if len(p_ood) else None),
         "best p_ood at": number(float(p_ood.index[int(p_ood.argmax())]) if len(p_ood) else None, "{:,.0f}"),
     }
+
+
+def steps_cell(run: Run) -> Cell:
+    """Steps that a run took, and of how many where it did not take them all."""
+    taken, asked = progress(run)
+    whole = asked is None or taken >= asked
+    return Cell(f"{taken:,}" if whole else f"{taken:,} of {asked:,}", float(taken))
 
 
 def window_cells(found: Window) -> dict[str, Cell]:
@@ -86,9 +117,9 @@ _WINDOW_NOTES = (
 )
 
 
-def _outcome(paths: Sequence[RecordedPath]) -> Table:
+def _outcome(paths: Sequence[RecordedPath], left_out: Sequence[str]) -> Table:
     chosen = common_window(paths)
-    settings = {label(path.run): control_of(path.run) for path in paths}
+    settings = {path.label: control_of(path.run) for path in paths}
     rows, keys = [], ["loss_last", "p_ood_best"]
     for path in paths:
         cells = identity(path) | outcome(path)
@@ -99,12 +130,14 @@ def _outcome(paths: Sequence[RecordedPath]) -> Table:
             shown += [("PC1", "pc1/600_2000", "{:.1%}"), ("k95", "k95/600_2000", "{:.0f}")]
             shown += [("drift", "drift/600_2000", "{:.1f}")]
         keys += [key for _, key, _ in shown]
-        setting = settings[label(path.run)]
+        setting = settings[path.label]
         if setting is not None:
             cells |= {f"{c}, {_COLUMN}": next(iter(setting.cell(key, form).values())) for c, key, form in shown}
         rows.append(cells)
     where = f", window of steps {chosen[0]:,} to {chosen[1]:,}" if chosen else ""
-    notes = [NULLS, *_WINDOW_NOTES, *notes_of_runs(settings, keys)]
+    notes = [NULLS, *_WINDOW_NOTES, window_note(paths, chosen), *notes_of_runs(settings, keys)]
+    if left_out:
+        notes.append(f"Left out, as they differ from a run here in beta2 only: {', '.join(left_out)}.")
     if any("SGD" in str(facts(path.run)["optimizer"]) for path in paths):
         notes.append(NOTES["sgd"])
     return tabulate("table9_optimizers", f"Optimizers{where} (paper, Table 9)", rows, notes)
@@ -126,7 +159,7 @@ def _whole_run(paths: Sequence[RecordedPath]) -> Table | None:
 
 
 def _windows(paths: Sequence[RecordedPath]) -> Table | None:
-    settings = {label(path.run): control_of(path.run) for path in paths}
+    settings = {path.label: control_of(path.run) for path in paths}
     rows: list[Row] = []
     keys = []
     for lo, hi in _WINDOWS:
@@ -135,7 +168,7 @@ def _windows(paths: Sequence[RecordedPath]) -> Table | None:
             if found is None:
                 continue
             cells = identity(path) | {"window": word(f"{lo:,} to {hi:,}")} | window_cells(found)
-            setting = settings[label(path.run)]
+            setting = settings[path.label]
             for column, form in (("PC1", "{:.1%}"), ("k95", "{:.0f}"), ("k99", "{:.0f}"), ("drift", "{:.2f}")):
                 key = f"{column.lower()}/{lo}_{hi}"
                 keys.append(key)
@@ -153,10 +186,12 @@ def _windows(paths: Sequence[RecordedPath]) -> Table | None:
 def _matched(paths: Sequence[RecordedPath]) -> Table | None:
     rows: list[Row] = []
     first: dict[str, RecordedPath] = {}
-    for path in paths:
+    left_out = [path.label for path in paths if diverged(path.run)]
+    kept = [path for path in paths if path.label not in left_out]
+    for path in kept:
         first.setdefault(optimizer_label(facts(path.run)), path)
     for a, b in itertools.combinations(first.values(), 2):
-        pair = f"{label(a.run)} and {label(b.run)}"
+        pair = f"{a.label} and {b.label}"
         common = sorted(set(a.trajectory.steps) & set(b.trajectory.steps))
         if len(common) > 1:
             rows += [_matched_row(pair, "step", path, common[-1]) for path in (a, b)]
@@ -169,7 +204,8 @@ def _matched(paths: Sequence[RecordedPath]) -> Table | None:
         "the best validation loss of the worse of the two, where each first reaches it at an evaluation; the path is "
         "that of the snapshots up to there.",
         *_WINDOW_NOTES[:1],
-        "Of several runs of one optimizer, the first that was named." if len(first) < len(paths) else None,
+        "Of several runs of one optimizer, the first that was named." if len(first) < len(kept) else None,
+        f"Without what diverged: {', '.join(left_out)}." if left_out else None,
     ]
     return tabulate("table10_matched", "Optimizers at matched step and at matched loss", rows, notes) if rows else None
 
@@ -191,6 +227,6 @@ def _matched_row(pair: str, matched: str, path: RecordedPath, step: int) -> Row:
     last = max(at for at in trajectory.steps if at <= step) if step >= trajectory.steps[0] else trajectory.steps[0]
     found = window(trajectory, trajectory.steps[0], last)
     loss, p_ood = (path.run.series(name).get(step, math.nan) for name in (LOSS, P_OOD))
-    cells = {"pair": word(pair), "matched": word(matched), "run": word(label(path.run)), "step": word(f"{step:,}")}
+    cells = {"pair": word(pair), "matched": word(matched), "run": word(path.label), "step": word(f"{step:,}")}
     cells |= {"loss": number(float(loss)), "p_ood": number(float(p_ood))}
     return cells | (window_cells(found) if found else {})

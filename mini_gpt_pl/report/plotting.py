@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
@@ -21,6 +24,8 @@ WIDTH = 6.5
 """Inches: the text width of a page."""
 BACKBONE, RESIDUAL, PROBE, PC2, SWITCH = "#1f5fa8", "#c0392b", "#7f8c8d", "#2e8b57", "#d68910"
 GREY, NULL, CHANGE = "#b0b7bd", "#222222", "#c9ced2"
+DISTINCT = (BACKBONE, RESIDUAL, PC2, SWITCH, "#7d3c98", "#16a5c4", "#8c564b", "#e36bb5", "#a3a91d", "#5d6d7e")
+"""Colours of things without an order, such as runs."""
 STYLE: Any = {
     "font.family": "serif",
     "mathtext.fontset": "dejavuserif",
@@ -55,12 +60,32 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
     return files
 
 
+def lay_out(figure: Figure) -> None:
+    """Lay a figure out once for all of the files that it is written to."""
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
 def render(figure: Figure, kind: str) -> bytes:
-    """Return a figure's file; without the time of day, so that the same figure is the same file."""
-    dated: Mapping[str, Mapping[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    buffer = io.BytesIO()
+    """Return a figure's file; without the time of day, so that the same figure is the same file.
+
+    The canvas is asked directly: `Figure.savefig` draws everything twice, the first time for a layout that is there.
+
+    Args:
+        figure: It keeps its layout.
+        kind: png, pdf or svg.
+    """
+    buffer, known = io.BytesIO(), figure.dpi
+    figure.dpi = _DPI  # of images inside vector graphics too
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=dated.get(kind))
+        if kind == "png":
+            FigureCanvasAgg(figure).print_png(buffer)
+        elif kind == "pdf":
+            FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
+        else:
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    figure.dpi = known
     return buffer.getvalue()
 
 
@@ -158,7 +183,7 @@ def mark_change(run: Run, *all_axes: Axes) -> None:
 def plain_log_steps(axes: Axes, steps: Sequence[int]) -> None:
     """Make the step axis logarithmic with a few whole numbers on it, which also works for less than a decade."""
     first, last = max(1, steps[0]), steps[-1]
-    wanted = [m * 10**k for k in range(9) for m in (1, 2, 5)]
+    wanted = [m * 10**k for k in range(9) for m in ((1, 2, 5) if last < 30 * first else (1, 3))]
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())

@@ -31,6 +31,7 @@ from mini_gpt_pl.report.plotting import (
     mark_change,
     palette,
 )
+from mini_gpt_pl.report.settings import progress
 from mini_gpt_pl.runs import METRICS, Run
 
 Estimate = tuple[float, float]
@@ -301,7 +302,9 @@ def reheats(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.2))
     axes = figure.subplots()
     for parent in {str(found.path): found for _, record in known if (found := _parent(record))}.values():
-        line(axes, parent.series("probe/p_ood"), f"parent, {parent.path.name}", GREY, lw=1.2)
+        series = parent.series("probe/p_ood")
+        best = "" if series.empty else f": best {series.max():.3f} at {int(series.index[int(series.argmax())]):,}"
+        line(axes, series, f"parent, {parent.path.name}{best}", GREY, lw=1.2)
     settings = sorted({reheat_setting(run, record) for run, record in known if not is_control(record)})
     colours = dict(zip(settings, _WARM if len(settings) <= len(_WARM) else palette(len(settings)), strict=False))
     for run, record in known:
@@ -309,8 +312,18 @@ def reheats(runs: Sequence[Run]) -> Figure:
     for start in {int(record.get("parent_step") or 0) for _, record in known} - {0}:
         axes.axvline(start, color=CHANGE, ls="--", lw=1, zorder=0)
     axes.set(xlabel="step (parent's + own)", ylabel="$p_{ood}$", ylim=(-0.03, 1.03), title="Reheating")
+    _show_end(axes, known)
     legend_below(axes)
     return figure
+
+
+def _show_end(axes: Axes, known: Sequence[tuple[Run, Mapping[str, Any]]]) -> None:
+    """Begin the step axis as far before the earliest reheat as the longest one goes on; the parents are far longer."""
+    starts = [int(record.get("parent_step") or 0) for _, record in known]
+    longest = max((int(series.index[-1]) for run, _ in known if len(series := run.series("probe/p_ood"))), default=0)
+    if longest:
+        margin = 0.03 * longest
+        axes.set_xlim(max(0, min(starts) - longest) - margin, max(starts) + longest + margin)
 
 
 def _reheat(axes: Axes, run: Run, record: Mapping[str, Any], colour: Any) -> None:
@@ -320,6 +333,9 @@ def _reheat(axes: Axes, run: Run, record: Mapping[str, Any], colour: Any) -> Non
     steps = series.index.to_numpy() + int(record.get("parent_step") or 0)
     gain = record.get("gain")
     label = reheat_setting(run, record)[1] + ("" if gain is None else f": G = {gain:+.3f}")
+    taken, asked = progress(run)
+    if asked is not None and taken < asked:
+        label += f", ended at {taken:,}"
     style = "--" if is_control(record) else "o-"
     axes.plot(steps, series.to_numpy(), style, ms=3, lw=1.1, color=colour, label=label)
     best = int(np.argmax(series.to_numpy()))

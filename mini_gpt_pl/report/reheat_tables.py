@@ -9,8 +9,10 @@ from typing import Any
 import pandas as pd
 
 from mini_gpt_pl.report.beside import Setting, notes_of_runs
+from mini_gpt_pl.report.families import is_control, names, reheat_setting
+from mini_gpt_pl.report.optimizer_tables import steps_cell
 from mini_gpt_pl.report.published import PUBLISHED
-from mini_gpt_pl.report.settings import PAPER, differences, facts, label
+from mini_gpt_pl.report.settings import PAPER, differences, facts, plain, progress
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 from mini_gpt_pl.runs import Run
 
@@ -37,32 +39,48 @@ _COLUMN = "paper (51 M, from step 10,000)"
 _PUBLISHED = ("p0", "peak", "peak_step", "gain", "steps_to_threshold", "final")
 
 
-def reheats(runs: Sequence[Run], others: Sequence[Run] = ()) -> list[Table]:
-    """Gain and displacement of reheated runs, and what their parents did without it.
+def reheats(runs: Sequence[Run], others: Sequence[Run] = (), called: Mapping[Run, str] | None = None) -> list[Table]:
+    """Gain and displacement of reheated runs, then of controls, and what their parents did without either.
 
     Args:
-        runs: Those of them that were reheated are shown.
+        runs: Those of them that were reheated are shown, high learning rates first.
         others: Runs among which parents are looked for; a parent that went on past the reheated step is a control.
+        called: Names of runs; their folders' for None.
     """
+    called = called or names(list(dict.fromkeys((*runs, *others))))
     found = [(run, record) for run in runs if (record := run.reheated) is not None]
     if not found:
         return []
-    rows: list[Row] = [_row(run, record) for run, record in found]
-    rows += _controls([record for _, record in found], others)
-    settings = {label(run): _setting(run, record) for run, record in found}
+    found.sort(key=lambda pair: reheat_setting(*pair)[0])
+    rows: list[Row] = [_row(run, record, called[run]) for run, record in found]
+    rows += _controls([record for _, record in found], others, called)
+    settings = {called[run]: _setting(run, record) for run, record in found}
+    short = [called[run] for run, _ in found if _broke_off(run)]
     notes = [
-        "p0: exact match at long gaps before the first step; gain: highest value minus p0, so never negative; "
-        "recovery: gain over what the parent had lost; along and across: displacement from the reheated checkpoint, "
-        "by the parent's v_b.",
+        "p0: exact match at long gaps before the first step; gain: highest value minus p0, so never negative, and "
+        "above zero by chance alone as it is a maximum over evaluations; recovery: gain over what the parent had lost; "
+        "along and across: displacement from the reheated checkpoint, by the parent's v_b.",
+        "Control: the parent's own schedule, moments and data going on, the gain that needs no reheating."
+        if any(is_control(record) for _, record in found)
+        else None,
+        f"Broke off, so that their last values are no final ones: {', '.join(short)}." if short else None,
         *notes_of_runs(settings, _PUBLISHED),
     ]
     return [tabulate("table11_reheating", "Reheating (paper, Table 11)", rows, notes)]
 
 
-def _row(run: Run, record: Mapping[str, Any]) -> Row:
-    kind = "control" if record.get("control") else "reheated"
-    cells: dict[str, Cell] = {"run": word(label(run)), "kind": word(kind), **_origin(record)}
+def _broke_off(run: Run) -> bool:
+    taken, asked = progress(run)
+    return run.outcome is None and asked is not None and taken < asked
+
+
+def _row(run: Run, record: Mapping[str, Any], name: str) -> Row:
+    kind = "control" if is_control(record) else "reheated"
+    cells: dict[str, Cell] = {"run": word(name), "kind": word(kind), **_origin(record)}
+    cells["steps"] = steps_cell(run) if record.get("steps") else number(None)
     cells |= {column: _cell(record.get(key), form) for key, column, form in _NUMBERS}
+    if isinstance(record.get("lr"), float):
+        cells["lr"] = Cell(plain(record["lr"]), record["lr"])
     setting = _setting(run, record)
     for key, column, form in _NUMBERS:
         if key in _PUBLISHED:
@@ -95,7 +113,7 @@ def _setting(run: Run, record: Mapping[str, Any]) -> Setting:
     return Setting(name, tuple(differs))
 
 
-def _controls(records: Sequence[Mapping[str, Any]], others: Sequence[Run]) -> list[Row]:
+def _controls(records: Sequence[Mapping[str, Any]], others: Sequence[Run], called: Mapping[Run, str]) -> list[Row]:
     """One row for each parent and step that was reheated: how p_ood went on without."""
     rows: list[Row] = []
     for parent, step in dict.fromkeys((record.get("parent"), record.get("parent_step")) for record in records):
@@ -104,7 +122,7 @@ def _controls(records: Sequence[Mapping[str, Any]], others: Sequence[Run]) -> li
         later = values[values.index >= (step or 0)]
         if run is None or step is None or later.empty:
             continue
-        cells = {"run": word(label(run)), "kind": word("not reheated"), "from step": _cell(step, "{:,.0f}")}
+        cells = {"run": word(called[run]), "kind": word("not reheated"), "from step": _cell(step, "{:,.0f}")}
         cells |= {"p0": number(float(later.iloc[0])), "final": number(float(later.iloc[-1]))}
         if len(later) > 1:
             gain = float(later.max() - later.iloc[0])

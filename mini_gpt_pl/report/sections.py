@@ -71,8 +71,8 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "retrieves exactly at short and at long gaps.",
         _plates(
             RUN_FIGURES,
-            learning="Loss and key retrieval; the star marks the lowest validation loss, after which a rise is "
-            "over-fitting.",
+            learning="Loss and key retrieval; the star marks the lowest validation loss; what lies behind it is "
+            "shaded where the loss has risen again, which is over-fitting.",
         ),
         ("learning",),
     ),
@@ -186,7 +186,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Reheating",
         "p_ood after a late checkpoint is started again at a higher learning rate; G is the highest value minus that "
         "of the checkpoint.",
-        _plates(RUN_FIGURES, reheating="p_ood of the parent (grey) and of this run (paper, Figure 4)."),
+        _plates(RUN_FIGURES, reheating="p_ood at the end of the parent (grey) and in this run (paper, Figure 4)."),
         ("table11*", "reheat*"),
     ),
 )
@@ -196,7 +196,10 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "runs",
         "The runs side by side",
         "Loss, retrieval, and the path along and across each run's own backbone.",
-        _plates(COMPARISON_FIGURES, overview="All runs from scratch; the decaying walk of each is dotted."),
+        _plates(
+            COMPARISON_FIGURES,
+            overview="All runs from scratch by name, the decaying walk of each dotted; a run that diverged is clipped.",
+        ),
         ("runs*",),
     ),
     Section(
@@ -206,7 +209,8 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "a straight line towards zero, and cos(v_b, theta_0) tells.",
         _plates(
             COMPARISON_FIGURES,
-            optimizers="PC1 beside both walks', validation loss, p_ood, and cos(v_b, theta_0) of the path so far.",
+            optimizers="PC1 beside both walks', validation loss, p_ood, and cos(v_b, theta_0) of the path so far, each "
+            "run to its own end.",
         ),
         ("table9*", "optimizer*"),
     ),
@@ -214,7 +218,11 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "matched",
         "At equal loss",
         "The same numbers at the same validation loss rather than at the same step.",
-        _plates(COMPARISON_FIGURES, matched_loss="p_ood and PC1 of the path so far against validation loss."),
+        _plates(
+            COMPARISON_FIGURES,
+            matched_loss="p_ood and PC1 of the path so far against validation loss, which falls to the right, of each "
+            "run to its lowest one; runs that diverged are left out.",
+        ),
         ("table10*", "matched*"),
     ),
     Section(
@@ -224,7 +232,7 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         _plates(
             COMPARISON_FIGURES,
             beta2_pc1="PC1 by beta2, raw and with unit rows; on the right its excess over the decaying walk.",
-            beta2_curves="Coordinate, residual, loss and p_ood by beta2; logarithmic where one run dwarfs the others.",
+            beta2_curves="Coordinate, residual, loss and p_ood by beta2; a run that diverged is clipped.",
         ),
         ("beta2*",),
     ),
@@ -241,7 +249,8 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "p_ood after a late checkpoint is started again; G is the highest value minus that of the checkpoint.",
         _plates(
             COMPARISON_FIGURES,
-            reheating="Parents (grey) and reheated runs by learning rate, a star at each maximum, controls dashed.",
+            reheating="The ends of the parents (grey) and reheated runs by learning rate, a star at each maximum, "
+            "controls dashed.",
         ),
         ("table11*", "reheat*"),
     ),

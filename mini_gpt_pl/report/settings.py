@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_gpt_pl.gpt import PRESETS
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs import METRICS, Run
 
 PAPER: dict[str, Any] = {
     "model": "8 blocks, 16 heads, width 512, MLP 2048",
@@ -62,22 +62,55 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str
     for key, wanted in b.items():
         value = a.get(key)
         if key not in ignore and None not in (value, wanted) and value != wanted:
-            found.append(f"{key} {_plain(value)} instead of {_plain(wanted)}")
+            found.append(f"{key} {plain(value)} instead of {plain(wanted)}")
     return found
 
 
-def label(run: Run) -> str:
-    """Short name of a run: its folder's."""
-    return run.path.resolve().name
+def diverged(run: Run) -> bool:
+    """Whether a run ended because its loss was no longer finite."""
+    return (ended := run.outcome) is not None and ended.state == "diverged"
 
 
-def optimizer_label(found: Mapping[str, Any]) -> str:
-    """Name an optimizer with what sets it apart, such as `SGDW, lr 0.01, momentum 0.9, decay 0.5`."""
+def progress(run: Run) -> tuple[int, int | None]:
+    """Steps that a run took, as far as is known, and those that it was to take; None if nothing says so.
+
+    A run that broke off took as many as its last entry in the metrics, or its last snapshot, says at least.
+    """
+    # The configuration of a reheated run is its parent's.
+    asked = facts(run)["steps"] if (record := run.reheated) is None else record.get("steps")
+    if (ended := run.outcome) is not None:
+        return ended.step, asked
+    logged = int(run.metrics.index[-1]) if (run.path / METRICS).is_file() and len(run.metrics) else 0
+    return max(logged, run.trajectory.steps[-1]), asked
+
+
+def optimizer_label(found: Mapping[str, Any], *, beta2: bool = False) -> str:
+    """Name an optimizer with what sets it apart, such as `SGDW, lr 1e-2, momentum 0.9, decay 0.5`.
+
+    Args:
+        found: Facts of a run.
+        beta2: Name its beta2 too, if it has one.
+    """
     parts = [str(found["optimizer"] or "optimizer unknown")]
     for key, words in (("learning rate", "lr"), ("momentum", "momentum"), ("weight decay", "decay")):
         if found.get(key) not in (None, 0) or (key == "weight decay" and found.get(key) is not None):
-            parts.append(f"{words} {_plain(found[key])}")
+            parts.append(f"{words} {plain(found[key])}")
+    if beta2 and found.get("beta2") is not None:
+        parts.append(f"β₂ {plain(found['beta2'])}")
     return ", ".join(parts)
+
+
+def plain(value: Any) -> str:
+    """Write a setting: small floats as 3e-4, long integers as 10,000."""
+    if isinstance(value, float):
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        small = 0 < abs(value) < _SMALL
+        return f"{float(mantissa):g}e{int(exponent)}" if small else f"{value:g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+# Learning rates are below it, decays and probabilities above.
+_SMALL = 0.03
 
 
 def _size(size: Any) -> str | None:
@@ -120,7 +153,3 @@ def _product(a: Any, b: Any) -> Any:
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

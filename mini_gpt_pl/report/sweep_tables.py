@@ -15,8 +15,8 @@ from mini_gpt_pl.report.calibration import QUANTITIES
 from mini_gpt_pl.report.gradient_tables import dig, estimate, replayed
 from mini_gpt_pl.report.learning_tables import LOSS, P_OOD
 from mini_gpt_pl.report.measures import RecordedPath, against_nulls, update_statistics, window
-from mini_gpt_pl.report.optimizer_tables import common_window, identity, outcome
-from mini_gpt_pl.report.settings import facts, label
+from mini_gpt_pl.report.optimizer_tables import common_window, identity, outcome, window_note
+from mini_gpt_pl.report.settings import diverged, facts
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, gap, number, tabulate, word
 
 _COLUMN = "paper (51 M, 4,000 steps)"
@@ -37,6 +37,9 @@ _GEOMETRY: tuple[tuple[str, str, str, str], ...] = (
     ("a_second", "exponent of |a|, second half", "{:+.2f}", "exponent_a_2000_4000"),
     ("r_second", "exponent of ||r||, second half", "{:+.2f}", "exponent_r_2000_4000"),
 )
+
+
+_MISSING = Calibrated(math.nan, math.nan, math.nan)
 
 
 # ------------------------------------------------------------------------------------------------------- beta2
@@ -64,7 +67,8 @@ def geometry(path: RecordedPath, chosen: tuple[int, int] | None) -> dict[str, Ca
         numbers |= against_nulls(
             thinned.gram(), thinned.survival, lambda gram: update_statistics(gram, thinned.steps, path.length)
         )
-    halves = {"first": (0, path.last // 2), "second": (path.last // 2, path.last)}
+    half = path.length // 2
+    halves = {"first": (0, half), "second": (half, path.length)}
     fits = against_nulls(
         path.trajectory.gram(),
         path.trajectory.survival,
@@ -72,7 +76,7 @@ def geometry(path: RecordedPath, chosen: tuple[int, int] | None) -> dict[str, Ca
     )
     for name, (lo, hi) in halves.items():
         for part in ("a", "r"):
-            if (fit := fits.get(f"exponent_{part}_{lo}_{hi}")) is not None:
+            if hi <= path.last and (fit := fits.get(f"exponent_{part}_{lo}_{hi}")) is not None:
                 numbers[f"{part}_{name}"] = fit
     return {name: numbers[name] for name, *_ in _GEOMETRY if name in numbers}
 
@@ -84,9 +88,9 @@ def _beta2_cell(path: RecordedPath) -> dict[str, Cell]:
 
 
 def _beta2_outcome(paths: Sequence[RecordedPath]) -> Table:
-    rows, settings = [], {label(path.run): beta2_of(path.run) for path in paths}
+    rows, settings = [], {path.label: beta2_of(path.run) for path in paths}
     for path in paths:
-        setting, (mean, spread) = settings[label(path.run)], _interference(path)
+        setting, (mean, spread) = settings[path.label], _interference(path)
         cells = _beta2_cell(path) | outcome(path) | {"interference": number(mean, "{:+.3f}", spread)}
         for column, key, form in (
             ("final loss", "loss_last", "{:.2f}"),
@@ -116,25 +120,25 @@ def _beta2_geometry(
     paths: Sequence[RecordedPath], found: Mapping[int, Mapping[str, Calibrated]], chosen: tuple[int, int] | None
 ) -> Table | None:
     rows: list[Row] = []
-    settings = {label(path.run): beta2_of(path.run) for path in paths}
+    settings = {path.label: beta2_of(path.run) for path in paths}
     for name, words, form, key in _GEOMETRY:
         for index, path in enumerate(paths):
-            if name not in found[index]:
-                continue
-            setting = settings[label(path.run)]
+            setting = settings[path.label]
             published = {} if setting is None else {_COLUMN: next(iter(setting.cell(key, form).values()))}
-            row = {"quantity": word(words), **_beta2_cell(path)}
-            rows.append({**row, **beside_nulls(found[index][name], form), **published})
+            row = {"quantity": word(words), **_beta2_cell(path), "rows": number(len(path.trajectory) - 1.0, "{:.0f}")}
+            rows.append({**row, **beside_nulls(found[index].get(name, _MISSING), form), **published})
     notes = [
         NULLS,
+        "Rows: snapshots after the start; PC1 and k95 depend on their number, for the nulls as for the run.",
         f"Window: unit drifts from step {chosen[0]:,} to {chosen[1]:,}." if chosen else None,
+        window_note(paths, chosen),
         *notes_of_runs(settings, [key for *_, key in _GEOMETRY]),
     ]
     return tabulate("beta2_geometry", "What beta2 does: geometry beside its nulls", rows, notes) if rows else None
 
 
 def _beta2_trend(paths: Sequence[RecordedPath], found: Mapping[int, Mapping[str, Calibrated]]) -> Table | None:
-    kept = [index for index, path in enumerate(paths) if not _diverged(path)]
+    kept = [index for index, path in enumerate(paths) if not diverged(path.run)]
     rows: list[Row] = []
     for name, words, _, _ in _GEOMETRY:
         known = [index for index in kept if name in found[index]]
@@ -156,18 +160,13 @@ def _beta2_trend(paths: Sequence[RecordedPath], found: Mapping[int, Mapping[str,
     if not rows:
         return None
     count = len({facts(paths[index].run)["beta2"] for index in kept})
-    left_out = [label(path.run) for path in paths if _diverged(path)]
+    left_out = [path.label for path in paths if diverged(path.run)]
     notes = [
         f"Rank correlation with beta2 over {count} values, means over the runs of one value; of {count} values even a "
         f"perfect order has p = {2 / math.factorial(count):.2g}, two-sided.",
         f"Without what diverged: {', '.join(left_out)}." if left_out else None,
     ]
     return tabulate("beta2_trend", "What beta2 does: does anything follow it?", rows, notes)
-
-
-def _diverged(path: RecordedPath) -> bool:
-    ended = path.run.outcome
-    return ended is not None and ended.state == "diverged"
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -202,7 +201,7 @@ def seeds(paths: Sequence[RecordedPath], name: str = "seeds") -> list[Table]:
             rows.append({"quantity": word(words), **_mean_cells(values, form), **_null_cells(numbers, excesses, form)})
     if not rows:
         return []
-    chosen = ", ".join(f"{facts(path.run)['seed']} ({label(path.run)})" for path in paths)
+    chosen = ", ".join(f"{facts(path.run)['seed']} ({path.label})" for path in paths)
     notes = [
         f"Seeds {chosen}; intervals are Student's t over the seeds, n = {len(paths)}.",
         "Walks as in each run's own tables; the excess is over the decaying walk of the same run.",

@@ -1,0 +1,164 @@
+"""What several runs say together: computed sentences for the head of a report that compares them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.nulls import Calibrated
+from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run
+from mini_gpt_pl.report.families import (
+    beta2_of,
+    from_scratch,
+    is_control,
+    names,
+    optimizers_of,
+    reheat_setting,
+    seeds_of,
+)
+from mini_gpt_pl.report.learning_tables import fit_of
+from mini_gpt_pl.report.settings import diverged, facts, plain, progress
+from mini_gpt_pl.report.sheet import gap
+from mini_gpt_pl.report.sweep_tables import direction, spearman, t_interval
+from mini_gpt_pl.runs import METRICS, Run
+
+_JUDGED = ("pc1", "pc1_unit", "k95", "k95_unit")  # those with an interval
+_FEW = 4  # names that a sentence can hold
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two about several runs.
+
+    Args:
+        topic: What about.
+        said: The finding.
+        anchor: Section that shows it.
+    """
+
+    topic: str
+    said: str
+    anchor: str
+
+
+def findings(runs: Sequence[Run]) -> list[Finding]:
+    """Collect what can be said across runs; what takes runs that are not there is left out."""
+    called = names(runs)
+    scratch = [run for run in from_scratch(runs) if (run.path / METRICS).is_file()]
+    sound = {run: found for run in scratch if not diverged(run) and (found := _calibrated(run))}
+    said: list[Finding] = []
+    if sound:
+        said += [_standing_out(sound, called, name) for name in _JUDGED]
+    said += [*_optimizers(scratch, sound, called), *_beta2(sound), *_seeds(sound), *_over_fitting(scratch, called)]
+    said += _reheating(runs)
+    if lost := [f"{called[run]} (at step {progress(run)[0]:,})" for run in scratch if diverged(run)]:
+        said.append(Finding("Diverged", f"{', '.join(lost)}; the sentences above leave them out.", "runs"))
+    return said
+
+
+def _calibrated(run: Run) -> dict[str, Calibrated]:
+    try:
+        return calibrate_run(run)
+    except UserError:  # too short, or it never moved
+        return {}
+
+
+def _standing_out(sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str], name: str) -> Finding:
+    """In how many runs a number stands out of the decaying walk, and where it does not."""
+    words, form = QUANTITIES[name]
+    sides: dict[str, list[str]] = {"above": [], "below": [], "within": []}
+    for run, found in sound.items():
+        one = found[name]
+        sides["above" if one.low > 0 else "below" if one.high < 0 else "within"].append(called[run])
+    excesses = [found[name].excess for found in sound.values()]
+    parts = [
+        f"{side} in {len(inside)}" + (f" ({', '.join(inside)})" if 0 < len(inside) <= _FEW < len(sound) else "")
+        for side, inside in sides.items()
+    ]
+    span = f"{_written(min(excesses), form)} to {_written(max(excesses), form)}"
+    said = f"of {len(sound)} runs from scratch {', '.join(parts)}; excess {span}."
+    return Finding(f"{words}, against the decaying walk", said, "runs")
+
+
+def _written(excess: float, form: str) -> str:
+    return gap(excess, form).text
+
+
+def _optimizers(
+    runs: Sequence[Run], sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str]
+) -> Iterator[Finding]:
+    chosen = {called[run]: sound[run]["pc1_unit"] for run in optimizers_of(runs) if run in sound}
+    if len(chosen) < 2:
+        return
+    form = QUANTITIES["pc1_unit"][1]
+    each = [
+        f"{name} {form.format(found.value)} (decaying walk {form.format(found.decay)})"
+        for name, found in sorted(chosen.items(), key=lambda pair: -pair[1].value)
+    ]
+    most = max(chosen, key=lambda name: chosen[name].excess)
+    best = f"The excess is largest in {most}, {_written(chosen[most].excess, form)}."
+    yield Finding("PC1 by optimizer (unit rows)", f"{', '.join(each)}. {best}", "optimizers")
+
+
+def _beta2(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
+    """Whether the excess of PC1 follows beta2, over the means of runs of one value."""
+    chosen = beta2_of(list(sound))
+    values = sorted({float(facts(run)["beta2"]) for run in chosen})
+    if len(values) < 3:
+        return
+    for name in ("pc1", "pc1_unit"):
+        words, form = QUANTITIES[name]
+        found = [[sound[run][name].excess for run in chosen if facts(run)["beta2"] == value] for value in values]
+        means = [math.fsum(excesses) / len(excesses) for excesses in found]
+        shown = ", ".join(
+            f"{_written(mean, form)} at {plain(value)}" for value, mean in zip(values, means, strict=True)
+        )
+        follows = {"rises": "rises with beta2 throughout", "falls": "falls with beta2 throughout"}
+        verdict = follows.get(direction(means), "neither rises nor falls with beta2 throughout")
+        rank = spearman(values, means)
+        ranked = f"rank correlation {rank:+.2f}; {len(values)} values have {math.factorial(len(values)):,} orders"
+        yield Finding(f"Excess of {words} by beta2", f"{verdict}: {shown} ({ranked}).", "beta2")
+
+
+def _seeds(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
+    """Whose excess has an interval over seeds that leaves out zero."""
+    chosen = seeds_of(list(sound))
+    if len(chosen) < 2:
+        return
+    apart, tried = [], 0
+    for name, (words, form) in QUANTITIES.items():
+        excesses = [found[name].excess for run in chosen if name in (found := sound[run])]
+        # Counts that are the same in every seed have an interval without a width, which says nothing.
+        if len(excesses) < 2 or any(map(math.isnan, excesses)) or (form == "{:.0f}" and len(set(excesses)) == 1):
+            continue
+        tried += 1
+        mean, half = t_interval(excesses)
+        if abs(mean) > half:
+            apart.append(f"{words} {_written(mean, form)}")
+    said = f"{len(apart)} of {tried} excesses have a t interval over {len(chosen)} seeds that leaves out zero"
+    chance = f"of {tried} such intervals about {0.05 * tried:.0f} would by chance."
+    yield Finding("Over seeds", f"{said}{': ' if apart else ''}{'; '.join(apart)}; {chance}", "seeds")
+
+
+def _over_fitting(runs: Sequence[Run], called: dict[Run, str]) -> Iterator[Finding]:
+    fits = {called[run]: fit for run in runs if not diverged(run) and (fit := fit_of(run)) is not None}
+    over = {name: fit for name, fit in fits.items() if fit.overfits}
+    if not over:
+        return
+    worst = max(over, key=lambda name: over[name].rise)
+    most = f"most in {worst}, by {over[worst].rise:.2f} nats since step {over[worst].best_step:,}"
+    yield Finding("Over-fitting", f"validation loss rose again in {len(over)} of {len(fits)} runs, {most}.", "runs")
+
+
+def _reheating(runs: Sequence[Run]) -> Iterator[Finding]:
+    known = [(run, record) for run in runs if (record := run.reheated) is not None and record.get("gain") is not None]
+    warm = [pair for pair in known if not is_control(pair[1])]
+    if not warm:
+        return
+    warm.sort(key=lambda pair: reheat_setting(*pair)[0])
+    each = ", ".join(f"{reheat_setting(run, record)[1]} {record['gain']:+.3f}" for run, record in warm)
+    idle = [f"{record['gain']:+.3f}" for _, record in known if is_control(record)]
+    without = f"; without reheating, the control: {', '.join(idle)}" if idle else "; there is no control"
+    yield Finding("Gain in p_ood by reheating", f"{each}{without}.", "reheating")

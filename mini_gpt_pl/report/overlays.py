@@ -1,0 +1,210 @@
+"""Several runs in one figure: a look for each, and curves laid over one another with their nulls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import nulls, pca
+from mini_gpt_pl.report.families import names
+from mini_gpt_pl.report.plotting import DISTINCT, NULL, WIDTH, log_if_dwarfed
+from mini_gpt_pl.report.settings import diverged, progress
+from mini_gpt_pl.runs import Run
+
+STYLES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
+"""Of lines that share a colour."""
+_LINE = 105  # characters of a legend that fit in one line
+LINE_HEIGHT = 0.17
+"""Of a legend, in inches."""
+
+
+# ---------------------------------------------------------------------------------------------------- curves
+
+
+class Curve(NamedTuple):
+    """One quantity along a run.
+
+    Attributes:
+        steps: Where it was measured.
+        values: What was measured.
+        null: The same of the decaying walk; None for what no walk has.
+    """
+
+    steps: Sequence[int]
+    values: Sequence[float]
+    null: Sequence[float] | None = None
+
+
+def _metric(name: str) -> Callable[[Run], Curve]:
+    def read(run: Run) -> Curve:
+        series = run.series(name)
+        return Curve(series.index.tolist(), series.tolist())
+
+    return read
+
+
+def _of_split(read: Callable[[pca.Decomposition], Any]) -> Callable[[Run], Curve]:
+    def measure(run: Run) -> Curve:
+        measured, null = (_split(path) for path in _paths(run))
+        return Curve(run.trajectory.steps[1:], read(measured).tolist(), read(null).tolist())
+
+    return measure
+
+
+def _paths(run: Run) -> tuple[pca.Gram, pca.Gram]:
+    """H of a run and of its decaying walk."""
+    run.drift_rows  # noqa: B018 (raises for a run without a path)
+    gram = run.trajectory.gram()
+    return gram, nulls.decaying_walk(gram, run.trajectory.survival)
+
+
+def _split(gram: pca.Gram) -> pca.Decomposition:
+    path = pca.drifts(len(gram))[1:]
+    return pca.decompose(gram, path, pca.pca(gram, path).backbone)
+
+
+def _over_time(read: Callable[[pca.Gram], float]) -> Callable[[Run], Curve]:
+    """A number of the path up to each snapshot."""
+
+    def measure(run: Run) -> Curve:
+        sides = [[read(path[:k, :k]) for k in range(2, len(path) + 1)] for path in _paths(run)]
+        return Curve(run.trajectory.steps[1:], sides[0], sides[1])
+
+    return measure
+
+
+def _cos_theta0(gram: pca.Gram) -> float:
+    path = pca.drifts(len(gram))[1:]
+    try:
+        return pca.cosine(gram, pca.pca(gram, path).backbone, pca.theta0(len(gram)))
+    except ValueError:  # nothing has moved yet
+        return math.nan
+
+
+def _pc1(gram: pca.Gram) -> float:
+    try:
+        return 100 * pca.pca(gram, pca.drifts(len(gram))[1:]).pc1
+    except ValueError:  # nothing has moved yet
+        return math.nan
+
+
+CURVES: dict[str, tuple[str, Callable[[Run], Curve]]] = {
+    "loss": ("validation loss, nats", _metric("val/loss")),
+    "p_ood": ("$p_{ood}$", _metric("probe/p_ood")),
+    "a": ("$a(t)=\\langle x(t),v_b\\rangle$", _of_split(lambda split: split.coordinate)),
+    "r": ("$||r(t)||$", _of_split(lambda split: split.residual_norm)),
+    "fraction": ("fraction $a^2/||x||^2$", _of_split(lambda split: split.fraction)),
+    "cos": ("cos$(v_b,\\theta_0)$, $v_b$ of the past", _over_time(_cos_theta0)),
+    "pc1": ("PC1 up to the step, %", _over_time(_pc1)),
+}
+"""Title of each quantity, and how it is read from a run; a UserError where a run never moved."""
+
+_UNBOUNDED = ("loss", "a", "r")
+
+
+class Look(NamedTuple):
+    """How a run is drawn in a figure of several.
+
+    Attributes:
+        run: The run.
+        name: In the legend.
+        colour: Of its lines and markers.
+        style: Of its lines; nulls are dotted.
+        width: Of its lines; the first are the broadest, so that curves that coincide are all seen.
+    """
+
+    run: Run
+    name: str
+    colour: Any
+    style: Any = "-"
+    width: float = 1.2
+
+    @property
+    def legend(self) -> str:
+        """The name, and where the run diverged if it did: such a run is clipped."""
+        return f"{self.name} (diverged at step {progress(self.run)[0]:,}: clipped)" if self.diverged else self.name
+
+    @property
+    def diverged(self) -> bool:
+        """Whether limits must not be those of this run."""
+        return diverged(self.run)
+
+
+def looks_of(runs: Sequence[Run], called: Sequence[str]) -> list[Look]:
+    """Give runs distinct colours, and other lines where there are more runs than colours."""
+    count, last = len(DISTINCT), max(1, len(runs) - 1)
+    return [
+        Look(run, name, DISTINCT[k % count], STYLES[k // count % len(STYLES)], 1.9 - 0.8 * k / last)
+        for k, (run, name) in enumerate(zip(runs, called, strict=True))
+    ]
+
+
+def named(chosen: Sequence[Run], runs: Sequence[Run]) -> list[Look]:
+    """Looks of some of the runs of a report, by the names that they have there."""
+    called = names(runs)
+    return looks_of(chosen, [called[run] for run in chosen])
+
+
+def draw(axes: Axes, looks: Sequence[Look], curve: str) -> None:
+    """Draw one quantity of every run that has it, its null dotted in the same colour.
+
+    Limits are those of the runs that did not diverge, if there are any.
+    """
+    title, measure = CURVES[curve]
+    for look in looks:
+        if not look.diverged:
+            _lines(axes, look, measure)
+    if curve in _UNBOUNDED:
+        log_if_dwarfed(axes)
+    limits = (axes.get_xlim(), axes.get_ylim()) if axes.lines else None
+    for look in looks:
+        if look.diverged:
+            _lines(axes, look, measure)
+    if limits is not None:
+        axes.set(xlim=limits[0], ylim=limits[1])
+    axes.set_title(title, fontsize=9)
+
+
+def _lines(axes: Axes, look: Look, measure: Callable[[Run], Curve]) -> None:
+    try:
+        found = measure(look.run)
+    except UserError:
+        return  # a run that never moved
+    axes.plot(found.steps, found.values, color=look.colour, ls=look.style, lw=look.width)
+    if found.null is not None:
+        axes.plot(found.steps, found.null, ":", color=look.colour, lw=0.9)
+
+
+def panels(looks: Sequence[Look], curves: Sequence[str]) -> Figure:
+    """Draw four quantities of `CURVES` in two rows of panels, against the step."""
+    figure = Figure(figsize=(WIDTH, 4.6 + legend_rows(looks) * LINE_HEIGHT))
+    grid = figure.subplots(2, 2, sharex=True)
+    for axes, curve in zip(grid.flat, curves, strict=True):
+        draw(axes, looks, curve)
+    for axes in grid[1]:
+        axes.set_xlabel("step")
+    legend(figure, looks)
+    return figure
+
+
+def legend(figure: Figure, looks: Sequence[Look]) -> None:
+    """Name all runs, and what the dotted lines are, under a figure."""
+    handles = [Line2D([], [], color=look.colour, ls=look.style, lw=look.width, label=look.legend) for look in looks]
+    handles.append(Line2D([], [], color=NULL, ls=":", lw=1.0, label="decaying walk of each"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(looks), columnspacing=1.2)
+
+
+def _columns(looks: Sequence[Look]) -> int:
+    longest = max((len(look.legend) for look in looks), default=0)
+    return max(1, min(4, len(looks) + 1, _LINE // (longest + 8)))
+
+
+def legend_rows(looks: Sequence[Look]) -> int:
+    """Lines that the legend takes: what a figure must be higher by."""
+    return math.ceil((len(looks) + 1) / _columns(looks))

@@ -1,0 +1,164 @@
+"""Every experiment of the paper, scaled down, through the commands that run it in full."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import cli
+from mini_gpt_pl.module import read_checkpoint
+from mini_gpt_pl.report import keep
+from mini_gpt_pl.runs import Outcome, Run
+
+REPOSITORY = Path(cli.__file__).parent
+SWEEPS = REPOSITORY / "configs" / "sweeps"
+OPTIMIZERS = REPOSITORY / "configs" / "paper" / "optimizer"
+pytestmark = pytest.mark.timeout(900)
+
+
+def command(*args: str | Path) -> None:
+    """Run `mini_gpt_pl ...` in this process; a sweep starts its runs in processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)  # sweep files name configurations from there
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setattr(sys, "argv", ["mini_gpt_pl", *map(str, args)])
+        cli.main()
+
+
+def sweep(file: str | Path, root: Path, *options: str, own: tuple[str, ...] = ()) -> None:
+    command("sweep", SWEEPS / file, "--root", root, "--jobs", "2", *own, "--", *options)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run everything once: seeds, beta2, optimizers, matched SGD, reheats, replay and report."""
+    lab = tmp_path_factory.mktemp("lab")
+    tiny = ("-c", "configs/paper/tiny.yaml", "--data.cache_dir", str(lab / "cache"))
+    few = ("--trainer.max_steps", "8")
+    hot = ("--steps", "8", "--eval_every", "4")
+    sweep("seeds.yaml", lab / "seeds", *tiny)
+    sweep("beta2.yaml", lab / "beta2", *tiny)
+    sweep(_half(lab), lab / "optimizers", *tiny, *few)
+    sweep("sgd_matched.yaml", lab / "sgd_matched", *tiny, *few, own=("--point", "sgd-matched-lr0.3"))
+    last = lab / "seeds" / "seed42" / "checkpoints" / "000040.ckpt"
+    sweep("reheat.yaml", lab / "reheat", "--ckpt_path", str(last), *hot)
+    sweep(_scaled(lab), lab / "reheat_beta2", *hot, own=("--point", "0.80-000020_lr1e-3"))
+    command("replay", lab / "seeds" / "seed42", "--steps", "4", "40", "--batches", "2", "--fisher_batches", "3")
+    command("report", *(lab / name for name in ("seeds", "beta2", "optimizers", "reheat")), "--out", lab / "report")
+    return lab
+
+
+def _half(lab: Path) -> Path:
+    """Return the optimizers' sweep without every other one: each run is a process of its own, seconds to start."""
+    config = yaml.safe_load((SWEEPS / "optimizers.yaml").read_text())
+    values = config["parameters"]["config"]["values"]
+    config["parameters"]["config"]["values"] = [v for v in values if "wd0" not in v or "/adamw" in v]
+    file = lab / "optimizers.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def _scaled(lab: Path) -> Path:
+    """Return the grid of beta2 reheats with the checkpoints of the small runs."""
+    text = (SWEEPS / "reheat_beta2.yaml").read_text().replace("runs/beta2", str(lab / "beta2"))
+    file = lab / "reheat_beta2.yaml"
+    file.write_text(re.sub(r"00([24])000\.ckpt", r"0000\g<1>0.ckpt", text))
+    return file
+
+
+def ended(root: Path) -> dict[str, str]:
+    runs = [Run(file.parent) for file in root.glob("*/config.yaml")]
+    return {run.path.name: run.outcome.state if run.outcome else "broken" for run in runs}
+
+
+def test_every_run_of_every_experiment_ends(lab: Path) -> None:
+    seeds, beta2 = ended(lab / "seeds"), ended(lab / "beta2")
+    assert seeds == {"seed42": "finished", "seed271": "finished"}
+    assert beta2.pop("0.0") in ("finished", "diverged")
+    assert beta2 == dict.fromkeys(("0.99", "0.95", "0.90", "0.80"), "finished")
+    assert set(ended(lab / "optimizers").values()) == {"finished"}
+    assert len(ended(lab / "optimizers")) == 7
+    assert ended(lab / "sgd_matched") == {"sgd-matched-lr0.3": "finished"}
+    assert ended(lab / "reheat") == dict.fromkeys(("lr1e-3", "lr6e-4", "lr3e-4", "control"), "finished")
+    assert ended(lab / "reheat_beta2") == {"0.80-000020_lr1e-3": "finished"}
+
+
+def test_runs_differ_in_what_their_sweep_varies(lab: Path) -> None:
+    betas = {name: Run(lab / "beta2" / name).config["model"]["optimizer"]["init_args"]["betas"][1] for name in
+             ("0.99", "0.95", "0.90", "0.80", "0.0")}  # fmt: skip
+    assert betas == {"0.99": 0.99, "0.95": 0.95, "0.90": 0.9, "0.80": 0.8, "0.0": 0.0}
+    assert {name: Run(lab / "seeds" / name).config["data"]["seed"] for name in ("seed42", "seed271")} == {
+        "seed42": 42,
+        "seed271": 271,
+    }
+    for file in (lab / "optimizers").glob("*/config.yaml"):
+        run = Run(file.parent)
+        decayed = run.config["model"]["optimizer"]["init_args"]["weight_decay"] > 0
+        assert decayed == ("wd0" not in run.path.name)
+        assert (run.trajectory.survival[-1] < 1) == decayed
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in OPTIMIZERS.glob("*.yaml")))
+def test_every_optimizer_of_the_sweeps_trains(name: str, tmp_path: Path) -> None:
+    listed = "".join((SWEEPS / f"{file}.yaml").read_text() for file in ("optimizers", "sgd_matched"))
+    assert f"optimizer/{name}.yaml" in listed
+    files = ("base.yaml", "short.yaml", f"optimizer/{name}.yaml", "tiny.yaml")
+    options = [word for file in files for word in ("-c", f"configs/paper/{file}")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "draw_all", lambda run: [])
+        command("fit", *options, "--data.cache_dir", str(tmp_path), "--run_dir", tmp_path / "run",
+                "--trainer.max_steps", "3", "--trainer.limit_val_batches", "0")  # fmt: skip
+    run = Run(tmp_path / "run")
+    assert run.outcome == Outcome("finished", 3)
+    assert run.series("train/lr").iloc[-1] > 0
+
+
+def test_decay_of_matched_sgd_is_that_of_adamw(lab: Path) -> None:
+    adamw, sgd = Run(lab / "optimizers" / "adamw"), Run(lab / "sgd_matched" / "sgd-matched-lr0.3")
+    assert sgd.trajectory.survival == pytest.approx(adamw.trajectory.survival, rel=1e-6)
+
+
+def test_the_control_of_the_reheats_goes_on_with_its_parents_moments(lab: Path) -> None:
+    control, parent = Run(lab / "reheat" / "control"), Run(lab / "seeds" / "seed42")
+    found = control.reheated
+    assert found is not None and Path(found["parent"]) == parent.path.resolve()
+    schedule = parent.series("train/lr")
+    assert control.series("train/lr").iloc[0] == pytest.approx(schedule.min(), rel=1e-6)  # the parent is on its floor
+    rates = {name: Run(lab / "reheat" / name).series("train/lr").max() for name in ("lr1e-3", "lr6e-4", "lr3e-4")}
+    assert rates["lr1e-3"] > rates["lr6e-4"] > rates["lr3e-4"] > 0
+
+
+def test_replayed_weights_are_the_checkpoints(lab: Path) -> None:
+    run = Run(lab / "seeds" / "seed42")
+    assert set(run.replayed) == {4, 40}
+    assert set(run.checkpoints) == {20, 40} and {4, 40} <= set(run.stored_weights)
+    full, light = (read_checkpoint(file)["state_dict"] for file in (
+        run.checkpoints[20], run.path / "checkpoints" / "weights-000020.ckpt"))  # fmt: skip
+    assert all(torch.equal(full[name], light[name]) for name in full)
+
+
+def test_the_report_compares_them(lab: Path) -> None:
+    tables = {file.stem: pd.read_csv(file) for file in (lab / "report" / "tables").glob("*.csv")}
+    assert {"runs", "seeds", "beta2_geometry", "table9_optimizers", "table11_reheating"} <= tables.keys()
+    assert "control" in set(tables["table11_reheating"]["kind"])
+    page = (lab / "report" / "report.html").read_text()
+    for name in ("seed42", "seed271", "adamw-wd0", "muon", "lr6e-4"):
+        assert name in page
+
+
+def test_what_is_kept_of_them_gives_the_same_tables(lab: Path) -> None:
+    keep.main([str(lab / "seeds"), "--out", str(lab / "kept")])
+    command("report", lab / "kept" / "seeds", "--out", lab / "kept" / "report")
+    kept = lab / "kept" / "seeds" / "seed42"
+    assert not any(str(lab) in file.read_text() for file in kept.rglob("*.yaml"))
+    assert not (kept / "checkpoints").exists()
+    command("report", lab / "seeds", "--out", lab / "seeds_report")
+    again = pd.read_csv(lab / "kept" / "report" / "tables" / "seeds.csv")
+    first = pd.read_csv(lab / "seeds_report" / "tables" / "seeds.csv")
+    pd.testing.assert_frame_equal(again, first, rtol=1e-4)
