@@ -19,7 +19,8 @@ from mini_gpt_pl.runs import Outcome, Run
 REPOSITORY = Path(cli.__file__).parent
 SWEEPS = REPOSITORY / "configs" / "sweeps"
 OPTIMIZERS = REPOSITORY / "configs" / "paper" / "optimizer"
-pytestmark = pytest.mark.timeout(900)
+# One worker for all of them: what they look at takes minutes to make.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("experiments")]
 
 
 def command(*args: str | Path) -> None:
