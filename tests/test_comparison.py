@@ -325,7 +325,9 @@ def test_students_t_is_scipys(degrees: int) -> None:
 def test_seeds_have_a_mean_and_an_interval(tmp_path: Path) -> None:
     curves = [learning_curve({4000: (loss, 0.5)}) for loss in (1.0, 2.0, 4.0)]
     runs = [adamw(tmp_path / f"s{k}", seed=k, path=k, curve=curve) for k, curve in enumerate(curves)]
-    table = tables_of(*runs)["seeds"]
+    again = adamw(tmp_path / "again", seed=1, path=7, curve=learning_curve({4000: (9.0, 0.5)}))
+    table = tables_of(*runs, again)["seeds"]  # a seed that ran twice counts once
+    assert "again" not in " ".join(table.notes)
     found = numbers(table, "quantity")
     shares = []
     for k in range(3):

@@ -83,8 +83,10 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int = 200) -> list[Table]:
         if len({facts(path.run)["beta2"] for path in part} - {None}) > 1:
             tables += beta2([path for path in part if facts(path.run)["beta2"] is not None])
     for part in grouped(paths, ("seed",)):
-        if len({facts(path.run)["seed"] for path in part}) > 1:
-            tables += seeds(part)
+        # A seed that was run twice, as in two sweeps, is no second draw.
+        once = list({facts(path.run)["seed"]: path for path in reversed(part)}.values())[::-1]
+        if len(once) > 1:
+            tables += seeds(once)
     return _unique([*tables, *reheats(logged, logged, called)])
 
 
