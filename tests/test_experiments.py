@@ -14,10 +14,12 @@ import yaml
 import cli
 from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.report import keep
+from mini_gpt_pl.report.comparison import comparison_tables
 from mini_gpt_pl.runs import Outcome, Run
 
 REPOSITORY = Path(cli.__file__).parent
 SWEEPS = REPOSITORY / "configs" / "sweeps"
+RUN = ("adamw", "adamw_wd0", "sgdw_nesterov", "muon")
 OPTIMIZERS = REPOSITORY / "configs" / "paper" / "optimizer"
 # One worker for all of them: what they look at takes minutes to make.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("experiments")]
@@ -44,23 +46,24 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = ("--trainer.max_steps", "8")
     hot = ("--steps", "8", "--eval_every", "4")
     sweep("seeds.yaml", lab / "seeds", *tiny)
-    sweep("beta2.yaml", lab / "beta2", *tiny)
-    sweep(_half(lab), lab / "optimizers", *tiny, *few)
+    sweep(_some(lab, "beta2", "0.99", "0.80", "0.0"), lab / "beta2", *tiny)
+    sweep(_some(lab, "optimizers", *RUN), lab / "optimizers", *tiny, *few)
     sweep("sgd_matched.yaml", lab / "sgd_matched", *tiny, *few, own=("--point", "sgd-matched-lr0.3"))
     last = lab / "seeds" / "seed42" / "checkpoints" / "000040.ckpt"
-    sweep("reheat.yaml", lab / "reheat", "--ckpt_path", str(last), *hot)
+    sweep(_some(lab, "reheat", "lr1e-3", "control"), lab / "reheat", "--ckpt_path", str(last), *hot)
     sweep(_scaled(lab), lab / "reheat_beta2", *hot, own=("--point", "0.80-000020_lr1e-3"))
     command("replay", lab / "seeds" / "seed42", "--steps", "4", "40", "--batches", "2", "--fisher_batches", "3")
     command("report", *(lab / name for name in ("seeds", "beta2", "optimizers", "reheat")), "--out", lab / "report")
     return lab
 
 
-def _half(lab: Path) -> Path:
-    """Return the optimizers' sweep without every other one: each run is a process of its own, seconds to start."""
-    config = yaml.safe_load((SWEEPS / "optimizers.yaml").read_text())
+def _some(lab: Path, name: str, *wanted: str) -> Path:
+    """Return a sweep with some of its configurations: each run is a process, which takes seconds to start."""
+    config = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text())
     values = config["parameters"]["config"]["values"]
-    config["parameters"]["config"]["values"] = [v for v in values if "wd0" not in v or "/adamw" in v]
-    file = lab / "optimizers.yaml"
+    config["parameters"]["config"]["values"] = [value for value in values if Path(value).stem in wanted]
+    assert len(config["parameters"]["config"]["values"]) == len(wanted)
+    file = lab / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
 
@@ -82,18 +85,17 @@ def test_every_run_of_every_experiment_ends(lab: Path) -> None:
     seeds, beta2 = ended(lab / "seeds"), ended(lab / "beta2")
     assert seeds == {"seed42": "finished", "seed271": "finished"}
     assert beta2.pop("0.0") in ("finished", "diverged")
-    assert beta2 == dict.fromkeys(("0.99", "0.95", "0.90", "0.80"), "finished")
+    assert beta2 == dict.fromkeys(("0.99", "0.80"), "finished")
     assert set(ended(lab / "optimizers").values()) == {"finished"}
-    assert len(ended(lab / "optimizers")) == 7
+    assert len(ended(lab / "optimizers")) == len(RUN)
     assert ended(lab / "sgd_matched") == {"sgd-matched-lr0.3": "finished"}
-    assert ended(lab / "reheat") == dict.fromkeys(("lr1e-3", "lr6e-4", "lr3e-4", "control"), "finished")
+    assert ended(lab / "reheat") == dict.fromkeys(("lr1e-3", "control"), "finished")
     assert ended(lab / "reheat_beta2") == {"0.80-000020_lr1e-3": "finished"}
 
 
 def test_runs_differ_in_what_their_sweep_varies(lab: Path) -> None:
-    betas = {name: Run(lab / "beta2" / name).config["model"]["optimizer"]["init_args"]["betas"][1] for name in
-             ("0.99", "0.95", "0.90", "0.80", "0.0")}  # fmt: skip
-    assert betas == {"0.99": 0.99, "0.95": 0.95, "0.90": 0.9, "0.80": 0.8, "0.0": 0.0}
+    for name, beta2 in (("0.99", 0.99), ("0.80", 0.8), ("0.0", 0.0)):
+        assert Run(lab / "beta2" / name).config["model"]["optimizer"]["init_args"]["betas"] == [0.9, beta2]
     assert {name: Run(lab / "seeds" / name).config["data"]["seed"] for name in ("seed42", "seed271")} == {
         "seed42": 42,
         "seed271": 271,
@@ -105,7 +107,7 @@ def test_runs_differ_in_what_their_sweep_varies(lab: Path) -> None:
         assert (run.trajectory.survival[-1] < 1) == decayed
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in OPTIMIZERS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted({file.stem for file in OPTIMIZERS.glob("*.yaml")} - set(RUN)))
 def test_every_optimizer_of_the_sweeps_trains(name: str, tmp_path: Path) -> None:
     listed = "".join((SWEEPS / f"{file}.yaml").read_text() for file in ("optimizers", "sgd_matched"))
     assert f"optimizer/{name}.yaml" in listed
@@ -131,8 +133,9 @@ def test_the_control_of_the_reheats_goes_on_with_its_parents_moments(lab: Path) 
     assert found is not None and Path(found["parent"]) == parent.path.resolve()
     schedule = parent.series("train/lr")
     assert control.series("train/lr").iloc[0] == pytest.approx(schedule.min(), rel=1e-6)  # the parent is on its floor
-    rates = {name: Run(lab / "reheat" / name).series("train/lr").max() for name in ("lr1e-3", "lr6e-4", "lr3e-4")}
-    assert rates["lr1e-3"] > rates["lr6e-4"] > rates["lr3e-4"] > 0
+    assert Run(lab / "reheat" / "lr1e-3").series("train/lr").max() == pytest.approx(
+        1e-3
+    )  # the warm-up is cut to the run
 
 
 def test_replayed_weights_are_the_checkpoints(lab: Path) -> None:
@@ -149,17 +152,18 @@ def test_the_report_compares_them(lab: Path) -> None:
     assert {"runs", "seeds", "beta2_geometry", "table9_optimizers", "table11_reheating"} <= tables.keys()
     assert "control" in set(tables["table11_reheating"]["kind"])
     page = (lab / "report" / "report.html").read_text()
-    for name in ("seed42", "seed271", "adamw-wd0", "muon", "lr6e-4"):
+    for name in ("seed42", "seed271", "adamw-wd0", "muon", "lr1e-3"):
         assert name in page
 
 
 def test_what_is_kept_of_them_gives_the_same_tables(lab: Path) -> None:
     keep.main([str(lab / "seeds"), "--out", str(lab / "kept")])
-    command("report", lab / "kept" / "seeds", "--out", lab / "kept" / "report")
     kept = lab / "kept" / "seeds" / "seed42"
     assert not any(str(lab) in file.read_text() for file in kept.rglob("*.yaml"))
     assert not (kept / "checkpoints").exists()
-    command("report", lab / "seeds", "--out", lab / "seeds_report")
-    again = pd.read_csv(lab / "kept" / "report" / "tables" / "seeds.csv")
-    first = pd.read_csv(lab / "seeds_report" / "tables" / "seeds.csv")
-    pd.testing.assert_frame_equal(again, first, rtol=1e-4)
+    tables = []
+    for root in (lab / "seeds", lab / "kept" / "seeds"):
+        found = comparison_tables([Run(root / "seed42"), Run(root / "seed271")], bootstrap=0)
+        tables.append(next(table.frame for table in found if table.name == "seeds"))
+    first, again = tables
+    pd.testing.assert_frame_equal(first, again)
