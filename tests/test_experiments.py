@@ -21,8 +21,7 @@ REPOSITORY = Path(cli.__file__).parent
 SWEEPS = REPOSITORY / "configs" / "sweeps"
 RUN = ("adamw", "adamw_wd0", "sgdw_nesterov", "muon")
 OPTIMIZERS = REPOSITORY / "configs" / "paper" / "optimizer"
-# One worker for all of them: what they look at takes minutes to make.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("experiments")]
+pytestmark = pytest.mark.timeout(900)  # what all of them look at takes minutes to make
 
 
 def command(*args: str | Path) -> None:
