@@ -395,6 +395,8 @@ def names_of(chosen: Sequence[Run]) -> list[str]:
 
 def test_runs_are_grouped_by_what_differs(runs: list[Run]) -> None:
     assert names_of(families.seeds_of(runs)) == ["base", "other"]
+    base = runs[names_of(runs).index("base")]
+    assert names_of(families.seeds_of([*runs, base])) == ["base", "other"]  # a seed that ran twice is drawn once
     assert names_of(families.beta2_of(runs)) == ["base", "other", "low"]
     # Of the three with AdamW and decay, the one with the beta2 and the seed of most.
     assert sorted(names_of(families.optimizers_of(runs))) == ["base", "free", "sgd"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.calibration import QUANTITIES
-from mini_gpt_pl.report.families import OF_OPTIMIZER, families, names, one_beta2
+from mini_gpt_pl.report.families import OF_OPTIMIZER, families, names, one_beta2, one_of_each_seed
 from mini_gpt_pl.report.measures import RecordedPath
 from mini_gpt_pl.report.optimizer_tables import optimizers, outcome
 from mini_gpt_pl.report.reheat_tables import reheats
@@ -83,10 +83,9 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int = 200) -> list[Table]:
         if len({facts(path.run)["beta2"] for path in part} - {None}) > 1:
             tables += beta2([path for path in part if facts(path.run)["beta2"] is not None])
     for part in grouped(paths, ("seed",)):
-        # A seed that was run twice, as in two sweeps, is no second draw.
-        once = list({facts(path.run)["seed"]: path for path in reversed(part)}.values())[::-1]
-        if len(once) > 1:
-            tables += seeds(once)
+        kept = one_of_each_seed([path.run for path in part])
+        if len(kept) > 1:
+            tables += seeds([path for path in part if path.run in kept])
     return _unique([*tables, *reheats(logged, logged, called)])
 
 

@@ -40,8 +40,16 @@ def families(runs: Sequence[Run], *free: str) -> list[list[Run]]:
 
 
 def seeds_of(runs: Sequence[Run]) -> list[Run]:
-    """Runs that differ in their seed only; none if there is no such pair."""
-    return _several(family(runs, "seed"), "seed")
+    """Runs that differ in their seed only, one of each seed; none if there is no such pair."""
+    return _several(one_of_each_seed(family(runs, "seed")), "seed")
+
+
+def one_of_each_seed(runs: Sequence[Run]) -> list[Run]:
+    """Keep the first run of each seed: one that was run twice, as in two sweeps, is no second draw."""
+    kept: dict[Any, Run] = {}
+    for run in runs:
+        kept.setdefault(facts(run)["seed"], run)
+    return list(kept.values())
 
 
 def beta2_of(runs: Sequence[Run]) -> list[Run]:
