@@ -1,6 +1,7 @@
 """Lightning callbacks that watch the geometry of training: Lightning on the outside, geometry on the inside."""
 
 from callbacks.anatomy import OptimizerAnatomy
+from callbacks.calibrated import CalibratedProbe, View
 from callbacks.cost import CostControl
 from callbacks.divergence import StopOnDivergence
 from callbacks.fisher import FisherProbe
@@ -11,6 +12,7 @@ from callbacks.switching import SwitchingProbe
 from callbacks.trajectory import TrajectoryRecorder
 
 __all__ = [
+    "CalibratedProbe",
     "CostControl",
     "FisherProbe",
     "GradientAlignment",
@@ -21,4 +23,5 @@ __all__ = [
     "StreamingFisher",
     "SwitchingProbe",
     "TrajectoryRecorder",
+    "View",
 ]

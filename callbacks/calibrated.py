@@ -1,0 +1,360 @@
+"""Base of a reader's own probe: it measures what training did, and again what chance would have done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from callbacks.gradient_alignment import loss_scale
+from callbacks.measuring import measuring
+from callbacks.probe import Deferred, DeferringProbe, Estimate
+from callbacks.schedule import Schedule
+from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import surrogates
+from mini_gpt_pl.geometry.alignment import cosines
+from mini_gpt_pl.geometry.moments import decay_rate
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.logs import log_now
+
+Need = Literal["gradient", "update", "backbone"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class View:
+    """What a probe sees of one optimizer step. Directions and the trajectory know nothing of the step itself.
+
+    Args:
+        step: The step, counted from 1.
+        trajectory: Gram matrices of the snapshots before it.
+        selection: The recorded weights, their order and groups.
+        module: As it is after the step, in evaluation mode; for a forward pass of its own, `training_loss(module,
+            batch)` of `callbacks.measuring`.
+        batch: The step's last micro-batch.
+        decay: Share of the weights that weight decay takes in this step, lr x weight decay.
+        given: What the probe needs, by name.
+    """
+
+    step: int
+    trajectory: Trajectory
+    selection: ParameterSelection
+    module: LightningModule
+    batch: Any
+    decay: float
+    given: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def gradient(self) -> Vector:
+        """The gradient that the step was made of: accumulated, averaged over ranks, before clipping."""
+        return self._need("gradient", Vector)
+
+    @property
+    def update(self) -> Vector:
+        """What the step did to the weights, theta_after - theta_before."""
+        return self._need("update", Vector)
+
+    @property
+    def weights(self) -> Vector:
+        """The weights before the step."""
+        return self._need("weights", Vector)
+
+    def backbone_cosines(self, vector: Vector) -> Tensor:
+        """Cosines with the past's v_b: each group with its own, then the whole with the whole's, (G + 1,)."""
+        own, whole = self._need("backbone", tuple)
+        return torch.cat([cosines(vector, own)[:-1], cosines(vector, whole)[-1:]])
+
+    def by_chance(self, generator: torch.Generator) -> View:
+        """Return the same step as a decaying walk would have made it.
+
+        The gradient becomes an isotropic vector, the update a step of the decaying walk (both of the measured length
+        in every group), the trajectory the walk itself. Weights, backbone, module and batch stay.
+        """
+        drawn = dict(self.given)
+        if "gradient" in drawn:
+            drawn["gradient"] = surrogates.isotropic(self.gradient, generator)
+        if "update" in drawn:
+            drawn["update"] = surrogates.decaying_step(self.update, self.weights, self.decay, generator)
+        return replace(self, given=drawn, trajectory=self._walk)
+
+    @cached_property
+    def _walk(self) -> Trajectory:
+        return surrogates.decaying_walk(self.trajectory)
+
+    def _need(self, name: str, kind: type[_T]) -> _T:
+        if name not in self.given:
+            declared = "update" if name == "weights" else name
+            raise UserError(f"a probe asks for {name}, which it does not declare: add {declared!r} to its `needs`")
+        value: _T = self.given[name]
+        return value
+
+
+class CalibratedProbe(DeferringProbe):
+    """Base of a probe of your own: say what you need and what you make of it, and the null comes with it.
+
+    A subclass gives `measure`, and declares in `needs` which vectors are to be kept for it. The base does the rest: it
+    asks on a schedule that a budget may stretch, once per optimizer step however many micro-batches it has; measures
+    without a trace in training; leaves the numbers on the device until the trainer logs; keeps `memory` in
+    checkpoints; and measures again on `draws` stand-ins of the step that chance and weight decay would have made
+    (`View.by_chance`). Logged for each quantity, under `<family>/<group>/`: `<name>`, `<name>_null` (mean over the
+    draws), `<name>_null_sd` (their spread; left out where nothing was drawn) and `<name>_excess`.
+
+    Args:
+        schedule: When to measure.
+        draws: Stand-ins for the null; more make its mean and spread surer, at a measurement each.
+        seed: Of the stand-ins, which are a function of it, the step and the draw.
+
+    Attributes:
+        family: First part of metric names; the class name in snake case for an empty one.
+        needs: Any of `gradient`, `update` and `backbone`. Each of the first two is a copy of D values at every
+            measurement (the update two); with the last nothing is measured before there is a backbone.
+        memory: Vectors, tensors and numbers to compare the next measurement with. Set them in `remember`.
+
+    Raises:
+        UserError: There is no TrajectoryRecorder, a need is unknown or was not declared, or a measured value is neither
+            a number nor one per group.
+
+    Example:
+        >>> class UpdateAlignment(CalibratedProbe):
+        ...     needs = ("update", "backbone")
+        ...
+        ...     def measure(self, seen: View) -> dict[str, Tensor]:
+        ...         return {"cosine": seen.backbone_cosines(seen.update)}
+        >>> probe = UpdateAlignment(Schedule(every=50))
+    """
+
+    family: ClassVar[str] = ""
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def __init__(self, schedule: Schedule = Schedule(every=100), draws: int = 8, seed: int = 0) -> None:  # noqa: B008
+        super().__init__(schedule)
+        if unknown := set(self.needs) - {"gradient", "update", "backbone"}:
+            raise UserError(
+                f"{type(self).__name__} needs {', '.join(sorted(unknown))}; there is gradient, update, backbone"
+            )
+        if draws < 1:
+            raise UserError(
+                f"{type(self).__name__}: draws {draws} would leave its numbers without a null: give 1 or more"
+            )
+        self.draws = draws
+        self.seed = seed
+        self.memory: dict[str, Vector | Tensor | float] = {}
+        self._numbers = Deferred()
+        self._trainer: Trainer | None = None
+        self._recorder: TrajectoryRecorder | None = None
+        self._seen: Callable[[Any], View] | None = None
+        self._restored: dict[str, tuple[str, Any]] = {}
+
+    # ---------------------------------------------------------------------------------------- to be written
+
+    def measure(self, seen: View) -> Mapping[str, Tensor | float]:
+        """Turn one step into numbers.
+
+        It is called again on stand-ins of the step, so it must depend on its argument and on `memory` alone, and change
+        neither.
+
+        Args:
+            seen: The step.
+
+        Returns:
+            By name: a scalar, for the whole selection; G values, one per group; or G + 1, the last for the whole. An
+            empty mapping where there is nothing to say yet.
+        """
+        raise NotImplementedError
+
+    def null(self, seen: View) -> Mapping[str, Tensor | float] | None:
+        """Give the null in closed form, in the form of what `measure` returns, if you have one; None draws it."""
+        return None
+
+    def remember(self, seen: View) -> None:
+        """Put what the next measurement is compared with into `memory`; called after each measurement."""
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(family=self._family)
+
+    @override
+    def estimate(self, steps: int, dim: int) -> Estimate:
+        vectors = len({"gradient"} & set(self.needs)) + 2 * len({"update"} & set(self.needs))
+        return Estimate(type(self).__name__, bytes=4.0 * dim * (2 * vectors + 1), passes=0.0)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._trainer, self._recorder = trainer, find_recorder(trainer, type(self).__name__)
+            self._seen, self.memory, self._restored = None, {}, {}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restored, self._restored = self._restored, {}
+        for name, (kind, value) in restored.items():
+            kept = value.to(pl_module.device) if isinstance(value, Tensor) else value
+            self.memory[name] = Vector(kept, self._selection) if kind == "vector" else kept
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.due(trainer.global_step + 1):
+            with self.watch.running():
+                self._seen = self._look(trainer, pl_module, optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        complete, self._seen = self._seen, None
+        if complete is not None:
+            with self.watch.running(), measuring(trainer, pl_module), torch.no_grad():
+                self._measure(complete(batch))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()
+        kept = {name: value for name, value in self.memory.items() if not self._is_part(value)}
+        plain = {name: value.values if isinstance(value, Vector) else value for name, value in kept.items()}
+        kinds = {name: "vector" if isinstance(value, Vector) else "plain" for name, value in kept.items()}
+        return {"memory": {name: (kinds[name], _on_host(value)) for name, value in plain.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = {name: (kind, value) for name, (kind, value) in state_dict["memory"].items()}
+
+    # -------------------------------------------------------------------------------------------- measuring
+
+    def _look(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Callable[[Any], View] | None:
+        """Keep what the step is about to change; the result makes the view of it once the step is done."""
+        recorder, selection = self._need_recorder(), self._selection
+        before: dict[str, Any] = {}
+        if "backbone" in self.needs:
+            if (directions := recorder.backbone()) is None:
+                return None
+            before["backbone"] = directions
+        if "gradient" in self.needs:
+            gradient = selection.gradients(module)
+            scale = loss_scale(trainer)
+            before["gradient"] = gradient if scale == 1.0 else Vector(gradient.values / scale, selection)
+        if "update" in self.needs:
+            before["weights"] = selection.weights(module)
+        assert recorder.trajectory is not None
+        past = recorder.trajectory.until(trainer.global_step)
+        rate = decay_rate(optimizer, selection.parameters(module)[0])
+        step = trainer.global_step + 1
+
+        def complete(batch: Any) -> View:
+            given = dict(before)
+            if "update" in self.needs:
+                given["update"] = selection.weights(module) - given["weights"]
+            return View(step, past, selection, module, batch, rate, given)
+
+        return complete
+
+    def _measure(self, seen: View) -> None:
+        found = self._checked(self.measure(seen))
+        if found:
+            chance, spread = self._chance(seen, found)
+            for name, value in found.items():
+                self._numbers.add(seen.step, self._names(name, value), value)
+                self._numbers.add(seen.step, self._names(f"{name}_null", value), chance[name])
+                self._numbers.add(seen.step, self._names(f"{name}_excess", value), value - chance[name])
+                if name in spread:
+                    self._numbers.add(seen.step, self._names(f"{name}_null_sd", value), spread[name])
+        self.remember(seen)
+
+    def _chance(self, seen: View, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Mean and spread of the null by quantity."""
+        if (known := self.null(seen)) is not None:
+            return self._like(found, self._checked(known)), {}
+        if not {"gradient", "update"} & set(self.needs):  # the walk that is left has a Gram matrix in closed form
+            return self._like(found, self._checked(self.measure(seen.by_chance(self._generator(seen, 0))))), {}
+        views = (seen.by_chance(self._generator(seen, draw)) for draw in range(self.draws))
+        drawn = [self._like(found, self._checked(self.measure(view))) for view in views]
+        stacked = {name: torch.stack([values[name] for values in drawn]) for name in found}
+        spread = {name: values.std(0) for name, values in stacked.items()} if self.draws > 1 else {}
+        return {name: values.mean(0) for name, values in stacked.items()}, spread
+
+    def _generator(self, seen: View, draw: int) -> torch.Generator:
+        shards = seen.selection.shards
+        rank = 0 if shards is None else shards.index
+        key = np.random.SeedSequence((self.seed, seen.step, draw, rank)).generate_state(1, np.uint64)[0]
+        return torch.Generator(seen.module.device).manual_seed(int(key >> np.uint64(1)))
+
+    def _checked(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        groups = len(self._selection.groups)
+        checked = {}
+        for name, value in values.items():
+            tensor = torch.as_tensor(value, dtype=torch.float64, device=self._device).detach()
+            if tensor.shape not in {(), (groups,), (groups + 1,)}:
+                raise UserError(
+                    f"{type(self).__name__} measured {name!r} in the shape {tuple(tensor.shape)}: give a number, "
+                    f"{groups} values (one per group) or {groups + 1} (the last for the whole selection)"
+                )
+            checked[name] = tensor
+        return checked
+
+    def _like(self, found: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, value in found.items():
+            if name not in null or null[name].shape != value.shape:
+                raise UserError(
+                    f"{type(self).__name__}: the null of {name!r} is missing or of another shape: "
+                    "let `measure` return the same names on every view, and `null` the same as `measure`"
+                )
+        return {name: null[name] for name in found}
+
+    # ---------------------------------------------------------------------------------------------- logging
+
+    def _names(self, quantity: str, value: Tensor) -> list[str]:
+        whole = self._need_recorder().name
+        labels = [whole] if value.ndim == 0 else [*self._selection.groups, whole][: len(value)]
+        return [f"{self._family}/{label}/{quantity}" for label in labels]
+
+    @override
+    def _flush(self) -> None:
+        if self._trainer is None:
+            return
+        for step, numbers in self._numbers.take():
+            log_now(self._trainer, {name: value for name, value in numbers.items() if value == value}, step)
+
+    @property
+    def _family(self) -> str:
+        return self.family or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @property
+    def _selection(self) -> ParameterSelection:
+        return self._need_recorder().selection
+
+    @property
+    def _device(self) -> torch.device:
+        assert self._trainer is not None
+        return self._trainer.strategy.root_device
+
+    def _need_recorder(self) -> TrajectoryRecorder:
+        if self._recorder is None:
+            raise RuntimeError("the probe is used before Trainer.fit has set it up")
+        return self._recorder
+
+    def _is_part(self, value: Vector | Tensor | float) -> bool:
+        """Whether this rank holds only a share of a vector, which a checkpoint written by rank zero would lose."""
+        part = isinstance(value, Vector) and value.selection.shards is not None
+        if part:
+            rank_zero_info(f"{type(self).__name__}: vectors of a sharded run are not kept in checkpoints")
+        return part
+
+
+def _on_host(value: Tensor | float) -> Tensor | float:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
