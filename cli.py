@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,6 +27,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from callbacks.divergence import StopOnDivergence
+from callbacks.progress import LiveNumbers
 from callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.errors import UserError
@@ -151,7 +152,10 @@ class ProbedCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # What W&B is told of this one segment (its id, its group) is no part of the configuration that is kept.
-        self.config[self.subcommand].trainer.logger = self._logger_as_given
+        config = self.config[self.subcommand].trainer
+        config.logger = self._logger_as_given
+        if self.subcommand in _TRAINING and config.enable_progress_bar is not False:
+            self._show_live_numbers()
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -160,6 +164,11 @@ class ProbedCLI(LightningCLI):
             _make_folder(Run(Path(trainer.default_root_dir)), clear=self._replaces)
             self._complete(trainer)
         return trainer
+
+    def _show_live_numbers(self) -> None:
+        given = self.config_init[self.subcommand].trainer.callbacks or []
+        if not any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given])):
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [LiveNumbers()]}
 
     def _complete(self, trainer: Trainer) -> None:
         """Give every training run what it must have, whatever its configuration lists."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,10 @@ class SwitchingProbe(Probe):
     def _read(self, trainer: Trainer) -> float:
         found = trainer.callback_metrics
         if self.metric not in found:
+            near = get_close_matches(self.metric, found, n=3) or sorted(found)[:3]  # with all probes there are hundreds
             raise UserError(
                 f"SwitchingProbe watches {self.metric!r}, which validation does not log: "
-                f"set its metric to one of {', '.join(sorted(found)) or '(none is logged)'}"
+                f"set its metric to one that it does, such as {', '.join(near) or '(none is logged)'}"
             )
         return float(found[self.metric])
 

@@ -41,7 +41,7 @@ class TrajectoryRecorder(Probe):
     pc1_corrected with the decay of theta_0 taken out, ...), those of `CALIBRATED` also as `<name>_null`, what a
     decaying walk with the same step lengths gives, and `<name>_excess`; coordinate a, residual ||r||, fraction
     a^2/||x||^2; and `alignment/<group>/update`, the cosine of the latest increment with the backbone of the snapshots
-    before it.
+    before it, with `_null` and `_excess` too.
 
     Args:
         pattern: Which weights, searched in their names; a group `(?P<group>...)` in it cuts them into blocks.
@@ -248,29 +248,33 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
         gram = trajectory.gram(group)
         if float(pca.norms(gram, pca.drifts(len(gram))).max()) == 0:
             continue  # frozen so far: nothing has a direction yet
-        found = backbone_metrics(gram, trajectory.survival)
+        null = nulls.decaying_walk(gram, trajectory.survival)
+        found = backbone_metrics(gram, null, trajectory.survival)
         metrics |= {f"backbone/{label}/{key}": value for key, value in found.items() if value == value}
         update = pca.latest_update_alignment(gram)
         if update == update:  # the first increment has no past to be aligned with
-            metrics[f"alignment/{label}/update"] = update
+            beside = _beside("update", update, pca.latest_update_alignment(null))
+            metrics |= {f"alignment/{label}/{key}": value for key, value in beside.items()}
     return metrics
 
 
-def backbone_metrics(gram: pca.Gram, survival: Sequence[float]) -> dict[str, float]:
-    """Statistics of the drift with the null of a decaying walk, and the decomposition at the last snapshot."""
+def backbone_metrics(gram: pca.Gram, null: pca.Gram, survival: Sequence[float]) -> dict[str, float]:
+    """Statistics of the drift beside those of a null, and the decomposition at the last snapshot."""
     rows = pca.drifts(len(gram))[1:]
     split = pca.decompose(gram, rows[-1:], pca.pca(gram, rows).backbone)
-    found = nulls.statistics(gram, survival)
-    null = nulls.statistics(nulls.decaying_walk(gram, survival), survival)
+    found, chance = nulls.statistics(gram, survival), nulls.statistics(null, survival)
     for key in CALIBRATED:
-        found[f"{key}_null"] = null[key]
-        found[f"{key}_excess"] = found[key] - null[key]
+        found |= _beside(key, found[key], chance[key])
     decomposition = {
         "coordinate": float(split.coordinate),
         "residual": float(split.residual_norm),
         "fraction": float(split.fraction),
     }
     return found | decomposition
+
+
+def _beside(name: str, value: float, null: float) -> dict[str, float]:
+    return {name: value, f"{name}_null": null, f"{name}_excess": value - null}
 
 
 def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vector, Vector]:

@@ -35,9 +35,12 @@ def to_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
 def log_now(trainer: Trainer, metrics: Mapping[str, Tensor | float], step: int) -> dict[str, float]:
     """Hand metrics to every logger at the step that they belong to, and return them as floats.
 
-    `self.log` would average them over, and stamp them with, the next multiple of `log_every_n_steps`.
+    `self.log` would average them over, and stamp them with, the next multiple of `log_every_n_steps`. As after
+    `self.log`, their last values are in `trainer.callback_metrics`, where other callbacks (a progress bar, a
+    `ModelCheckpoint(monitor="backbone/trunk/pc1_excess")`) find them.
     """
     numbers = to_host(metrics)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)
     return numbers

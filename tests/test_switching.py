@@ -672,8 +672,8 @@ def test_sanity_checks_and_validate_are_no_evaluations(tmp_path: Path) -> None:
 
 
 def test_an_unknown_metric_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"watches 'nonesuch'.*one of score$") as caught:
-        fit(tmp_path, SwitchingProbe("nonesuch"), max_steps=2)
+    with pytest.raises(UserError, match=r"watches 'scores'.*such as score\b") as caught:
+        fit(tmp_path, SwitchingProbe("scores"), max_steps=2)
     assert "\n" not in str(caught.value)
 
 

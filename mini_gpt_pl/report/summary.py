@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
 from mini_gpt_pl.runs import Run
 
@@ -81,8 +85,39 @@ def geometry_lines(run: Run, bootstrap: int = 0) -> list[Line]:
     return [*rows, Line("initial weights that weight decay left", left)]
 
 
+def verdicts(run: Run, bootstrap: int = 100) -> list[str]:
+    """Say in words what the table shows: what each number is, and whether it says more than its null.
+
+    Raises:
+        UserError: The run has no trajectory, or one without movement.
+    """
+    found = calibrate_run(run, bootstrap=bootstrap)
+    update, theta0 = found["update_alignment_past"], found["cos_theta0"]
+    gone = 1.0 - run.trajectory.survival[-1]
+    return [
+        f"PC1 is the share of the squared drift along one direction, the backbone v_b. {_verdict(found['pc1'])}",
+        "With unit rows every snapshot counts the same, so the last ones, which lie farthest out, do not decide. "
+        f"{_verdict(found['pc1_unit'])}",
+        f"Weight decay alone has taken {gone:.0%} of the initial weights away, a path along -theta_0: cos(v_b, "
+        f"theta_0) is {theta0.value:+.2f} where the decaying walk has {theta0.decay:+.2f}.",
+        f"Each update against the backbone of its own past: {update.value:+.3f}, decaying walk {update.decay:+.3f}. "
+        "Zero means that the past does not tell where the next step goes.",
+    ]
+
+
+def _verdict(pc1: Calibrated) -> str:
+    beside = f"{pc1.value:.1%}, where the decaying walk has {pc1.decay:.1%}"
+    if pc1.low != pc1.low:
+        return f"{beside}."
+    if pc1.low > 0:
+        return f"{beside}: more than chance and weight decay explain."
+    if pc1.high < 0:
+        return f"{beside}: less than chance and weight decay would give."
+    return f"{beside}: the interval of the excess contains zero, so chance and weight decay may be all of it."
+
+
 def print_summary(run: Run, console: Console | None = None) -> None:
-    """Print the closing table."""
+    """Print the closing table, and what it says in words."""
     table = Table(title=f"{run.path}", title_justify="left")
     table.add_column("quantity")
     for column in ("measured", "walk*", "decaying walk*", "excess", "95 %"):
@@ -96,6 +131,9 @@ def print_summary(run: Run, console: Console | None = None) -> None:
         "  the excess is over the latter, its interval a block bootstrap over snapshots",
         style="dim",
     )
+    with suppress(UserError):  # a run without a path has a table of losses alone
+        for text in verdicts(run):
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
 
 
 def table_console() -> Console:
