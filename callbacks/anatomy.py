@@ -19,9 +19,11 @@ from callbacks.probe import Deferred, DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import moments, nulls
-from mini_gpt_pl.geometry.alignment import noise_floor
-from mini_gpt_pl.geometry.moments import BeforeStep, DisplacementSplit, Ladder, OtherSecondMoments, Products
+from mini_gpt_pl.geometry import nulls, predictions
+from mini_gpt_pl.geometry.alignment import Products, noise_floor
+from mini_gpt_pl.geometry.counterfactual import OtherSecondMoments
+from mini_gpt_pl.geometry.displacement import DisplacementSplit
+from mini_gpt_pl.geometry.moments import BeforeStep, Ladder, Settings
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now
 
@@ -266,20 +268,20 @@ class OptimizerAnatomy(DeferringProbe):
             return {}
         assert ladder.settings is not None
         beta1, beta2 = ladder.settings.beta1, ladder.settings.beta2
-        null = moments.white_noise(beta1, beta2, step)
+        null = predictions.white_noise(beta1, beta2, step)
         constants = {
-            "memory_beta1": moments.memory(beta1),
-            "memory_beta2": moments.memory(beta2),
+            "memory_beta1": predictions.memory(beta1),
+            "memory_beta2": predictions.memory(beta2),
             "coherence_median_null": null.coherence_median,
         }
         if null.has_means:
             constants |= {"coherence_null": null.coherence, "update_size_null": null.size}
         self._known.setdefault(step, {}).update({self._key(name): value for name, value in constants.items()})
         u, m, root = (v.values[self._subset] for v in (ladder.normalised, ladder.momentum, ladder.denominator))
-        found = moments.memory_metrics(u, null) | {"preconditioner_spread": moments.spread(root)}
+        found = predictions.memory_metrics(u, null) | {"preconditioner_spread": predictions.spread(root)}
         if self._earlier is not None:
             past, values = self._earlier
-            found |= moments.averaging_metrics(m, values, root.square(), beta1, step - past)
+            found |= predictions.averaging_metrics(m, values, root.square(), beta1, step - past)
         self._earlier = (step, m)
         return found
 
@@ -293,7 +295,7 @@ class OptimizerAnatomy(DeferringProbe):
         grams = {"": gram, "_walk": nulls.walk(gram), "_decaying_walk": nulls.decaying_walk(gram, trajectory.survival)}
         known = self._known.setdefault(step, {})
         for suffix, matrix in grams.items():
-            if (growth := moments.backbone_growth(matrix)) is not None:
+            if (growth := predictions.backbone_growth(matrix)) is not None:
                 known[self._key(f"fraction{suffix}")] = growth.measured
                 known[self._key(f"fraction_predicted{suffix}")] = growth.predicted
 
@@ -386,4 +388,4 @@ def _has_scaler(trainer: Trainer) -> bool:
 
 
 def _has_l2(optimizer: Optimizer) -> bool:
-    return any(moments.Settings.of(optimizer, group).l2 != 0.0 for group in optimizer.param_groups)
+    return any(Settings.of(optimizer, group).l2 != 0.0 for group in optimizer.param_groups)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.measuring import NamesItsLosses, measuring
-from callbacks.probe import DeferringProbe, Estimate
+from callbacks.probe import Deferred, DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.alignment import cosines, noise_floor
@@ -45,7 +46,7 @@ class GradientAlignment(DeferringProbe):
         super().__init__(schedule)
         self.split_schedule = split_schedule
         self._recorder: TrajectoryRecorder | None = None
-        self._pending: list[tuple[int, dict[str, Float[Tensor, " G1"]]]] = []
+        self._deferred = Deferred[_Number]()
         self._bias_sum: dict[str, float] = {}
         self._split_step = -1
         self._trainer: Trainer | None = None
@@ -61,7 +62,7 @@ class GradientAlignment(DeferringProbe):
         if stage == "fit":
             self._recorder = find_recorder(trainer, type(self).__name__)
             self._trainer = trainer
-            self._pending, self._bias_sum, self._split_step = [], {}, -1
+            self._deferred, self._bias_sum, self._split_step = Deferred(), {}, -1
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -74,7 +75,7 @@ class GradientAlignment(DeferringProbe):
         with self.watch.running():
             if (directions := self._directions()) is not None:
                 gradients = self._part_gradients(trainer, pl_module, batch)
-                self._pending.append((step, self._compare_parts(gradients, *directions)))
+                self._defer(step, self._compare_parts(gradients, *directions))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -86,7 +87,7 @@ class GradientAlignment(DeferringProbe):
                 grad = self.recorder.selection.gradients(pl_module)
                 own, whole = directions
                 bias = torch.cat([grad.dots(own), grad.dots(whole).sum()[None]]) / loss_scale(trainer)
-                self._pending.append((step, {"gradient": _against(grad, own, whole), "bias": bias}))
+                self._defer(step, {"gradient": _against(grad, own, whole), "bias": bias})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -130,34 +131,40 @@ class GradientAlignment(DeferringProbe):
 
     # ----------------------------------------------------------------------------------------------- logging
 
+    def _defer(self, step: int, found: Mapping[str, Float[Tensor, " G1"]]) -> None:
+        selection = self.recorder.selection
+        parts = list(zip((*selection.groups, self.recorder.name), (*selection.dims, selection.dim), strict=True))
+        names = [_Number(quantity, label, dim) for quantity in found for label, dim in parts]
+        self._deferred.add(step, names, torch.cat(list(found.values())))
+
+    @override
     def _flush(self) -> None:
-        """Move everything measured since the last time to the host at once, and log it step by step."""
-        if not self._pending or self._trainer is None:
+        if self._trainer is None:
             return
-        pending, self._pending = self._pending, []
-        stacked = torch.stack([value for _, found in pending for value in found.values()]).tolist()
-        rows = iter(stacked)
-        for step, found in pending:
+        for step, found in self._deferred.take():
             metrics: dict[str, float] = {}
-            for name in found:
-                metrics |= self._name(name, next(rows))
+            for number, value in found.items():
+                if value != 0.0:  # a vanished gradient (a batch without the probe) has no direction
+                    metrics |= self._named(number, value)
             log_now(self._trainer, metrics, step)
 
-    def _name(self, quantity: str, values: list[float]) -> dict[str, float]:
-        selection = self.recorder.selection
-        labels = (*selection.groups, self.recorder.name)
-        metrics = {}
-        for label, dim, value in zip(labels, (*selection.dims, selection.dim), values, strict=True):
-            if value == 0.0:
-                continue  # a vanished gradient (a batch without the probe) has no direction
-            key = f"alignment/{label}/{quantity}"
-            metrics[key] = value
-            if quantity == "bias":
-                self._bias_sum[label] = self._bias_sum.get(label, 0.0) + value
-                metrics[f"{key}_sum"] = self._bias_sum[label]
-            elif "_vs_" not in quantity:
-                metrics[f"{key}_z"] = abs(value) / noise_floor(dim)
-        return metrics
+    def _named(self, number: _Number, value: float) -> dict[str, float]:
+        """Name one number, and what follows from it."""
+        key = f"alignment/{number.label}/{number.quantity}"
+        if number.quantity == "bias":
+            self._bias_sum[number.label] = self._bias_sum.get(number.label, 0.0) + value
+            return {key: value, f"{key}_sum": self._bias_sum[number.label]}
+        if "_vs_" in number.quantity:
+            return {key: value}
+        return {key: value, f"{key}_z": abs(value) / noise_floor(number.dim)}
+
+
+class _Number(NamedTuple):
+    """What was measured, of which weights, and how many they are."""
+
+    quantity: str
+    label: str
+    dim: int
 
 
 def part_gradients(module: LightningModule, batch: Any, selection: ParameterSelection) -> dict[str, Vector]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import TypeVar, override
 
 from callbacks.schedule import Schedule
 from mini_gpt_pl.logs import logging_due
@@ -33,21 +33,24 @@ class Estimate:
     passes: float
 
 
-class Deferred:
-    """Device numbers by step, kept where they are until one transfer moves them all."""
+Name = TypeVar("Name", bound=Hashable, default=str)
+
+
+class Deferred(Generic[Name]):
+    """Device numbers by step and name, kept where they are until one transfer moves them all."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, Sequence[str], Float[Tensor, " k"]]] = []
+        self._pending: list[tuple[int, Sequence[Name], Float[Tensor, " k"]]] = []
 
     def __bool__(self) -> bool:
         return bool(self._pending)
 
-    def add(self, step: int, names: Sequence[str], values: Float[Tensor, " k"]) -> None:
+    def add(self, step: int, names: Sequence[Name], values: Float[Tensor, " k"]) -> None:
         """Remember one number per name."""
         assert len(names) == values.numel(), "one number per name"
         self._pending.append((step, names, values.detach().double().reshape(-1)))
 
-    def take(self) -> list[tuple[int, dict[str, float]]]:
+    def take(self) -> list[tuple[int, dict[Name, float]]]:
         """Move everything to the host at once and forget it."""
         pending, self._pending = self._pending, []
         if not pending:

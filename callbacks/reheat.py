@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
@@ -16,6 +16,21 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import Vector
 from mini_gpt_pl.logs import log_now
 from mini_gpt_pl.runs import REHEAT
+
+
+class _Places(NamedTuple):
+    """Weights in the parent's basis, from theta_0 and from the reheated checkpoint."""
+
+    here: Placement
+    moved: Placement
+
+    def named(self) -> dict[str, float]:
+        return {
+            "coordinate": self.here.coordinate,
+            "residual": self.here.residual_norm,
+            "along": self.moved.coordinate,
+            "across": self.moved.residual_norm,
+        }
 
 
 class ReheatProbe(Callback):
@@ -71,26 +86,24 @@ class ReheatProbe(Callback):
         resumed = trainer.global_step > 0
         if self.basis is not None and self._start is not None:
             self.basis, self._start = self.basis.to(pl_module.device), self._start.to(pl_module.device)
-            self._first = self.basis.place_weights(self._start)
+            self._first = self.basis.place(self._start)
         if resumed:
             return
         if self._moments is not None:
             _take_moments(trainer.optimizers[0], self._moments)
         self._accuracy = {0: self.p0}
-        log_now(trainer, {self.metric: self.p0, **self._positions(pl_module)}, 0)
-        self._record(trainer, pl_module)
+        self._report(trainer, pl_module, {self.metric: self.p0})
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.training and not trainer.validating:
             return
         self._accuracy[trainer.global_step] = float(trainer.callback_metrics[self.metric])
-        log_now(trainer, self._positions(pl_module), trainer.global_step)
-        self._record(trainer, pl_module)
+        self._report(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer, pl_module)
+        self._record(trainer, self._places(pl_module))
         log_now(trainer, {f"reheat/{name}": value for name, value in self.summary.items()}, trainer.global_step)
 
     @override
@@ -101,8 +114,15 @@ class ReheatProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.p0, self._accuracy = state_dict["p0"], dict(state_dict["accuracy"])
 
-    def _record(self, trainer: Trainer, module: LightningModule) -> None:
-        self.summary = {**self._gains(), **self._moved(module)}
+    def _report(self, trainer: Trainer, module: LightningModule, known: Mapping[str, float] | None = None) -> None:
+        """Log where the weights are, beside what is known already, and bring the file up to date."""
+        places = self._places(module)
+        shown = {} if places is None else {f"reheat/{name}": value for name, value in places.named().items()}
+        log_now(trainer, {**(known or {}), **shown}, trainer.global_step)
+        self._record(trainer, places)
+
+    def _record(self, trainer: Trainer, places: _Places | None) -> None:
+        self.summary = {**self._gains(), **self._moved(places)}
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / REHEAT
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,30 +139,23 @@ class ReheatProbe(Callback):
             found["steps_to_threshold"] = float(reached[0])
         return {**found, "final": self._accuracy[max(self._accuracy)]}
 
-    def _moved(self, module: LightningModule) -> dict[str, float]:
-        if self.basis is None or self._start is None or self._first is None:
+    def _places(self, module: LightningModule) -> _Places | None:
+        """Read the weights once, and place them in the basis; None without one."""
+        if self.basis is None or self._start is None:
+            return None
+        weights = self._start.selection.weights(module)
+        return _Places(self.basis.place(weights), self.basis.place(weights, self._start))
+
+    def _moved(self, places: _Places | None) -> dict[str, float]:
+        if places is None or self._first is None:
             return {}
-        last = self.basis.place(module)
-        along, across = self.basis.split(self._start, module)
         return {
             "coordinate_before": self._first.coordinate,
-            "coordinate_after": last.coordinate,
+            "coordinate_after": places.here.coordinate,
             "residual_before": self._first.residual_norm,
-            "residual_after": last.residual_norm,
-            "along": along,
-            "across": across,
-        }
-
-    def _positions(self, module: LightningModule) -> dict[str, Any]:
-        if self.basis is None or self._start is None:
-            return {}
-        place = self.basis.place(module)
-        along, across = self.basis.split(self._start, module)
-        return {
-            "reheat/coordinate": place.coordinate,
-            "reheat/residual": place.residual_norm,
-            "reheat/along": along,
-            "reheat/across": across,
+            "residual_after": places.here.residual_norm,
+            "along": places.moved.coordinate,
+            "across": places.moved.residual_norm,
         }
 
 

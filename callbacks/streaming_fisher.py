@@ -15,6 +15,7 @@ from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry import fisher
+from mini_gpt_pl.geometry.alignment import with_total
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now
 
@@ -169,7 +170,7 @@ class StreamingFisher(DeferringProbe):
         axis = self._direction()
         assert axis is not None
         norms = vector.dots(vector)
-        return torch.stack([torch.cat([norms, norms.sum()[None]]), axis.project(vector).square()]) * factor**2
+        return torch.stack([with_total(norms), axis.project(vector).square()]) * factor**2
 
     # ---------------------------------------------------------------------------------------------- logging
 

@@ -6,21 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mini_gpt_pl.geometry import pca
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
+from mini_gpt_pl.geometry.snapshots import SnapshotFolder, combine
+from mini_gpt_pl.geometry.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights lie in a run's basis, in parameter units.
+    """Where weights lie, seen from a point of a run's basis, in parameter units.
 
     Args:
-        coordinate: a = <theta - theta_0, v_b>.
-        residual_norm: ||theta - theta_0 - a v_b||.
+        coordinate: a = <theta - origin, v_b>, signed; the origin is theta_0 unless another is named.
+        residual_norm: ||theta - origin - a v_b||.
     """
 
     coordinate: float
@@ -51,13 +50,12 @@ class FrozenBasis:
         """
         selection.require(trajectory.fingerprint)
         part = trajectory.until(step)
-        rows = IncrementRows(selection)
+        n = len(part)
+        wanted = {"theta0": pca.theta0(n), "backbone": pca.pca(part.gram(), pca.drifts(n)[1:]).backbone}
+        coefficients = {name: direction.expand(len(part.groups), n) for name, direction in wanted.items()}
         files = SnapshotFolder(folder, selection)
-        for snapshot in part.steps:
-            rows.push(files.read(snapshot))
-        direction = pca.pca(part.gram(), pca.drifts(len(part))[1:]).backbone
-        backbone = rows.combine(direction.expand(len(part.groups), len(part)))
-        return cls(Vector(rows.rows[0], selection), backbone, part.steps[-1])
+        vectors = combine(part.steps, files.read, coefficients, selection, torch.device("cpu"))
+        return cls(vectors["theta0"], vectors["backbone"], part.steps[-1])
 
     def to(self, device: torch.device) -> FrozenBasis:
         """Move both vectors."""
@@ -65,20 +63,17 @@ class FrozenBasis:
         theta0, backbone = (Vector(v.values.to(device), selection) for v in (self.theta0, self.backbone))
         return FrozenBasis(theta0, backbone, self.step)
 
-    def place(self, module: nn.Module) -> Placement:
-        """Place a module's weights."""
-        return self.place_weights(self.theta0.selection.weights(module))
+    def place(self, weights: Vector, origin: Vector | None = None) -> Placement:
+        """Split the displacement of selected weights into its part along the backbone and across it.
 
-    def place_weights(self, weights: Vector) -> Placement:
-        """Place selected weights."""
-        drift = weights - self.theta0
-        coordinate = float(drift.dots(self.backbone).sum())
-        residual = Vector(drift.values - coordinate * self.backbone.values, drift.selection)
-        return Placement(coordinate, float(residual.dots(residual).sum().clamp_min(0).sqrt()))
+        Args:
+            weights: The weights.
+            origin: Where the displacement begins; theta_0 for None.
 
-    def split(self, start: Vector, module: nn.Module) -> tuple[float, float]:
-        """Split the displacement from some start into its part along the backbone (signed) and across it."""
-        moved = start.selection.weights(module) - start
+        Raises:
+            FingerprintError: They are of another selection.
+        """
+        moved = weights - (self.theta0 if origin is None else origin)
         along = float(moved.dots(self.backbone).sum())
         across = Vector(moved.values - along * self.backbone.values, moved.selection)
-        return along, float(across.dots(across).sum().clamp_min(0).sqrt())
+        return Placement(along, float(across.dots(across).sum().clamp_min(0).sqrt()))

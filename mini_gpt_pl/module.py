@@ -110,12 +110,15 @@ class ProbedGPT(LightningModule):
         ranks = self._ranks()
         return {"lm": terms.lm * ranks, "probe": terms.probe * ranks}
 
-    def batch_loss(self, batch: Batch) -> Tensor:
-        """Training loss of one batch taken alone, on this rank alone: L_LM + lambda(t) L_probe with its own means."""
+    def batch_terms(self, batch: Batch) -> tuple[LossTerms, TargetCounts]:
+        """L_LM and L_probe of one batch taken alone, on this rank alone, and what each is a mean over."""
         scores = self.gpt(batch.tokens, batch.targets)
         counts = count_targets(batch.targets, batch.probe_mask)
-        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
-        return combine(terms, counts, self.lambda_now())
+        return loss_terms(scores.nll, batch.targets, batch.probe_mask, counts), counts
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Training loss of one batch taken alone, on this rank alone: L_LM + lambda(t) L_probe with its own means."""
+        return combine(*self.batch_terms(batch), self.lambda_now())
 
     def sample_loss(self, batch: Batch, index: int) -> Tensor:
         """Share of one sequence in `batch_loss`, times the number of sequences: their mean is `batch_loss`.

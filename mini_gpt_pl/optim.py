@@ -40,6 +40,14 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
+    """Let the closure that `Optimizer.step` may be given compute the gradients; its loss, or None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class MuonAdamW(Optimizer):
     """Muon on the matrices of hidden layers, AdamW on everything else, as one optimizer.
 
@@ -101,10 +109,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of both; ``closure``, if given, computes the gradients first and gives the returned loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluate(closure)
         for part in self._parts:
             part.step()
         return loss
@@ -154,10 +159,7 @@ class SGDW(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure``, if given, computes the gradients first and gives the returned loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluate(closure)
         for group in self.param_groups:
             for theta in group["params"]:
                 if theta.grad is not None:

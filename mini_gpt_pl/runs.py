@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,8 @@ REPLAY = "replay"
 REPORT = "report"
 WEIGHTS_ONLY = "weights-"
 """How the names of checkpoints begin that cannot be resumed, as they hold no optimizer."""
+# Folders that hold copies of configurations without being runs.
+_NO_RUNS = ("wandb",)
 # Everything a run writes into its folder; overwriting a run removes these and nothing else.
 PRODUCTS = (
     CONFIG,
@@ -232,8 +234,40 @@ class Run:
     @property
     def trunk(self) -> str:
         """What the recorder calls the whole of its weights."""
+        found = self.callback_settings("TrajectoryRecorder")
+        return str(found[0].get("name", "trunk")) if found else "trunk"
+
+    def callback_settings(self, name: str) -> list[dict[str, Any]]:
+        """Return the configured arguments of each of the run's callbacks of a class; most have one, or none.
+
+        Args:
+            name: Of the class, without its module.
+        """
         callbacks = (self.config.get("trainer") or {}).get("callbacks") or []
-        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-            if callback["class_path"].endswith("TrajectoryRecorder"):
-                return str(callback["init_args"].get("name", "trunk"))
-        return "trunk"
+        return [
+            dict(callback.get("init_args") or {})
+            for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
+            if str(callback.get("class_path", "")).endswith(name)
+        ]
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Return the folder if it is a run's, else the run folders in it at any depth; runs inside a run are its own.
+
+    Raises:
+        UserError: The folder does not exist, or holds no run.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}: give folders that hold a {CONFIG}")
+    if found := list(_run_folders(folder)):
+        return found
+    raise UserError(f"{folder} is no run folder and holds none: nothing in it has a {CONFIG}")
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    if (folder / CONFIG).is_file():
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in _NO_RUNS and not path.name.startswith("."):
+            yield from _run_folders(path)

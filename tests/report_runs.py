@@ -14,6 +14,7 @@ from conftest import bent_path
 
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
+from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs import Run
 
 # Two blocks of unequal size: D = 6 + 9.
@@ -98,6 +99,20 @@ def write_replay(run: Run, step: int, record: Mapping[str, Any]) -> None:
     """Put what a replay found at a step into a run folder."""
     (run.path / "replay").mkdir(exist_ok=True)
     (run.path / "replay" / f"{step:06d}.json").write_text(json.dumps({"step": step, **record}))
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def written(table: Table, *keys: str) -> Any:
+    """The cells as written."""
+    return table.frame.set_index(list(keys))
+
+
+def numbers(table: Table, *keys: str) -> Any:
+    """The unformatted cells, a frame that mypy need not follow."""
+    assert table.numbers is not None
+    return table.numbers.set_index(list(keys))
 
 
 # --------------------------------------------------------------------------------------------------- numpy twins

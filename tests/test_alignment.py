@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import SMALL, flat_selection, normal, one_line_error
 
-from mini_gpt_pl.geometry.alignment import cosines, noise_floor
-from mini_gpt_pl.geometry.selection import FingerprintError, Vector
+from mini_gpt_pl.geometry.alignment import Products, cosines, noise_floor
+from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection, Vector
 
 
 def test_noise_floor_is_the_mean_of_sampled_cosines() -> None:
@@ -48,3 +48,20 @@ def test_other_coordinates_are_refused() -> None:
     values = normal(SMALL.dim).float()
     with one_line_error("different parameter selections", FingerprintError):
         cosines(Vector(values, SMALL), Vector(values, flat_selection(SMALL.dim)))
+
+
+def test_products_are_those_of_each_group_and_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mini_gpt_pl.geometry.alignment._CHUNK", 4)
+    a, b = normal(SMALL.dim, seed=1), normal(SMALL.dim, seed=2)
+    products = Products({"a": Vector(a, SMALL), "b": Vector(b, SMALL), "zero": Vector(0 * a, SMALL)})
+    cut = [slice(0, 6), slice(6, 15), slice(0, 15)]
+    assert products.dot("a", "b").tolist() == pytest.approx([float(a[c] @ b[c]) for c in cut])
+    expected = [float(a[c] @ b[c] / (a[c].norm() * b[c].norm())) for c in cut]
+    assert products.cosine("a", "b").tolist() == pytest.approx(expected)
+    assert products.cosine("a", "zero").tolist() == [0, 0, 0]
+
+
+def test_products_across_selections_are_refused() -> None:
+    other = ParameterSelection(("w",), ((15,),), ("all",))
+    with pytest.raises(FingerprintError):
+        Products({"a": Vector(normal(15), SMALL), "b": Vector(normal(15), other)})

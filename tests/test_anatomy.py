@@ -40,7 +40,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from callbacks import Schedule
 from callbacks.anatomy import OptimizerAnatomy, coordinate_subset
 from mini_gpt_pl.geometry.alignment import noise_floor
-from mini_gpt_pl.geometry.moments import averaging
+from mini_gpt_pl.geometry.predictions import averaging
 from mini_gpt_pl.optim import SGDW
 
 LABELS = (*GROUPS, "trunk")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,19 @@ import scipy.stats  # type: ignore[import-untyped]
 from conftest import one_line_error
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import ADAMW, DECAY, components, config, learning_curve, path_of, ratios, walk_path, write_run
+from report_runs import (
+    ADAMW,
+    DECAY,
+    components,
+    config,
+    learning_curve,
+    numbers,
+    path_of,
+    ratios,
+    walk_path,
+    write_run,
+    written,
+)
 
 from mini_gpt_pl.report.beside import setting_of
 from mini_gpt_pl.report.comparison import comparison_tables, grouped, require_comparable
@@ -31,17 +42,6 @@ CURVE = learning_curve({1000: (3.0, 0.2), 2000: (2.0, 0.6), 4000: (1.5, 0.4)})
 
 def tables_of(*runs: Run) -> dict[str, Table]:
     return {table.name: table for table in comparison_tables(runs, bootstrap=5)}
-
-
-def written(table: Table, *keys: str) -> Any:
-    """The cells as written."""
-    return table.frame.set_index(list(keys))
-
-
-def numbers(table: Table, *keys: str) -> Any:
-    """The unformatted cells, a frame that mypy need not follow."""
-    assert table.numbers is not None
-    return table.numbers.set_index(list(keys))
 
 
 def adamw(folder: Path, beta2: float = 0.95, seed: int = 42, path: int = 0, curve: str = CURVE) -> Run:

@@ -26,12 +26,12 @@ import cli
 from mini_gpt_pl.data.datamodule import Batch
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import Vector
+from mini_gpt_pl.geometry.snapshots import combine
 from mini_gpt_pl.geometry.switching import Event
 from mini_gpt_pl.gpt import GPT, GPTSize
 from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.replay import batches as fixed
 from mini_gpt_pl.replay import main, records, steps
-from mini_gpt_pl.replay.directions import combine
 from mini_gpt_pl.replay.lens import lens_accuracy
 from mini_gpt_pl.replay.measure import Replay, Settings
 from mini_gpt_pl.runs import Run
@@ -384,7 +384,7 @@ class Rows:
 def test_directions_are_built_in_one_pass_that_holds_one_row() -> None:
     rows = Rows(basis_of(bent_path(9, SMALL.dim)).float())
     coefficients = {"a": normal(2, 9, seed=4), "b": normal(2, 9, seed=5)}
-    found = combine(range(9), rows, coefficients, SMALL, torch.device("cpu"))
+    found = combine(range(9), rows.read, coefficients, SMALL, torch.device("cpu"))
     assert len(rows.given) == 9  # each read once
     assert rows.most <= 1
     for name, weights in coefficients.items():
@@ -569,6 +569,37 @@ def test_a_reheated_run_keeps_its_own_weight(copy: Run) -> None:
     (copy.path / "config.yaml").write_text(yaml.safe_dump(config))
     (copy.path / "reheat.json").write_text("{}")
     assert Replay(Run(copy.path), Settings(2, 2)).measure(2)["probe_weight"] == 7.0
+
+
+@pytest.mark.parametrize(("parent_step", "weights"), [(1, [2.0, 4.0, 4.0]), (3, [4.0, 4.0, 4.0]), (0, [2.0, 2.0, 4.0])])
+def test_a_reheated_run_without_a_weight_goes_on_with_its_parents(
+    copy: Run, parent_step: int, weights: list[float]
+) -> None:
+    """Its steps count from the checkpoint, while the configured switch (here at step 5) counts the parent's."""
+    (copy.path / "config.yaml").write_text(yaml.safe_dump(dict(copy.config) | {"probe_weight": None}))
+    (copy.path / "reheat.json").write_text(json.dumps({"parent_step": parent_step}))
+    found = Replay(Run(copy.path), Settings(2, 2))
+    assert [found.measure(step)["probe_weight"] for step in (2, 4, 6)] == weights
+
+
+@pytest.mark.parametrize(
+    ("rules", "events"),
+    [
+        ({}, {4: "peak", 8: "trough"}),
+        ({"prominence": 0.2}, {4: "peak"}),  # the trough is 0.1 below what follows it
+        ({"prominence": 0.5}, {}),
+        ({"metric": "val/loss", "prominence": 0.5}, {4: "peak", 8: "trough"}),  # not about p_ood
+    ],
+)
+def test_peaks_and_troughs_are_those_of_the_runs_own_rules(
+    copy: Run, rules: dict[str, Any], events: dict[int, str]
+) -> None:
+    config = copy.config
+    config["trainer"]["callbacks"].append({"class_path": "callbacks.SwitchingProbe", "init_args": rules})
+    (copy.path / "config.yaml").write_text(yaml.safe_dump(config))
+    found = Replay(Run(copy.path), SETTINGS)
+    assert found.events == events
+    assert found.described["switch"] == ([4, 8] if "trough" in events.values() else None)
 
 
 def test_a_diverged_checkpoint_has_no_fisher(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,11 +22,13 @@ from report_runs import (
     config,
     cosine,
     learning_curve,
+    numbers,
     path_of,
     ratios,
     three_paths,
     write_replay,
     write_run,
+    written,
 )
 
 from mini_gpt_pl.report.beside import Setting, beta2_of, control_of, setting_of
@@ -52,17 +53,6 @@ def run(tmp_path: Path) -> Run:
 
 def tables_of(run: Run) -> dict[str, Table]:
     return {table.name: table for table in run_tables(run, bootstrap=5)}
-
-
-def written(table: Table, *keys: str) -> Any:
-    """The cells as written."""
-    return table.frame.set_index(list(keys))
-
-
-def numbers(table: Table, *keys: str) -> Any:
-    """The unformatted cells, a frame that mypy need not follow."""
-    assert table.numbers is not None
-    return table.numbers.set_index(list(keys))
 
 
 def weights_of(part: str, steps: list[int] = STEPS) -> Array:

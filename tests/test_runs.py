@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, bent_path, one_line_error, record
 
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs import Run, runs_below
 
 
 def run_with(folder: Path, **files: str) -> Run:
@@ -93,6 +93,30 @@ def test_checkpoints_are_found_by_their_step_in_order(tmp_path: Path) -> None:
 )
 def test_the_recorder_names_the_trunk(tmp_path: Path, config: str, name: str) -> None:
     assert run_with(tmp_path, config=config).trunk == name
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "found"),
+    [
+        ("[{class_path: x.Y}, {class_path: a.b.Probe, init_args: {k: 1}}, {class_path: Probe}]", [{"k": 1}, {}]),
+        ("{class_path: a.Probe, init_args: null}", [{}]),
+        ("[]", []),
+    ],
+)
+def test_callbacks_are_found_by_their_class(tmp_path: Path, callbacks: str, found: list[dict[str, int]]) -> None:
+    assert run_with(tmp_path, config=f"trainer: {{callbacks: {callbacks}}}").callback_settings("Probe") == found
+
+
+def test_runs_are_found_at_any_depth_but_not_in_one_another(tmp_path: Path) -> None:
+    for place in ("b", "a/deep/er", "a/deep/er/inside", "b/wandb", "wandb/run", ".hidden"):
+        run_with(tmp_path / place, config="model: {}")
+    (tmp_path / "empty").mkdir()
+    assert runs_below(tmp_path) == [tmp_path / "a/deep/er", tmp_path / "b"]
+    assert runs_below(tmp_path / "b") == [tmp_path / "b"]
+    with one_line_error("there is no run folder"):
+        runs_below(tmp_path / "c")
+    with one_line_error("is no run folder and holds none"):
+        runs_below(tmp_path / "empty")
 
 
 def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:

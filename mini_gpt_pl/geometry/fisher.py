@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.geometry.alignment import with_total
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.trajectory import Trajectory
 
@@ -150,10 +151,10 @@ class RandomDirections:
         for k in range(self.count):
             draw = self._draw(k, vector)
             if k == len(self._known):
-                self._known.append((self.axis.project(draw), _with_total(draw.dots(draw))))
+                self._known.append((self.axis.project(draw), with_total(draw.dots(draw))))
             shared, square = self._known[k]
             across = (square - shared.square()).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-            found.append((_with_total(vector.dots(draw)) - shared * along) / across)
+            found.append((with_total(vector.dots(draw)) - shared * along) / across)
         return torch.stack(found)
 
     def _draw(self, k: int, like: Vector) -> Vector:
@@ -231,7 +232,7 @@ def survey(
         for i in range(begin, count):
             g = gradient(i)
             if begin == 0:
-                squares.append(_with_total(g.dots(g)))
+                squares.append(with_total(g.dots(g)))
                 for name, axis in axes.items():
                     projections[name].append(axis.project(g))
                 if random is not None:
@@ -413,10 +414,6 @@ def split_moments(
 
 
 # ------------------------------------------------------------------------------------------------------- summation
-
-
-def _with_total(per_group: Float[Tensor, " G"]) -> Float[Tensor, " G1"]:
-    return torch.cat([per_group, per_group.sum()[None]])
 
 
 def _leave_one_out(values: Float[Tensor, "M G1"]) -> Float[Tensor, "M G1"]:

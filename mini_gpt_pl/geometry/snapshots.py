@@ -6,11 +6,14 @@ Where several ranks share the weights, each has a folder of its own beside those
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
+from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
@@ -123,3 +126,39 @@ class SnapshotFolder:
         for later in self.steps():
             if later > step:
                 self.file(later).unlink()
+
+
+def combine(
+    steps: Sequence[int],
+    read: Callable[[int], Vector],
+    coefficients: Mapping[str, Float[Tensor, "G n"]],
+    selection: ParameterSelection,
+    device: torch.device,
+) -> dict[str, Vector]:
+    """Turn directions given by coefficients, one set per group, into flat float32 vectors, all in one pass.
+
+    A row is read, added to every direction that holds it, and dropped: as many vectors of D values are held as there
+    are directions, and one row.
+
+    Args:
+        steps: Of the snapshots, in the order of the coefficients.
+        read: Gives the row of the snapshot of a step, as `SnapshotFolder.read` does.
+        coefficients: Over (theta_0, d_1, ..., d_T), by name.
+        selection: Owner of the coordinates' order.
+        device: Where the directions are kept.
+
+    Raises:
+        UserError: A snapshot is missing, corrupt or of another model.
+    """
+    size = selection.local_dim
+    vectors = {name: Vector(torch.zeros(size, dtype=torch.float32, device=device), selection) for name in coefficients}
+    for position, step in enumerate(steps):
+        row = read(step)
+        selection.accept(row.selection)
+        values = row.values.to(device).float()
+        del row
+        for name, vector in vectors.items():
+            for span, weight in zip(selection.slices, coefficients[name][:, position].tolist(), strict=True):
+                if weight:
+                    vector.values[span].add_(values[span], alpha=weight)
+    return vectors

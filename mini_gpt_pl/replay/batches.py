@@ -6,15 +6,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 
-import torch
-
 from mini_gpt_pl.data.corpus import load_texts, require_rows, tokenize
 from mini_gpt_pl.data.datamodule import Batch, ProbedStories, collate
-from mini_gpt_pl.data.probe import sample_rng
-
-# Families of random numbers of a replay alone, far from those of `Stream`, which training and evaluation use.
-_ORDER_STREAM = 1 << 32
-_SAMPLE_STREAM = _ORDER_STREAM + 1
+from mini_gpt_pl.data.probe import Stream, sample_rng
 
 
 def fixed_batches(data: ProbedStories, number: int) -> list[Batch]:
@@ -35,7 +29,7 @@ def fixed_batches(data: ProbedStories, number: int) -> list[Batch]:
     require_rows(stories, data.batch_size, "training stories")
     wanted = islice(_order(data.seed, len(stories)), number * data.batch_size)
     examples = [
-        data.probe.training_example(stories[index], sample_rng(data.seed, _SAMPLE_STREAM, 0, position))
+        data.probe.training_example(stories[index], sample_rng(data.seed, Stream.REPLAY_SAMPLES, 0, position))
         for position, index in enumerate(wanted)
     ]
     size = data.batch_size
@@ -44,12 +38,7 @@ def fixed_batches(data: ProbedStories, number: int) -> list[Batch]:
 
 def _order(seed: int, stories: int) -> Iterator[int]:
     for epoch in count():
-        yield from map(int, sample_rng(seed, _ORDER_STREAM, epoch, 0).permutation(stories))
-
-
-def to_device(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
-    """Move batches."""
-    return [Batch(*(column.to(device) for column in batch)) for batch in batches]
+        yield from map(int, sample_rng(seed, Stream.REPLAY_ORDER, epoch, 0).permutation(stories))
 
 
 def sha256(batches: Iterable[Batch]) -> str:

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.replay import records, steps
-from mini_gpt_pl.replay.directions import events_of
 from mini_gpt_pl.replay.measure import Replay, Settings
 from mini_gpt_pl.replay.restore import device_of
 from mini_gpt_pl.report.summary import table_console
 from mini_gpt_pl.runs import REPLAY, Run
+from mini_gpt_pl.switches import events_of
 
 
 class _Parser(argparse.ArgumentParser):

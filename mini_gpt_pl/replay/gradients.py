@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mini_gpt_pl.data.datamodule import Batch
 from mini_gpt_pl.geometry import fisher
+from mini_gpt_pl.geometry.alignment import with_total
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.module import ProbedGPT
-from mini_gpt_pl.objective import combine, count_targets, loss_terms
+from mini_gpt_pl.objective import combine
 
 # The combined loss L_LM + lambda L_probe, and its parts.
 LOSSES = ("combined", "lm", "probe")
@@ -71,9 +72,7 @@ class BatchGradients:
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         with self.autocast():
-            scores = self.module.gpt(batch.tokens, batch.targets)
-        counts = count_targets(batch.targets, batch.probe_mask)
-        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
+            terms, counts = self.module.batch_terms(batch)
         return {"combined": combine(terms, counts, self.weight), "lm": terms.lm, "probe": terms.probe}
 
     def _gradient(self, loss: Tensor, *, keep: bool = False) -> Vector:
@@ -82,8 +81,8 @@ class BatchGradients:
 
     def _row(self, combined: Vector, lm: Vector, probe: Vector) -> _Row:
         along = [self.backbone.project(gradient) for gradient in (combined, lm, probe)]
-        squares = [_with_total(gradient.dots(gradient)) for gradient in (combined, lm, probe)]
-        return torch.stack([*along, *squares, _with_total(lm.dots(probe))])
+        squares = [with_total(gradient.dots(gradient)) for gradient in (combined, lm, probe)]
+        return torch.stack([*along, *squares, with_total(lm.dots(probe))])
 
     def scalars(self) -> Float[Tensor, "B 7 G1"]:
         """Of the first batches, in order, on the host: <g, v_b> and ||g||^2 of each loss, then <g_LM, g_probe>.
@@ -175,7 +174,3 @@ def curvature(found: fisher.Survey, labels: Sequence[str], dims: Sequence[int], 
 
 def _pair(estimate: fisher.Estimated, column: int) -> list[float]:
     return [float(estimate.value[column]), float(estimate.error[column])]
-
-
-def _with_total(per_group: Float[Tensor, " G"]) -> Float[Tensor, " G1"]:
-    return torch.cat([per_group, per_group.sum()[None]])

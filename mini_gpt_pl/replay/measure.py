@@ -10,18 +10,21 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
+from mini_gpt_pl.data.datamodule import Batch
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import noise_floor
 from mini_gpt_pl.module import EVALUATIONS
-from mini_gpt_pl.replay.batches import fixed_batches, sha256, to_device
-from mini_gpt_pl.replay.directions import events_of, switch_of, whole_run_axes
+from mini_gpt_pl.replay.batches import fixed_batches, sha256
+from mini_gpt_pl.replay.directions import switch_of, whole_run_axes
 from mini_gpt_pl.replay.gradients import BatchGradients, curvature, summarise
 from mini_gpt_pl.replay.lens import lens_accuracy
 from mini_gpt_pl.replay.records import Record
 from mini_gpt_pl.replay.restore import load_weights, probe_weight, restore, selection_of
 from mini_gpt_pl.runs import Run
+from mini_gpt_pl.switches import events_of
 
 # Leading eigenvalues of the Fisher that are listed.
 _EIGENVALUES = 20
@@ -105,7 +108,7 @@ class Replay:
         return whole_run_axes(self.run, self.selection, self.device)
 
     @cached_property
-    def batches(self) -> list[Any]:
+    def batches(self) -> list[Batch]:
         """The fixed batches, on the host."""
         return fixed_batches(self.data, max(self.settings.batches, self.settings.fisher_batches))
 
@@ -188,8 +191,9 @@ class Replay:
         return record
 
     @cached_property
-    def _on_device(self) -> list[Any]:
-        return to_device(self.batches, self.device)
+    def _on_device(self) -> list[Batch]:
+        moved: list[Batch] = move_data_to_device(self.batches, self.device)
+        return moved
 
     @property
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -15,6 +14,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection
 from mini_gpt_pl.module import ProbedGPT, check_identity, read_checkpoint
 from mini_gpt_pl.objective import ProbeWeight
+from mini_gpt_pl.reheating import Reheating
 from mini_gpt_pl.runs import CONFIG, TRAJECTORY, Run
 
 
@@ -85,7 +85,12 @@ def selection_of(run: Run, module: ProbedGPT) -> ParameterSelection:
     Raises:
         UserError: The run recorded none, or its trajectory is of other weights than its configuration names.
     """
-    selection = ParameterSelection.of(module, str(_recorder(run)["pattern"]))
+    recorders = run.callback_settings("TrajectoryRecorder")
+    if not recorders:
+        raise UserError(
+            f"the run {run.path} has no TrajectoryRecorder, so it left no path to measure gradients against"
+        )
+    selection = ParameterSelection.of(module, str(recorders[0]["pattern"]))
     try:
         selection.require(run.trajectory.fingerprint)
     except FingerprintError:
@@ -96,19 +101,14 @@ def selection_of(run: Run, module: ProbedGPT) -> ParameterSelection:
     return selection
 
 
-def _recorder(run: Run) -> dict[str, Any]:
-    """Settings of the run's TrajectoryRecorder."""
-    callbacks = (run.config.get("trainer") or {}).get("callbacks") or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if callback["class_path"].endswith("TrajectoryRecorder"):
-            return dict(callback["init_args"])
-    raise UserError(f"the run {run.path} has no TrajectoryRecorder, so it left no path to measure gradients against")
-
-
 def probe_weight(run: Run, module: ProbedGPT) -> ProbeWeight:
-    """Return lambda(t) of a run; a reheated one's is constant, and no part of its model's configuration."""
-    constant = run.config.get("probe_weight") if run.reheated is not None else None
-    return module.probe_weight if constant is None else ProbeWeight(float(constant), float(constant), 0)
+    """Return lambda(t) of a run; its configuration has the parent's where it is a reheated one, as steps begin anew."""
+    reheated = run.reheated
+    if reheated is None:
+        return module.probe_weight
+    constant = run.config.get("probe_weight")
+    settings = Reheating(probe_weight=None if constant is None else float(constant))
+    return settings.weight(module.probe_weight, int(reheated.get("parent_step", 0)))
 
 
 def device_of(accelerator: str) -> torch.device:

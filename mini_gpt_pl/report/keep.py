@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs import CONFIG, METRICS, OUTCOME, REHEAT, REPLAY, TRAJECTORY, Run
+from mini_gpt_pl.runs import CONFIG, METRICS, OUTCOME, REHEAT, REPLAY, TRAJECTORY, Run, runs_below
 
 # Live geometry follows from the Gram matrices, and a z-score from its cosine and the dimension.
 _FOLLOWS = r"^backbone/|^overhead/|_z$"
@@ -49,18 +49,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def runs_below(folder: Path) -> list[Path]:
-    """Return the folder if it is a run's, else the run folders directly in it.
-
-    Raises:
-        UserError: There is none.
-    """
-    found = [folder] if (folder / CONFIG).is_file() else sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
-    if not found:
-        raise UserError(f"{folder} is no run folder, nor a folder of some: nothing in it has a {CONFIG}")
-    return found
 
 
 def main(args: Sequence[str] | None = None) -> None:

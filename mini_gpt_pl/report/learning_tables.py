@@ -17,8 +17,9 @@ from mini_gpt_pl.report.calibration import probes_table
 from mini_gpt_pl.report.measures import RecordedPath
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 from mini_gpt_pl.runs import Run
+from mini_gpt_pl.switches import P_OOD, switches_of
 
-LOSS, TRAIN, P_IN, P_OOD = "val/loss", "train/lm_loss", "probe/p_in", "probe/p_ood"
+LOSS, TRAIN, P_IN = "val/loss", "train/lm_loss", "probe/p_in"
 
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -124,31 +125,9 @@ def live_probes(path: RecordedPath, setting: Setting) -> list[Table]:
 # --------------------------------------------------------------------------------------------------- switching
 
 
-def switch_intervals(run: Run) -> list[tuple[switching.Switch, Interval]]:
-    """Switches of p_ood whose two ends are different snapshots, by the rules of the run's own SwitchingProbe."""
-    values = run.series(P_OOD)
-    rules = _rules(run)
-    found = switching.events(
-        [int(step) for step in values.index], values.tolist(), rules["prominence"], int(rules["reach"])
-    )
-    pairs = switching.switches(found, int(rules["reach"]))
-    placed = [(pair, switching.interval_of(pair, run.trajectory.steps)) for pair in pairs]
-    return [(pair, interval) for pair, interval in placed if interval is not None]
-
-
-def _rules(run: Run) -> dict[str, float]:
-    rules: dict[str, float] = {"prominence": 0.03, "reach": 3}
-    callbacks = (run.config.get("trainer") or {}).get("callbacks") or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if str(callback.get("class_path", "")).endswith("SwitchingProbe"):
-            settings = callback.get("init_args") or {}
-            rules |= {name: settings[name] for name in rules if name in settings}
-    return rules
-
-
 def switches(path: RecordedPath, setting: Setting) -> list[Table]:
     """Switches of p_ood beside stretches of equal length without one (paper, section 7)."""
-    placed = switch_intervals(path.run)
+    placed = switches_of(path.run)
     if not placed:
         return []
     intervals = list(dict.fromkeys(interval for _, interval in placed))

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from mini_gpt_pl.geometry.nulls import Calibrated
 from mini_gpt_pl.report.beside import control_of, notes_of_runs
 from mini_gpt_pl.report.calibration import QUANTITIES
-from mini_gpt_pl.report.learning_tables import LOSS, P_OOD
+from mini_gpt_pl.report.learning_tables import LOSS
 from mini_gpt_pl.report.measures import RecordedPath, Window, window
 from mini_gpt_pl.report.published import NOTES
 from mini_gpt_pl.report.settings import diverged, facts, optimizer_label, progress
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, number, tabulate, word
 from mini_gpt_pl.runs import Run
+from mini_gpt_pl.switches import P_OOD
 
 STANDARD = (600, 2000)
 """Steps of the paper's window for comparisons."""

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.progress import Steps
-from mini_gpt_pl.runs import CONFIG, TRAJECTORY, Run
+from mini_gpt_pl.runs import CONFIG, REPORT, TRAJECTORY, Run, runs_below
 
-REPORT = "report"
-"""Folder of a run's own report."""
 _SEVERAL = Path("reports")
 _PAGE = "report.html"
-# Folders that hold copies of configurations without being runs.
-_NO_RUNS = ("wandb",)
 
 
 def main(args: Sequence[str]) -> None:
@@ -57,12 +53,10 @@ def expand(folders: Sequence[Path], tell: Callable[[str], object] = print) -> li
     """
     runs = []
     for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"there is no run folder {folder}: give folders that hold a {CONFIG}")
-        if (folder / CONFIG).is_file():
+        inside = runs_below(folder)
+        if inside == [folder]:
             runs.append(Run(folder))
             continue
-        inside = list(_runs_in(folder))
         kept = [Run(path) for path in inside if (path / TRAJECTORY).is_file()]
         for path in inside:
             if not (path / TRAJECTORY).is_file():
@@ -71,16 +65,6 @@ def expand(folders: Sequence[Path], tell: Callable[[str], object] = print) -> li
             raise UserError(f"{folder} is no run folder and holds none: no folder in it has {CONFIG} and {TRAJECTORY}")
         runs += kept
     return runs
-
-
-def _runs_in(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir() or path.name in _NO_RUNS or path.name.startswith("."):
-            continue
-        if (path / CONFIG).is_file():
-            yield path
-        else:
-            yield from _runs_in(path)
 
 
 def write_report(runs: Sequence[Run], folder: Path, title: str | None, steps: Steps) -> Path:

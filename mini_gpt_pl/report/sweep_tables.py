@@ -13,11 +13,12 @@ from mini_gpt_pl.geometry.nulls import Calibrated
 from mini_gpt_pl.report.beside import beta2_of, notes_of_runs
 from mini_gpt_pl.report.calibration import QUANTITIES
 from mini_gpt_pl.report.gradient_tables import dig, estimate, replayed
-from mini_gpt_pl.report.learning_tables import LOSS, P_OOD
+from mini_gpt_pl.report.learning_tables import LOSS
 from mini_gpt_pl.report.measures import RecordedPath, against_nulls, update_statistics, window
 from mini_gpt_pl.report.optimizer_tables import common_window, identity, outcome, window_note
 from mini_gpt_pl.report.settings import diverged, facts
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, gap, number, tabulate, word
+from mini_gpt_pl.switches import P_OOD
 
 _COLUMN = "paper (51 M, 4,000 steps)"
 # Key, words, form, key of the published value.
