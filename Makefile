@@ -6,14 +6,14 @@ CONSTRAINTS ?= -c constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types install clean
+.PHONY: quickstart test lint types docs install clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt tests/oracles.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer that can make a virtual environment: install one (with its venv module), or give PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracles.txt
 	touch $@
 
@@ -29,6 +29,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
