@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -31,7 +32,7 @@ from callbacks.progress import LiveNumbers
 from callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.logs import MetricsCSV
+from mini_gpt_pl.logs import MetricsCSV, resume_tables
 from mini_gpt_pl.module import ADAMW, ProbedGPT, read_checkpoint
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
@@ -48,6 +49,8 @@ _WITHOUT_TRAINER = {
     "sweep": ("mini_gpt_pl.sweep", "Run every point of a grid file, here, with W&B agents or on a cluster."),
     "replay": ("mini_gpt_pl.replay", "Measure gradients at stored checkpoints against the whole run's backbone."),
     "report": ("mini_gpt_pl.report.page", "Write tables, figures and one HTML page about one run or several."),
+    "explain": ("mini_gpt_pl.glossary", "Say what a logged number means, and what its null is."),
+    "dashboard": ("mini_gpt_pl.dashboard", "Build a W&B workspace, and a report for a sweep."),
 }
 
 
@@ -63,9 +66,8 @@ class RunConfig(SaveConfigCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV) and trainer.global_step > 0:
-                logger.resume(trainer.global_step)
+        if trainer.global_step > 0:
+            resume_tables(trainer)
         self.save_config(trainer, pl_module, "fit")
         if trainer.is_global_zero:
             (Path(trainer.default_root_dir) / OUTCOME).unlink(missing_ok=True)  # it goes on: not ended yet
@@ -444,6 +446,22 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
         raise UserError(str(error)) from error
     finally:
         _finish_wandb()
+
+
+def run(line: str) -> ProbedCLI:
+    """Run one command of the trainer in this process, such as in a notebook, with relative paths from where it stands.
+
+    Args:
+        line: As in a shell, without the program's name.
+
+    Raises:
+        UserError: As `run_cli`.
+
+    Example:
+        >>> run("fit -c configs/quickstart.yaml --trainer.max_steps 100")  # doctest: +SKIP
+    """
+    _quiet()
+    return run_cli(with_run_config(shlex.split(line)))
 
 
 def _quiet() -> None:

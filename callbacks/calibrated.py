@@ -24,7 +24,6 @@ from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import surrogates
 from mini_gpt_pl.geometry.alignment import cosines
-from mini_gpt_pl.geometry.moments import decay_rate
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.logs import log_now
@@ -253,7 +252,7 @@ class CalibratedProbe(DeferringProbe):
             before["weights"] = selection.weights(module)
         assert recorder.trajectory is not None
         past = recorder.trajectory.until(trainer.global_step)
-        rate = decay_rate(optimizer, selection.parameters(module)[0])
+        rate = recorder.decay(optimizer)
         step = trainer.global_step + 1
 
         def complete(batch: Any) -> View:

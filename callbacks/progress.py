@@ -42,7 +42,7 @@ class LiveNumbers(ProgressBar):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        self._console = console or Console()
+        self._console = console or _terminal()
         self._enabled = True
         self._shown: dict[str, str] = {}
         self._live: Live | None = None
@@ -130,6 +130,12 @@ class LiveNumbers(ProgressBar):
         if self._live is not None:
             self._live.stop()
         self._live = self._bar = None
+
+
+def _terminal() -> Console:
+    """The terminal; in a notebook plain lines, as a cell cannot be redrawn line by line."""
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def found(trainer: Trainer) -> dict[str, str]:

@@ -11,17 +11,18 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import nulls, pca
-from mini_gpt_pl.geometry.moments import decay_rate
+from mini_gpt_pl.geometry.moments import decay_rate, is_trained
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
-from mini_gpt_pl.logs import log_now
+from mini_gpt_pl.logs import log_now, resume_tables
 
 TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
@@ -119,6 +120,15 @@ class TrajectoryRecorder(Probe):
         snapshots = 2 + sum(self.schedule.due(step) for step in range(1, steps))
         return Estimate(type(self).__name__, bytes=(4 + self.dtype.itemsize * (snapshots - 1)) * dim, passes=0.0)
 
+    def decay(self, optimizer: Optimizer) -> float:
+        """Share of the recorded weights that weight decay takes in one step of an optimizer; 0 if it is another's.
+
+        Read from the first of them that is trained: the nulls know one rate.
+        """
+        if self._decayed is None or not is_trained(optimizer, self._decayed):
+            return 0.0
+        return decay_rate(optimizer, self._decayed)
+
     def direction(self, coefficients: Float[Tensor, "G n"]) -> Vector:
         """Materialise a direction over the basis (theta_0, d_1, ...), one set of coefficients per group.
 
@@ -147,7 +157,7 @@ class TrajectoryRecorder(Probe):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step, self._device = trainer.global_step, pl_module.device
-        self._decayed = self.selection.parameters(pl_module)[0]
+        self._decayed = next((p for p in self.selection.parameters(pl_module) if p.requires_grad), None)
         if self._restored is not None:
             self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
@@ -155,8 +165,7 @@ class TrajectoryRecorder(Probe):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        assert self._decayed is not None
-        self._survival *= 1.0 - decay_rate(optimizer, self._decayed)
+        self._survival *= 1.0 - self.decay(optimizer)
 
     @override
     def on_train_batch_end(
@@ -219,6 +228,7 @@ class TrajectoryRecorder(Probe):
         """Take up the rows of the interrupted run from its snapshot files."""
         state, rows, folder = _need(self._restored), _need(self._rows), _need(self._folder)
         self._restored = None
+        resume_tables(trainer)
         trajectory = Trajectory.from_state(state["trajectory"])
         rows.selection.require(trajectory.fingerprint)
         device = self.selection.parameters(pl_module)[0].device if self.keep_on == "model" else torch.device("cpu")

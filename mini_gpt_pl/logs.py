@@ -52,6 +52,13 @@ def logging_due(trainer: Trainer, step: int) -> bool:
     return step % max(1, every) == 0
 
 
+def resume_tables(trainer: Trainer) -> None:
+    """Let the trainer's CSVs go on with the rows before the checkpoint that it resumes from."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.resume(trainer.global_step)
+
+
 class MetricsCSV(Logger):
     """One row per step, one column per metric; survives a crash, and a resumed run continues it.
 
@@ -72,6 +79,7 @@ class MetricsCSV(Logger):
         self._written = 0.0
         self._dirty = False
         self._checkpointed = -1
+        self._resumed = False
 
     @property
     @override
@@ -109,9 +117,13 @@ class MetricsCSV(Logger):
         self._columns.update(dict.fromkeys(values))
 
     def resume(self, step: int) -> None:
-        """Take up the file of an interrupted run, without the rows after `step`: those are about to be redone."""
-        if not self.path.is_file():
+        """Take up the file of an interrupted run, without the rows after `step`: those are about to be redone.
+
+        Once is enough: whatever has been logged by then stands.
+        """
+        if self._resumed or not self.path.is_file():
             return
+        self._resumed = True
         try:
             with self.path.open(newline="") as handle:
                 for row in csv.DictReader(handle):

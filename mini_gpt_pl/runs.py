@@ -112,6 +112,11 @@ class Run:
         return loaded
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration, or an empty one where a Trainer of the reader's own left none."""
+        return self.config if (self.path / CONFIG).is_file() else {}
+
+    @property
     def outcome(self) -> Outcome | None:
         """How the run ended, or None if it broke off or is still going.
 
@@ -131,7 +136,7 @@ class Run:
     @property
     def is_reheated(self) -> bool:
         """Whether the run was started by `reheat`: its configuration then holds the settings of that."""
-        return "data_order" in self.config
+        return "data_order" in self.settings
 
     @property
     def replayed(self) -> dict[int, dict[str, Any]]:
@@ -227,7 +232,7 @@ class Run:
     def border(self) -> int:
         """Step between the early and the late phase: where lambda changes or, if it does not, half-way."""
         last = self.trajectory.steps[-1]
-        weight = (self.config.get("model") or {}).get("probe_weight") or {}
+        weight = (self.settings.get("model") or {}).get("probe_weight") or {}
         switch = int(weight.get("switch_step") or 0)
         return switch if 0 < switch < last else last // 2
 
@@ -243,7 +248,7 @@ class Run:
         Args:
             name: Of the class, without its module.
         """
-        callbacks = (self.config.get("trainer") or {}).get("callbacks") or []
+        callbacks = (self.settings.get("trainer") or {}).get("callbacks") or []
         return [
             dict(callback.get("init_args") or {})
             for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
@@ -265,7 +270,8 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    if (folder / CONFIG).is_file():
+    # A Trainer of the reader's own writes no configuration.
+    if any((folder / name).is_file() for name in (CONFIG, TRAJECTORY)):
         yield folder
         return
     for path in sorted(folder.iterdir()):

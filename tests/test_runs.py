@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from conftest import SMALL, bent_path, one_line_error, record
 
 from mini_gpt_pl.runs import Run, runs_below
+
+KEPT = Path(__file__).parent.parent / "docs" / "replication" / "runs" / "seeds" / "seed42"
 
 
 def run_with(folder: Path, **files: str) -> Run:
@@ -162,3 +165,14 @@ def test_a_run_that_never_moved_has_no_drift(tmp_path: Path, snapshots: int) -> 
     trajectory.save(tmp_path / "trajectory.safetensors")
     with one_line_error("have not moved"):
         _ = Run(tmp_path).drift_rows
+
+
+def test_a_run_of_ones_own_trainer_needs_no_configuration(tmp_path: Path) -> None:
+    own = tmp_path / "runs" / "mine"
+    own.mkdir(parents=True)
+    for name in ("metrics.csv", "trajectory.safetensors"):
+        shutil.copy(KEPT / name, own / name)
+    run = Run(own)
+    assert run.settings == {} and run.trunk == "trunk" and not run.is_reheated
+    assert run.border == Run(own).trajectory.steps[-1] // 2
+    assert runs_below(tmp_path) == [own]

@@ -37,6 +37,11 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     raise ValueError("the optimizer does not train this parameter")
 
 
+def is_trained(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether an optimizer trains a parameter."""
+    return any(parameter is member for group in optimizer.param_groups for member in group["params"])
+
+
 def decay_rate(optimizer: Optimizer, parameter: Tensor) -> float:
     """Share of a parameter that weight decay takes away in one step at the current learning rate.
 

@@ -326,7 +326,7 @@ def logit_lens(path: RecordedPath, setting: Setting) -> list[Table]:
                 rows.append({**row, **shown})
     if not rows:
         return []
-    codewords = ((path.run.config.get("data") or {}).get("probe") or {}).get("n_codewords")
+    codewords = ((path.run.settings.get("data") or {}).get("probe") or {}).get("n_codewords")
     notes = [
         "Exact match of the final LayerNorm and head applied to each layer's output.",
         f"Guessing one of {codewords} codewords gives {1 / codewords:.4f}." if codewords else None,

@@ -149,7 +149,7 @@ class Change(NamedTuple):
 
 def lambda_change(run: Run) -> Change | None:
     """Return where lambda changes; None where it does not, or not within the run."""
-    weight = (run.config.get("model") or {}).get("probe_weight") or {}
+    weight = (run.settings.get("model") or {}).get("probe_weight") or {}
     first, second, step = (weight.get(key) for key in ("first", "second", "switch_step"))
     if first is None or second is None or not step or first == second or not 0 < step < _last_step(run):
         return None

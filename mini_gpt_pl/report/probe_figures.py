@@ -252,7 +252,7 @@ def logit_lens(run: Run) -> Figure:
     found = {step: row for step, row in run.replayed.items() if row.get("logit_lens")}
     if not found:
         raise UserError(f"the run {run.path} has no logit lens: replay it")
-    words = ((run.config.get("data") or {}).get("probe") or {}).get("n_codewords")
+    words = ((run.settings.get("data") or {}).get("probe") or {}).get("n_codewords")
     figure = Figure(figsize=(WIDTH, 3.8))
     sides = figure.subplots(1, 2, sharey=True)
     shades = palette(len(found))

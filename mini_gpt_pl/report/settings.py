@@ -36,7 +36,7 @@ def facts(run: Run) -> dict[str, Any]:
     Keys are words for the reader. `tokenizer` is a name without folder and ending, so that one rank file under two
     paths is one tokenizer.
     """
-    config = run.config
+    config = run.settings
     model, data, trainer = (_mapping(config, part) for part in ("model", "data", "trainer"))
     schedule, probe = _mapping(model, "schedule"), _mapping(data, "probe")
     return {

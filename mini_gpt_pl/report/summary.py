@@ -34,6 +34,13 @@ SHOWN = (
 """The statistics of the closing table; `mini_gpt_pl.report.calibration` prints them all."""
 
 
+_LEARNING = {
+    "val/loss": "validation loss",
+    "probe/p_in": "p_in, exact match at short gaps",
+    "probe/p_ood": "p_ood, exact match at long gaps",
+}
+
+
 @dataclass(frozen=True)
 class Line:
     """One row of the closing table, as it is written.
@@ -57,11 +64,7 @@ class Line:
 
 def lines(run: Run, bootstrap: int = 0) -> list[Line]:
     """Collect the rows: loss and probe, then the geometry if the run recorded a trajectory that moved."""
-    table = [
-        Line("validation loss (nats per token)", _last(run, "val/loss")),
-        Line("p_in, exact match at short gaps", _last(run, "probe/p_in")),
-        Line("p_ood, exact match at long gaps", _last(run, "probe/p_ood")),
-    ]
+    table = [Line(words, f"{run.last(name):.3f}") for name, words in _LEARNING.items() if len(run.series(name))]
     try:
         return table + geometry_lines(run, bootstrap)
     except UserError:
@@ -139,10 +142,6 @@ def print_summary(run: Run, console: Console | None = None) -> None:
 def table_console() -> Console:
     """A console as wide as the terminal, or wide enough for the table where there is none."""
     return Console() if sys.stdout.isatty() else Console(width=110)
-
-
-def _last(run: Run, name: str) -> str:
-    return f"{run.last(name):.3f}" if len(run.series(name)) else "-"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from mini_gpt_pl.report.beside import Setting, setting_of
 from mini_gpt_pl.report.measures import RecordedPath
 from mini_gpt_pl.report.reheat_tables import reheats
 from mini_gpt_pl.report.sheet import Table, write_tables
-from mini_gpt_pl.runs import METRICS, TRAJECTORY, Run
+from mini_gpt_pl.runs import CONFIG, METRICS, TRAJECTORY, Run
 
 __all__ = ["Table", "require_reportable", "run_tables", "write_tables"]
 
@@ -38,9 +38,10 @@ def require_reportable(run: Run) -> None:
     """Check that a run recorded a path to report on.
 
     Raises:
-        UserError: It has no configuration or no trajectory file.
+        UserError: It is no run folder, or has no trajectory file.
     """
-    run.config  # noqa: B018 (raises for what is no run folder)
+    if not run.exists:
+        raise UserError(f"{run.path} is no run folder: it has no {CONFIG}")
     if not (run.path / TRAJECTORY).is_file():
         raise UserError(
             f"the run {run.path} has no {TRAJECTORY}: train it with the TrajectoryRecorder callback, "
