@@ -6,16 +6,21 @@ from callbacks.cost import CostControl
 from callbacks.divergence import StopOnDivergence
 from callbacks.fisher import FisherProbe
 from callbacks.gradient_alignment import GradientAlignment
+from callbacks.pictures import GeometryPictures
+from callbacks.progress import LiveNumbers
 from callbacks.schedule import Schedule, StepRange
 from callbacks.streaming_fisher import StreamingFisher
 from callbacks.switching import SwitchingProbe
 from callbacks.trajectory import TrajectoryRecorder
+from callbacks.wandb_run import WandbSegments
 
 __all__ = [
     "CalibratedProbe",
     "CostControl",
     "FisherProbe",
+    "GeometryPictures",
     "GradientAlignment",
+    "LiveNumbers",
     "OptimizerAnatomy",
     "Schedule",
     "StepRange",
@@ -24,4 +29,5 @@ __all__ = [
     "SwitchingProbe",
     "TrajectoryRecorder",
     "View",
+    "WandbSegments",
 ]

@@ -15,6 +15,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import growth as growth_laws
 from mini_gpt_pl.geometry import nulls, pca
 from mini_gpt_pl.geometry.alignment import noise_floor
+from mini_gpt_pl.report import trajectory_figures
 from mini_gpt_pl.report.learning_tables import fit_of
 from mini_gpt_pl.report.plotting import (
     BACKBONE,
@@ -85,37 +86,8 @@ def learning(run: Run) -> Figure:
 
 def spectrum(run: Run) -> Figure:
     """Share of each principal component of the drift, whole trunk and blocks, raw and unit rows."""
-    trajectory, gram = run.trajectory, run.trajectory.gram()
-    rows = run.drift_rows
-    figure = Figure(figsize=(WIDTH, 3.3))
-    for axes, unit in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
-
-        def draw(path: pca.Gram, style: str, axes: Axes = axes, unit: bool = unit, **more: float | str) -> pca.PCA:
-            parts = pca.pca(path, rows, normalise=unit)
-            axes.plot(range(1, len(parts.ratios) + 1), parts.ratios, style, **more)  # type: ignore[arg-type]
-            return parts
-
-        for group, moved in zip(trajectory.groups, trajectory.grams.diagonal(dim1=1, dim2=2)[:, 1:], strict=True):
-            if moved.any():  # frozen weights have no direction
-                draw(trajectory.gram(group), "-", color=GREY, lw=0.8)
-        whole = draw(gram, "o-", color=BACKBONE, ms=3)
-        draw(nulls.walk(gram), "--", color=RESIDUAL, lw=1)
-        null = draw(nulls.decaying_walk(gram, trajectory.survival), ":", color=NULL, lw=1.2)
-        axes.set_yscale("log")
-        axes.set_ylim(max(1e-5, axes.get_ylim()[0]), 1.5)
-        shares = f"PC1 {100 * whole.pc1:.1f} % (null {100 * null.pc1:.1f} %)"
-        axes.set_title(f"{'Unit rows' if unit else 'Raw drift'}: {shares}", fontsize=9)
-        axes.set_xlabel("component")
-    axes_left = figure.axes[0]
-    axes_left.set_ylabel("share of squared drift")
-    handles = [
-        axes_left.plot([], [], "o-", color=BACKBONE, ms=3, label=run.trunk)[0],
-        axes_left.plot([], [], color=GREY, lw=0.8, label="its groups")[0],
-        axes_left.plot([], [], "--", color=RESIDUAL, lw=1, label="walk of the same step lengths")[0],
-        axes_left.plot([], [], ":", color=NULL, lw=1.2, label="the same under weight decay")[0],
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2)
-    return figure
+    run.drift_rows  # noqa: B018 (raises for a run without a path)
+    return trajectory_figures.spectrum(run.trajectory, run.trunk)
 
 
 def backbone(run: Run) -> Figure:

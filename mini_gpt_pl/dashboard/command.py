@@ -1,0 +1,175 @@
+"""The command `dashboard`: a W&B workspace, and a report for a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mini_gpt_pl.dashboard import objects
+from mini_gpt_pl.dashboard.catalogue import CATALOGUE, standard
+from mini_gpt_pl.dashboard.layout import Logged, Panel, Section, workspace_sections
+from mini_gpt_pl.dashboard.sweeps import SweepRuns, find_sweep, report_sections
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report.page import expand
+from mini_gpt_pl.runs import METRICS, Run
+
+_NAME = "geometry"
+_PROJECT = "mini_gpt_pl"
+_OFFLINE = ("offline", "dryrun", "disabled")
+_EPILOG = """\
+Panels follow from what the given runs logged; without a run, from what configs/probes/standard.yaml logs. Every command
+makes a new view of the project; no run is changed. W&B draws the runs that it has: send offline ones with `wandb sync`.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if unknown.startswith("-") and near else ""
+        raise UserError(f"{message}{hint}; see mini_gpt_pl dashboard --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mini_gpt_pl dashboard",
+        description="Build a W&B workspace, and a report for a sweep.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="run folder, or folder of runs: their metrics get panels")
+    add("--project", help="W&B project (default: the first run's, WANDB_PROJECT, or mini_gpt_pl)")
+    add("--entity", help="W&B user or team (default: WANDB_ENTITY, or that of the login)")
+    add("--sweep", metavar="NAME_OR_ID", help="also a report: a sweep file, its name in configs/sweeps, or a W&B id")
+    add("--name", default=_NAME, help=f"of the workspace view (default: {_NAME})")
+    add("--dry_run", "--dry-run", action="store_true", help="print sections, panels and metrics, and send nothing")
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Build a workspace, and a report if a sweep is named.
+
+    Args:
+        args: The command line behind `dashboard`.
+
+    Raises:
+        UserError: An option or a run folder is not as it should be, the extra is missing, or W&B does not take it.
+    """
+    given = _parser().parse_args(args)
+    runs = find_runs(given.runs)
+    logged = Logged.of(runs) if runs else standard()
+    project = given.project or _project_of(runs) or os.environ.get("WANDB_PROJECT") or _PROJECT
+    sections = workspace_sections(CATALOGUE, logged)
+    sweep = find_sweep(given.sweep, runs) if given.sweep else None
+    pages = report_sections(logged, sweep) if sweep else []
+    if given.dry_run:
+        print("\n".join(describe(sections, f"workspace {given.name!r} in project {project}")))
+        if sweep:
+            print("\n".join(describe(pages, _report_title(sweep, project))))
+        return
+    _need_server()
+    entity = given.entity or os.environ.get("WANDB_ENTITY") or _ask_entity()
+    view = _save(lambda: objects.workspace(sections, given.name, entity, project), "workspace")
+    print(f"workspace: {view.url}")
+    if sweep:
+        print(f"report: {_save(lambda: objects.report(pages, sweep, entity, project), 'report').url}")
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """Return runs with metrics: folders that hold them, or that hold such folders.
+
+    Raises:
+        UserError: A folder does not exist, or holds no run.
+    """
+    found: list[Run] = []
+    for folder in folders:
+        # A run of one's own Trainer has metrics and no configuration.
+        found += [Run(folder)] if (folder / METRICS).is_file() else expand([folder])
+    return found
+
+
+def describe(sections: Sequence[Section], title: str) -> list[str]:
+    """Say in lines of text what sections hold: every panel with its metrics.
+
+    Args:
+        sections: Top to bottom.
+        title: The first line.
+    """
+    lines = [title]
+    for section in sections:
+        lines += [f"  {section.name}", *(f"    {_line(panel)}" for panel in section.panels)]
+    return lines
+
+
+def _line(panel: Panel) -> str:
+    parts = [f"{panel.heading}: {', '.join(panel.values)}"]
+    parts += [f"null {', '.join(panel.nulls)}"] if panel.nulls else []
+    parts += [f"over {', '.join(panel.across)}"] if panel.across else []
+    parts += ["images"] if panel.kind == "images" else []
+    return "; ".join(parts)
+
+
+def _report_title(sweep: SweepRuns, project: str) -> str:
+    which = f"W&B sweep {sweep.identifier}" if sweep.identifier else f"runs {', '.join(sweep.names)}"
+    varied = f", grouped by {', '.join(sweep.varied)}" if sweep.varied else ""
+    return f"report {sweep.title!r} in project {project}: {which}{varied}"
+
+
+def _project_of(runs: Sequence[Run]) -> str | None:
+    """The project that the first run's own logger names."""
+    for run in runs:
+        try:
+            loggers = (run.config.get("trainer") or {}).get("logger")
+        except UserError:  # trained without the command line
+            continue
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, dict) and (logger.get("init_args") or {}).get("project"):
+                return str(logger["init_args"]["project"])
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ server
+
+
+def _need_server() -> None:
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if mode in _OFFLINE:
+        raise UserError(f"a dashboard is saved on a W&B server, but WANDB_MODE is {mode}: unset it, or use --dry_run")
+
+
+def _ask_entity() -> str:
+    """Return the login's own entity."""
+    import wandb
+
+    entity = _asking(lambda: wandb.Api().default_entity, "a dashboard needs a W&B login")
+    if not entity:
+        raise UserError("the W&B login has no entity of its own: give --entity")
+    return str(entity)
+
+
+def _save(build: Callable[[], Any], what: str) -> Any:
+    """Build and save, and return what was saved."""
+    built = build()
+    _asking(built.save, f"W&B did not take the {what}")
+    return built
+
+
+def _asking(action: Callable[[], Any], trouble: str) -> Any:
+    """Do something that talks to the server.
+
+    Raises:
+        UserError: It failed: no login, no network, no such entity or project.
+    """
+    try:
+        return action()
+    except Exception as error:  # the library and its transports raise plain exceptions of every kind
+        told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{trouble} ({told.rstrip('.')}): log in with `wandb login`, check --entity and --project, or use --dry_run"
+        ) from None
