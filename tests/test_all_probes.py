@@ -99,20 +99,28 @@ import torch
 torch.set_num_threads(1)
 from test_all_probes import train_ranks
 
-for watched in (False, True):
-    train_ranks(Path(sys.argv[1]) / f"{sys.argv[2]}_{watched}", sys.argv[2], watched)
+for kind in ("ddp", "fsdp"):
+    for watched in (False, True):
+        train_ranks(Path(sys.argv[1]) / f"{kind}_{watched}", kind, watched)
 """
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kinds of runs on two ranks, watched and not, and a watched one on one rank."""
+    folder = tmp_path_factory.mktemp("two")
+    run_script(SCRIPT, folder)  # once: the ranks' imports take longer than the runs
+    train_ranks(folder / "one", "one", watched=True)
+    return folder
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_all_probes_on_two_ranks(tmp_path: Path, kind: str) -> None:
+def test_all_probes_on_two_ranks(two_ranks: Path, kind: str) -> None:
     """They leave training alone, none waits for another rank for ever, and most numbers are those of one rank."""
-    run_script(SCRIPT, tmp_path, kind)
-    bare, watched = (torch.load(tmp_path / f"{kind}_{flag}" / "last.pt", weights_only=True) for flag in (False, True))
+    bare, watched = (torch.load(two_ranks / f"{kind}_{flag}" / "last.pt", weights_only=True) for flag in (False, True))
     assert same(bare, watched)
-    train_ranks(tmp_path / "one", "one", watched=True)
-    alone, ranks = metrics(tmp_path / "one"), metrics(tmp_path / f"{kind}_True")
+    alone, ranks = metrics(two_ranks / "one"), metrics(two_ranks / f"{kind}_True")
     # On weights that ranks share, each rank samples coordinates of its own for these.
     sampled = ("coherence", "snr", "preconditioner", "update_size", "momentum_variance", "amplification")
     families = ("backbone/", "alignment/", "anatomy/", "switching/", "fisher/trunk/streaming/")

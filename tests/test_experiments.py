@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pandas as pd
 import pytest
@@ -16,6 +21,7 @@ from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.report import keep
 from mini_gpt_pl.report.comparison import comparison_tables
 from mini_gpt_pl.runs import Outcome, Run
+from mini_gpt_pl.sweep import local
 
 REPOSITORY = Path(cli.__file__).parent
 SWEEPS = REPOSITORY / "configs" / "sweeps"
@@ -24,8 +30,28 @@ OPTIMIZERS = REPOSITORY / "configs" / "paper" / "optimizer"
 pytestmark = pytest.mark.timeout(900)  # what all of them look at takes minutes to make
 
 
+class InThisProcess:
+    """Stands in for the process that a sweep starts for a run: loading the libraries takes longer than the run."""
+
+    def __init__(self, command: list[str], stdout: BinaryIO, **settings: Any) -> None:
+        program = command.index(str(REPOSITORY / "cli.py"))  # behind what starts it
+        told = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(told):
+            patch.setattr(cli, "draw_all", lambda run: [])  # seconds; nobody looks at them
+            patch.setattr(sys, "argv", command[program:])
+            try:
+                cli.main()
+                self.returncode = 0
+            except SystemExit as end:
+                self.returncode = int(end.code or 0)
+        stdout.write(told.getvalue().encode())
+
+    def poll(self) -> int:
+        return self.returncode
+
+
 def command(*args: str | Path) -> None:
-    """Run `mini_gpt_pl ...` in this process; a sweep starts its runs in processes of their own."""
+    """Run `mini_gpt_pl ...` in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)  # sweep files name configurations from there
         patch.setenv("WANDB_MODE", "offline")
@@ -34,7 +60,11 @@ def command(*args: str | Path) -> None:
 
 
 def sweep(file: str | Path, root: Path, *options: str, own: tuple[str, ...] = ()) -> None:
-    command("sweep", SWEEPS / file, "--root", root, "--jobs", "2", *own, "--", *options)
+    """Run a sweep with its runs in this process; `test_sweep` has a real one that starts processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": InThisProcess}))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # or it would count GPUs in a process of its own
+        command("sweep", SWEEPS / file, "--root", root, "--jobs", "2", *own, "--", *options)
 
 
 @pytest.fixture(scope="module")
