@@ -448,11 +448,12 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
         _finish_wandb()
 
 
-def run(line: str) -> ProbedCLI:
+def run(line: str, *, verbose: bool = False) -> ProbedCLI:
     """Run one command of the trainer in this process, such as in a notebook, with relative paths from where it stands.
 
     Args:
         line: As in a shell, without the program's name.
+        verbose: Show what Lightning says of devices, seeds and data loaders.
 
     Raises:
         UserError: As `run_cli`.
@@ -461,7 +462,18 @@ def run(line: str) -> ProbedCLI:
         >>> run("fit -c configs/quickstart.yaml --trainer.max_steps 100")  # doctest: +SKIP
     """
     _quiet()
-    return run_cli(with_run_config(shlex.split(line)))
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        if not verbose:
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+        try:
+            return run_cli(with_run_config(shlex.split(line)))
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _quiet() -> None:

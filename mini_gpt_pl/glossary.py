@@ -7,7 +7,6 @@ python -m mini_gpt_pl.glossary --markdown              # the page docs/metrics.m
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,12 +15,13 @@ from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs import CONFIG, Run
 
@@ -293,18 +293,13 @@ def _choices(pattern: str) -> str:
 # --------------------------------------------------------------------------------------------- command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see mini_gpt_pl explain --help")
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Explain metrics: `mini_gpt_pl explain NAME_OR_RUN...`.
 
     Raises:
         UserError: A name is neither a logged metric nor a run folder.
     """
-    parser = _Parser(prog="mini_gpt_pl explain", description="Say what a logged number means, and what its null is.")
+    parser = CommandParser("explain", description="Say what a logged number means, and what its null is.")
     parser.add_argument("names", nargs="*", metavar="NAME_OR_RUN", help="a name of metrics.csv, or a run folder")
     parser.add_argument("--markdown", action="store_true", help="print the whole glossary as a page")
     given = parser.parse_args(args)

@@ -79,8 +79,10 @@ class GeometryTrainer(Trainer):
         check_identity(checkpoint, model)
         model.load_state_dict(checkpoint["state_dict"])
         parent, offset = Run.of_checkpoint(ckpt_path), int(checkpoint["global_step"])
-        if factor is not None and parent is not None and parent.is_reheated:
-            raise UserError("reheat: the parent is itself a reheated run, whose schedule is not configured: give --lr")
+        if parent is not None and parent.is_reheated and (factor is not None or probe_weight is None):
+            asked = ("schedule", "--lr") if factor is not None else ("probe weight", "--probe_weight")
+            missing = f"{asked[0]} is not configured: give {asked[1]}"
+            raise UserError(f"reheat: the parent is itself a reheated run, whose {missing}")
         frozen = self._frozen_basis(model, ckpt_path, basis, offset)
         start = None if frozen is None else frozen.theta0.selection.weights(model)
         p0 = float("nan") if resume else self._probe_accuracy(model, datamodule)

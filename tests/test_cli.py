@@ -487,9 +487,14 @@ def test_a_reheat_that_broke_off_goes_on_by_itself(parent: Run, command: Command
         assert again.series(name).tolist() == whole.series(name).tolist()
 
 
-def test_a_schedule_that_a_reheat_made_is_not_continued(reheated: Reheated, mistake: Command) -> None:
-    told = mistake("reheat", "--ckpt_path", checkpoint(reheated[1]), "--factor", "1", "--run_dir", "twice")
-    assert "itself a reheated run" in told
+@pytest.mark.parametrize(
+    ("option", "value", "needed"), [("factor", "1", "--lr"), ("probe_weight", "null", "give --pro")]
+)
+def test_what_a_reheat_made_is_not_continued(
+    reheated: Reheated, mistake: Command, option: str, value: str, needed: str
+) -> None:
+    told = mistake("reheat", "--ckpt_path", checkpoint(reheated[1]), f"--{option}", value, "--run_dir", "twice")
+    assert "itself a reheated run" in told and needed in told
 
 
 # ------------------------------------------------------------------------------------------ run folders

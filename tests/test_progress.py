@@ -140,4 +140,4 @@ def test_a_run_without_a_path_has_a_table_and_no_verdicts(tmp_path: Path, capsys
     quiet_trainer(tmp_path, [], max_steps=1).fit(tiny_gpt(), tiny_stories())
     summary.print_summary(Run(tmp_path), Console(width=110))
     printed = capsys.readouterr().out
-    assert "validation loss" in printed and "v_b" not in printed
+    assert "decaying walk" in printed and "v_b" not in printed

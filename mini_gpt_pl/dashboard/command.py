@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.dashboard import objects
 from mini_gpt_pl.dashboard.catalogue import CATALOGUE, standard
 from mini_gpt_pl.dashboard.layout import Logged, Panel, Section, workspace_sections
@@ -26,21 +26,11 @@ makes a new view of the project; no run is changed. W&B draws the runs that it h
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if unknown.startswith("-") and near else ""
-        raise UserError(f"{message}{hint}; see mini_gpt_pl dashboard --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="mini_gpt_pl dashboard",
+    parser = CommandParser(
+        "dashboard",
         description="Build a W&B workspace, and a report for a sweep.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folder, or folder of runs: their metrics get panels")

@@ -6,13 +6,12 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.replay import records, steps
 from mini_gpt_pl.replay.measure import Replay, Settings
 from mini_gpt_pl.replay.restore import device_of
@@ -21,14 +20,9 @@ from mini_gpt_pl.runs import REPLAY, Run
 from mini_gpt_pl.switches import events_of
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see mini_gpt_pl replay --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="mini_gpt_pl replay",
+    parser = CommandParser(
+        "replay",
         description="Measure gradients, Fisher and logit lens at stored checkpoints of a run, on fixed batches, "
         "against the backbone of the whole run, which exists only afterwards. Goes on where it was broken off.",
     )

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.sweep.grid import PROGRAM, Sweep, folder_name, read_sweep
 from mini_gpt_pl.sweep.local import Slot, run_all, slots, visible_devices
@@ -31,22 +32,12 @@ ROOT/POINT.log what it printed.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
-        if unknown.startswith("-"):
-            message += f"; did you mean {near[0]}?" if near else "; options of the runs go behind --"
-        raise UserError(f"{message}; see mini_gpt_pl sweep --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="mini_gpt_pl sweep",
+    parser = CommandParser(
+        "sweep",
+        elsewhere="options of the runs go behind --",
         description="Run every point of a grid file in W&B's sweep format, once.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("file", type=Path, help="the sweep file")

@@ -1,0 +1,37 @@
+"""What the commands without a trainer have in common: how they parse, and how they complain."""
+
+from __future__ import annotations
+
+import argparse
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from mini_gpt_pl.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line that names the nearest option.
+
+    Args:
+        command: Name of the command.
+        elsewhere: Said of an option that is none of the command's, and not near to one.
+        settings: Of `ArgumentParser`.
+
+    Raises:
+        UserError: In `parse_args`, for whatever is not as it should be.
+    """
+
+    def __init__(self, command: str, *, elsewhere: str = "", **settings: Any) -> None:
+        if "epilog" in settings:
+            settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"mini_gpt_pl {command}", allow_abbrev=False, **settings)
+        self._elsewhere = elsewhere
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint as a UserError."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown.startswith("-"):
+            near = get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else self._elsewhere
+            message += f"; {hint}" if hint else ""
+        raise UserError(f"{message}; see {self.prog} --help")
