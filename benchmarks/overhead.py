@@ -70,13 +70,13 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def measure(arguments: list[str], steps: int, *, probes: bool) -> float:
+def measure(arguments: list[str], steps: int, *, probes: bool, start: int = 50) -> float:
     """Run one training in a process of its own and return its milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
-        watch = "--trainer.callbacks+=benchmarks.overhead.Stopwatch"
+        watch = ["--trainer.callbacks+=benchmarks.overhead.Stopwatch", f"--trainer.callbacks.init_args.start={start}"]
         run = ["--run_dir", folder, "--overwrite", "true", "--trainer.max_steps", str(steps)]
         off = [] if probes else ["--config", "configs/probes/off.yaml"]
-        command = [sys.executable, "cli.py", "fit", *arguments, *off, watch, *run, "--trainer.logger", "false"]
+        command = [sys.executable, "cli.py", "fit", *arguments, *off, *watch, *run, "--trainer.logger", "false"]
         subprocess.run([*command, "--trainer.enable_progress_bar", "false"], check=True, stdout=subprocess.DEVNULL)
         found = json.loads((Path(folder) / STOPWATCH_FILE).read_text())
         return float(found["ms_per_step"])
@@ -87,11 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--start", type=int, default=50, help="step at which the clock starts")
     options, rest = parser.parse_known_args()
     without, with_probes = [], []
     for _ in range(options.repeats):  # alternating, so that a slow spell of the machine hits both
-        without.append(measure(rest, options.steps, probes=False))
-        with_probes.append(measure(rest, options.steps, probes=True))
+        without.append(measure(rest, options.steps, probes=False, start=options.start))
+        with_probes.append(measure(rest, options.steps, probes=True, start=options.start))
     print(f"without probes: {median(without):8.2f} ms/step  {[round(x, 2) for x in without]}")
     print(f"with probes:    {median(with_probes):8.2f} ms/step  {[round(x, 2) for x in with_probes]}")
     print(f"ratio:          {median(with_probes) / median(without):8.4f}")

@@ -1,20 +1,23 @@
 """The model: a GPT-2-like decoder without linear biases and without dropout.
 
-Read it from top to bottom: sizes, attention, MLP, block, GPT. Shapes in comments: B sequences, T positions,
-d = ``d_model``, nh heads of hs = d / nh values, V the vocabulary, Vp the vocabulary padded for the hardware.
+Read it from top to bottom: sizes, attention, MLP, block, GPT. Shapes in comments: B sequences, T positions, N rows
+(positions of all sequences, one behind the other), d = ``d_model``, nh heads of hs = d / nh values, V the vocabulary,
+Vp the vocabulary padded for the hardware.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.packing import Packing, packed_attention, spread_rows
+from mini_gpt_pl.scoring import Scores, score
 
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
@@ -59,19 +62,6 @@ PRESETS: dict[str, GPTSize] = {
 }
 
 
-class Scores(NamedTuple):
-    """What the model says about each target, position by position.
-
-    Attributes:
-        nll: Negative log-likelihood in nats, at least float32; 0 where the target is ignored (-100).
-        hit: Whether the target alone is the most likely token; False where the target is ignored. A tie is no hit:
-            bfloat16 logits have many, and which of two equal ones comes first says nothing.
-    """
-
-    nll: Float[Tensor, "B T"]
-    hit: Bool[Tensor, "B T"]
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the present and the past: softmax(q k^T / sqrt(hs) + causal mask) v.
 
@@ -85,13 +75,24 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(size.d_model, 3 * size.d_model, bias=False)
         self.out_proj = nn.Linear(size.d_model, size.d_model, bias=False)
 
-    def forward(self, x: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
-        """Mix each position with those before it; the rows of ``qkv.weight`` are q, then k, then v."""
-        B, T, d = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_head, d // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
-        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, d))
+    def forward(
+        self, x: Float[Tensor, "*rows d"], packing: Packing | None = None, context: int = 0
+    ) -> Float[Tensor, "*rows d"]:
+        """Mix each position with those before it; the rows of ``qkv.weight`` are q, then k, then v.
+
+        Args:
+            x: Whole sequences (B, T, d) or, with a packing, rows (N, d).
+            packing: Which rows make a sequence.
+            context: T of the packed sequences.
+        """
+        d = x.shape[-1]
+        heads = self.qkv(x).unflatten(-1, (3, self.n_head, d // self.n_head))  # (B, T, 3, nh, hs) or (N, 3, nh, hs)
+        if packing is not None:
+            y = packed_attention(heads, packing, context)  # (N, nh, hs)
+        else:
+            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # (B, T, nh, hs)
+        out: Tensor = self.out_proj(y.flatten(-2))
         return out
 
 
@@ -107,7 +108,7 @@ class MLP(nn.Module):
         self.w_up = nn.Linear(size.d_model, size.d_ff, bias=False)
         self.w_down = nn.Linear(size.d_ff, size.d_model, bias=False)
 
-    def forward(self, x: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
+    def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         """Apply the same two layers at every position."""
         out: Tensor = self.w_down(F.gelu(self.w_up(x)))
         return out
@@ -127,9 +128,11 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(size.d_model, eps=LAYER_NORM_EPS)
         self.mlp = MLP(size)
 
-    def forward(self, x: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
-        """Add what attention and MLP find to the residual stream."""
-        x = x + self.attn(self.ln1(x))
+    def forward(
+        self, x: Float[Tensor, "*rows d"], packing: Packing | None = None, context: int = 0
+    ) -> Float[Tensor, "*rows d"]:
+        """Add what attention and MLP find to the residual stream; the arguments are those of the attention."""
+        x = x + self.attn(self.ln1(x), packing, context)
         x = x + self.mlp(self.ln2(x))
         return x
 
@@ -175,20 +178,23 @@ class GPT(nn.Module):
     def forward(self, tokens: Int[Tensor, "B T"], targets: None = None) -> Float[Tensor, "B T V"]: ...
 
     @overload
-    def forward(self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Scores: ...
+    def forward(
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], packing: Packing | None = None
+    ) -> Scores: ...
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"] | None = None
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"] | None = None, packing: Packing | None = None
     ) -> Float[Tensor, "B T V"] | Scores:
         """Logits of the next token at each position or, given the targets, how well these are predicted.
 
         Args:
             tokens: Token ids; T is at most ``size.context``.
             targets: The token that follows each position; -100 marks one that does not count.
+            packing: Of the targets: only its rows are computed, and the scores are the same.
 
         Returns:
-            The logits, or the ``Scores`` of the targets. Scoring inside the model lets a compiler fuse the
-            softmax with the head, and keeps the logits from crossing the border of the graph.
+            The logits or, given the targets, their ``Scores``. Scoring inside the model keeps the logits, the largest
+            tensor by far, from ever leaving it.
 
         Raises:
             UserError: The sequence is longer than the context.
@@ -196,11 +202,28 @@ class GPT(nn.Module):
         T, context = tokens.shape[1], self.size.context
         if context < T:
             raise UserError(f"model: {T} tokens do not fit a context of {context}; cut the sequence")
-        x = self.tok_emb(tokens) + self.pos_emb.weight[:T]  # (B, T, d)
+        if targets is None:
+            logits = F.linear(self.features(tokens), self.tok_emb.weight)  # (B, T, Vp)
+            return logits[..., : self.vocab_size]
+        features, asked = self.features(tokens, packing), targets.flatten()
+        if packing is not None:
+            asked = asked[packing.rows]
+        nll, hit = score(features.flatten(0, -2), self.tok_emb.weight, asked, self.vocab_size)
+        if packing is not None:
+            nll, hit = (spread_rows(found, packing.rows, targets.numel()) for found in (nll, hit))
+        return Scores(nll.view_as(targets), hit.view_as(targets))
+
+    def features(self, tokens: Int[Tensor, "B T"], packing: Packing | None = None) -> Float[Tensor, "*rows d"]:
+        """What the head sees: (B, T, d) or, with a packing, (N, d); the arguments are those of the forward pass."""
+        T = tokens.shape[1]
+        position = torch.arange(T, device=tokens.device)
+        if packing is not None:
+            tokens, position = tokens.flatten()[packing.rows], packing.rows % T
+        x = self.tok_emb(tokens) + self.pos_emb(position)
         for block in self.blocks:
-            x = block(x)
-        logits = F.linear(self.ln_f(x), self.tok_emb.weight)  # (B, T, Vp)
-        return logits[..., : self.vocab_size] if targets is None else _score(logits, targets, self.vocab_size)
+            x = block(x, packing, T)
+        features: Tensor = self.ln_f(x)
+        return features
 
     @torch.no_grad()
     def generate(
@@ -241,22 +264,6 @@ def _init_weights(module: nn.Module) -> None:
     """N(0, 0.02^2) for tables and matrices; LayerNorm keeps PyTorch's own gain 1 and bias 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, mean=0.0, std=INIT_STD)
-
-
-def _score(logits: Float[Tensor, "B T Vp"], targets: Int[Tensor, "B T"], vocab_size: int) -> Scores:
-    # bfloat16 has 8 bits: a log-sum-exp over the vocabulary needs float32. float64 stays (reference runs).
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    if vocab_size < logits.shape[-1]:
-        # Masked, not cut: a slice of padded rows costs the backward a copy of all logits.
-        logits = torch.where(ids < vocab_size, logits, -torch.inf)
-    # -100 is the ignore_index of cross_entropy unless told otherwise.
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    with torch.no_grad():  # two maxima fuse with the softmax; an argmax would take a pass of its own
-        chosen = ids == targets[..., None]
-        own = torch.where(chosen, logits, -torch.inf).amax(-1)
-        others = torch.where(chosen, -torch.inf, logits).amax(-1)
-    return Scores(nll.view_as(targets), own > others)
 
 
 def _draw(

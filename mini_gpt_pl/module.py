@@ -33,6 +33,7 @@ from mini_gpt_pl.objective import (
     loss_terms,
 )
 from mini_gpt_pl.optim import ClippedCosine, decay_groups, lambda_lr
+from mini_gpt_pl.scoring import Scores
 
 # The evaluation sets in the order of the data module's loaders.
 EVALUATIONS = ("lm", "in", "ood")
@@ -99,12 +100,18 @@ class ProbedGPT(LightningModule):
         """Weight of the probe loss at the optimizer step being prepared."""
         return self.probe_weight(self.trainer.global_step + 1)
 
+    def _scores(self, batch: Batch) -> Scores:
+        # Their number is another in every batch: without this, a compiler would first build for one of them.
+        torch._dynamo.maybe_mark_dynamic(batch.rows, 0)
+        scores: Scores = self.gpt(batch.tokens, batch.targets, batch.packing)
+        return scores
+
     def named_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one batch taken alone, by name, for probes that need their gradients apart.
 
         With several ranks their mean over the ranks is the loss of all the ranks' batches together.
         """
-        scores = self.gpt(batch.tokens, batch.targets)
+        scores = self._scores(batch)
         counts = self._over_ranks(count_targets(batch.targets, batch.probe_mask))
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         ranks = self._ranks()
@@ -112,7 +119,7 @@ class ProbedGPT(LightningModule):
 
     def batch_terms(self, batch: Batch) -> tuple[LossTerms, TargetCounts]:
         """L_LM and L_probe of one batch taken alone, on this rank alone, and what each is a mean over."""
-        scores = self.gpt(batch.tokens, batch.targets)
+        scores = self._scores(batch)
         counts = count_targets(batch.targets, batch.probe_mask)
         return loss_terms(scores.nll, batch.targets, batch.probe_mask, counts), counts
 
@@ -151,7 +158,7 @@ class ProbedGPT(LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        scores = self.gpt(batch.tokens, batch.targets)
+        scores = self._scores(batch)
         counts = self._over_ranks(TargetCounts(batch.lm_count, batch.probe_count))
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         answered = (scores.hit & batch.probe_mask).sum() / counts.probe.clamp_min(1)
@@ -252,7 +259,7 @@ class ProbedGPT(LightningModule):
         self._evaluate(batch, EVALUATIONS[dataloader_idx])
 
     def _evaluate(self, batch: Batch, name: str) -> None:
-        scores = self.gpt(batch.tokens, batch.targets)
+        scores = self._scores(batch)
         counts = count_targets(batch.targets, batch.probe_mask)
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         if name == "lm":

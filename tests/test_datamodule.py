@@ -60,8 +60,10 @@ def test_batches_have_the_promised_shapes() -> None:
     batches = list(stream)
     assert len(batches) == len(stream) == 7
     for batch in batches:
-        assert [column.shape for column in batch] == [(BATCH, CONTEXT)] * 3 + [()] * 2
-        assert [column.dtype for column in batch] == [torch.int64] * 2 + [torch.bool] + [torch.int64] * 2
+        rows = int(batch.offsets[-1])
+        assert [column.shape for column in batch] == [(BATCH, CONTEXT)] * 3 + [()] * 2 + [(rows,), (BATCH + 1,)]
+        integers = [torch.int64] * 2
+        assert [column.dtype for column in batch] == [*integers, torch.bool, *integers, torch.int64, torch.int32]
 
 
 def test_a_sample_is_a_function_of_its_key() -> None:

@@ -432,7 +432,7 @@ def _small_gpt() -> tuple[LightningModule, Batch, ParameterSelection]:
         p.data.add_(0.7 * normal(*p.shape, seed=k))
     tokens = torch.tensor([[0, 1, 2], [3, 4, 0]])
     targets = torch.tensor([[1, 2, 3], [4, -100, 1]])
-    batch = Batch(tokens, targets, torch.zeros(2, 3, dtype=torch.bool), torch.tensor(5), torch.tensor(0))
+    batch = Batch.of(tokens, targets, torch.zeros(2, 3, dtype=torch.bool))
     return module, batch, ParameterSelection.of(module, r"(?P<group>blocks\.\d)\.mlp.*weight")
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.gpt import GPT, PRESETS, TRUNK_PATTERN, GPTSize, Scores
+from mini_gpt_pl.gpt import GPT, PRESETS, TRUNK_PATTERN, GPTSize
+from mini_gpt_pl.scoring import Scores
 
 TINY = GPTSize(n_layer=2, n_head=4, d_model=32, d_ff=48, context=12)
 VOCAB = 29

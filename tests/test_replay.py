@@ -300,7 +300,7 @@ def test_the_lens_tells_layers_apart_and_wants_every_masked_position_right() -> 
         for row in rows:
             mask[row, [2, 7]] = True
             targets[row, [2, 7] if row % 3 else [2]] = answers[layer][row, [2, 7] if row % 3 else [2]]
-    batch = Batch(tokens, targets, mask, torch.tensor(0), torch.tensor(0))
+    batch = Batch.of(tokens, targets, mask)
     found = lens_accuracy(gpt, [batch], nullcontext)
     assert found == pytest.approx(lens(gpt, batch))
     assert len(set(found)) == 4

@@ -19,6 +19,7 @@ from mini_gpt_pl.data.probe import Example, Probe, ProbeConfig, Stream, choose_c
 from mini_gpt_pl.data.tokenizer import eos_id, load_tokenizer
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.objective import count_targets
+from mini_gpt_pl.packing import Packing, pack
 
 EVALUATION_SETS = ("lm", "probe_in", "probe_ood")
 """The validation data loaders, in their order."""
@@ -34,6 +35,8 @@ class Batch(NamedTuple):
         lm_count: Ordinary targets of this process's whole optimizer batch: all micro-batches of the accumulation
             window, not only this one. Of an evaluation batch, its own.
         probe_count: The probe's targets, likewise.
+        rows: The positions that have to be computed, as in `Packing`.
+        offsets: Where each sequence begins among them.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -41,12 +44,24 @@ class Batch(NamedTuple):
     probe_mask: Bool[Tensor, "B T"]
     lm_count: Int[Tensor, ""]
     probe_count: Int[Tensor, ""]
+    rows: Int[Tensor, " N"]
+    offsets: Int[Tensor, " B1"]
+
+    @classmethod
+    def of(cls, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], probe_mask: Bool[Tensor, "B T"]) -> Batch:
+        """Count and pack the targets of a batch that is an optimizer batch of its own."""
+        return cls(tokens, targets, probe_mask, *count_targets(targets, probe_mask), *pack(targets))
+
+    @property
+    def packing(self) -> Packing:
+        """The positions that have to be computed."""
+        return Packing(self.rows, self.offsets)
 
 
 def collate(examples: list[Example]) -> Batch:
     """Stack examples; the counts are those of this batch."""
     tokens, targets, mask = (torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True))
-    return Batch(tokens, targets, mask, *count_targets(targets, mask))
+    return Batch.of(tokens, targets, mask)
 
 
 class TrainStream:
@@ -392,7 +407,7 @@ class _FixedExamples(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         tokens, targets, mask = (column[indices] for column in self.columns)
-        return Batch(tokens, targets, mask, *count_targets(targets, mask))
+        return Batch.of(tokens, targets, mask)
 
     def sha256(self) -> str:
         digest = hashlib.sha256()

@@ -1,0 +1,191 @@
+"""Tokens per second of training: this project with its probes live, beside peers, all in one run on one device.
+
+    python -m benchmarks.throughput -c configs/paper/base.yaml -c configs/paper/seed42.yaml ... --out throughput.json
+
+What is no option of this script goes to `fit`. Every arm trains a model of the configured shape in the configured
+precision, compiled where the configuration says so, with its optimizer settings and clipping, on batches of the same
+stories:
+
+* `transformers`: Hugging Face's GPT-2 of the same shape, vocabulary padded to 64, in a plain loop.
+* `plain`: this project's model as plain operations on every position, in a plain loop; nanoGPT's tricks give this.
+* `packed`: this project's model as it trains, without the positions that no target needs and with the fused head, in a
+  plain loop.
+* `lightning`: `packed` under the Trainer, with data loading and logging, without a probe.
+* `probes`: the same with the configured probes.
+
+A token is a position of the (sequences x context) batch in every arm, padding included: the arms are given the same
+stories, and what they make of them differs. Plain loops have their batches on the device before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from benchmarks.overhead import measure
+from mini_gpt_pl.data.datamodule import Batch, ProbedStories
+from mini_gpt_pl.gpt import GPT
+from mini_gpt_pl.module import ProbedGPT
+from mini_gpt_pl.objective import IGNORE
+from mini_gpt_pl.optim import decay_groups
+
+Loss = Callable[[Batch], Tensor]
+# Batches that a plain loop goes round, steps before the clock (compilation), and the gradient norm's limit.
+_BATCHES, _WARMUP, _LIMIT = 16, 20, 1.0
+PLAIN_ARMS = ("transformers", "plain", "packed")
+
+
+def configured(arguments: list[str]) -> tuple[ProbedGPT, ProbedStories, dict[str, Any]]:
+    """Build the model and the data of a `fit` command line by a run of one step."""
+    from cli import run_cli
+
+    with tempfile.TemporaryDirectory() as folder:
+        short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+        quiet = ["--trainer.enable_progress_bar=false", "-c", "configs/probes/off.yaml", "--model.compile=false"]
+        cli = run_cli(["fit", *arguments, *quiet, *short, "--run_dir", f"{folder}/run"])
+    assert isinstance(cli.model, ProbedGPT) and isinstance(cli.datamodule, ProbedStories)
+    return cli.model, cli.datamodule, dict(cli.config["fit"].trainer)
+
+
+def arm(name: str, model: ProbedGPT) -> tuple[nn.Module, Loss]:
+    """Build a model of the configured shape and what gives its loss on a batch.
+
+    Raises:
+        ImportError: The peer's library is not installed.
+    """
+    size, vocab = model.gpt.size, model.gpt.vocab_size
+    if name == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = {"n_positions": size.context, "n_embd": size.d_model, "n_layer": size.n_layer, "n_head": size.n_head}
+        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        peer = GPT2LMHeadModel(GPT2Config(vocab_size=-(-vocab // 64) * 64, n_inner=size.d_ff, **shape, **off))
+        return peer, lambda batch: _cross_entropy(peer(batch.tokens, use_cache=False).logits, batch.targets)
+    gpt = GPT(size, vocab, 64)
+    if name == "plain":
+        # The padded rows of the table count as tokens, as nanoGPT has it: to cut them off would cost a copy.
+        return gpt, lambda batch: _cross_entropy(
+            F.linear(gpt.features(batch.tokens), gpt.tok_emb.weight), batch.targets
+        )
+
+    def packed(batch: Batch) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(batch.rows, 0)
+        nll: Tensor = gpt(batch.tokens, batch.targets, batch.packing).nll
+        return nll.sum() / batch.lm_count
+
+    return gpt, packed
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def plain_loop(name: str, model: ProbedGPT, batches: list[Batch], steps: int, *, compiled: bool) -> float:
+    """Train an arm without Lightning and return its milliseconds per step."""
+    device = batches[0].tokens.device
+    network, loss = arm(name, model)
+    network.to(device).train()
+    if compiled and name == "packed":
+        network.compile()  # as the module does
+    elif compiled:
+        loss = torch.compile(loss)  # the loss with the network, so that the softmax can be fused
+    optimizer: Any = torch.optim.AdamW(decay_groups(network), lr=1e-4, fused=device.type == "cuda")
+    parameters = list(network.parameters())
+    half = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
+    begun = 0.0
+    for step, batch in enumerate(islice(cycle(batches), _WARMUP + steps)):
+        if step == _WARMUP:
+            begun = _now(device)
+        with half:
+            found = loss(batch)
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, _LIMIT)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return 1e3 * (_now(device) - begun) / steps
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def main() -> None:
+    """Print milliseconds per step and tokens per second of every arm, and their ratios to ours with probes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="steps under the clock, in every arm")
+    parser.add_argument("--repeats", type=int, default=2, help="times that each arm is measured, alternating")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    options, rest = parser.parse_known_args()
+    model, data, trainer = configured(rest)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = [move_data_to_device(batch, device) for batch in islice(data.train_dataloader(), _BATCHES)]
+    data.teardown()
+    compiled = device.type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in (*PLAIN_ARMS, "lightning", "probes")}
+    for _ in range(options.repeats):
+        for name in PLAIN_ARMS:
+            try:
+                torch._dynamo.reset()
+                times[name].append(plain_loop(name, model, batches, options.steps, compiled=compiled))
+            except ImportError as error:
+                print(f"{name} is left out: {error}")
+            torch.cuda.empty_cache()
+        for name in ("lightning", "probes"):
+            # From step `start` on, as start-up and compilation are no part of a step.
+            times[name].append(measure(rest, options.steps + 100, probes=name == "probes", start=100))
+    accumulated = int(trainer.get("accumulate_grad_batches") or 1)
+    positions = batches[0].tokens.numel() * accumulated
+    kept = sum(len(batch.rows) for batch in batches) / sum(batch.tokens.numel() for batch in batches)
+    result = report(times, positions, kept, accumulated)
+    result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    result["torch"] = torch.__version__
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def report(times: dict[str, list[float]], positions: int, kept: float, accumulated: int) -> dict[str, Any]:
+    """Print and collect the result.
+
+    Args:
+        times: Milliseconds per step of each arm, a value a repeat; plain arms take one micro-batch a step.
+        positions: Sequences times context of an optimizer step.
+        kept: Share of the positions that a packed batch computes.
+        accumulated: Micro-batches in an optimizer step.
+    """
+    taken = {
+        name: median(values) * (accumulated if name in PLAIN_ARMS else 1) for name, values in times.items() if values
+    }
+    speeds = {name: 1e3 * positions / milliseconds for name, milliseconds in taken.items()}
+    for name, milliseconds in taken.items():
+        print(f"{name:14s} {milliseconds:8.2f} ms/step {speeds[name]:12,.0f} tokens/s")
+    ratios = {name: speeds["probes"] / speed for name, speed in speeds.items() if name != "probes"}
+    for name, ratio in ratios.items():
+        print(f"with probes over {name:14s} {ratio:6.3f}")
+    print(f"positions that are computed: {kept:.1%} of {positions:,}")
+    return {
+        "ms_per_step": taken,
+        "repeats_ms": times,
+        "tokens_per_second": speeds,
+        "probes_over": ratios,
+        "positions_per_step": positions,
+        "share_computed": kept,
+    }
+
+
+if __name__ == "__main__":
+    main()
