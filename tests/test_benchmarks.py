@@ -60,3 +60,15 @@ def test_overhead_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(sys, "argv", ["overhead", "--steps", "4", "--repeats", "1", "--start", "2", *given()])
     overhead.main()
     assert "ratio:" in capsys.readouterr().out
+
+
+def test_the_page_says_what_the_committed_run_measured() -> None:
+    root = Path(__file__).parent.parent
+    found = json.loads((root / "benchmarks" / "results" / "throughput_h100.json").read_text())
+    page = (root / "docs" / "speed.md").read_text()
+    for name, milliseconds in found["ms_per_step"].items():
+        assert f"{milliseconds:.2f}" in page, name
+        assert f"{round(found['tokens_per_second'][name], -3):,.0f}" in page, name
+    for ratio in found["probes_over"].values():
+        assert f"| {ratio:.2f} |" in page
+    assert f"{found['share_computed']:.0%}".replace("%", " %") in page
