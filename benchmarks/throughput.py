@@ -50,7 +50,7 @@ PLAIN_ARMS = ("transformers", "plain", "packed")
 
 def configured(arguments: list[str]) -> tuple[ProbedGPT, ProbedStories, dict[str, Any]]:
     """Build the model and the data of a `fit` command line by a run of one step."""
-    from cli import run_cli
+    from mini_gpt_pl.trainer_cli import run_cli
 
     with tempfile.TemporaryDirectory() as folder:
         short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.logger=false"]

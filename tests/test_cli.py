@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cli
+from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.data.probe import ProbeConfig
 from mini_gpt_pl.errors import UserError
@@ -85,7 +86,7 @@ def one_process_many_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """Put back what a command changes in its process; work in a folder of the test's own."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(cli, "draw_all", lambda run: [])  # seconds; the whole command of `finished` draws them
+    monkeypatch.setattr(trainer_cli, "draw_all", lambda run: [])  # seconds; the whole command of `finished` draws them
     monkeypatch.chdir(tmp_path)
 
 
@@ -201,7 +202,7 @@ def test_fit_says_nothing_beside_the_point(finished: tuple[Run, subprocess.Compl
     ],
 )
 def test_only_the_advertisement_is_dropped(message: str, kept: bool) -> None:
-    assert cli._no_advertisement(logging.LogRecord("l", logging.INFO, "f", 1, message, (), None)) == kept
+    assert trainer_cli._no_advertisement(logging.LogRecord("l", logging.INFO, "f", 1, message, (), None)) == kept
 
 
 def test_the_kept_configuration_repeats_the_run(finished: tuple[Run, object], command: Command) -> None:
@@ -354,7 +355,7 @@ def reheated(finished: tuple[Run, object], tmp_path_factory: pytest.TempPathFact
     options = ["--steps", "3", "--lr", "0.01", "--warmup", "1", "--probe_weight", "7", "--eval_every", "1"]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(cli, "draw_all", lambda run: [])
+        patch.setattr(trainer_cli, "draw_all", lambda run: [])
         patch.setattr(
             sys, "argv", ["", "reheat", "--ckpt_path", checkpoint(parent), "--trainer.logger", "false", *options]
         )
@@ -549,10 +550,10 @@ def test_a_folder_that_cannot_be_one(mistake: Command) -> None:
 # --------------------------------------------------------------------------------------------------- W&B
 
 
-def in_process(monkeypatch: pytest.MonkeyPatch, *args: str) -> cli.ProbedCLI:
+def in_process(monkeypatch: pytest.MonkeyPatch, *args: str) -> trainer_cli.ProbedCLI:
     """Run a command and return it, for what it does not print."""
     monkeypatch.setattr(sys, "argv", ["mini_gpt_pl"])
-    return cli.run_cli(cli.with_run_config(args))
+    return trainer_cli.run_cli(trainer_cli.with_run_config(args))
 
 
 def test_an_offline_resume_is_a_new_segment_in_the_group_of_the_first(
@@ -612,7 +613,7 @@ def test_the_environment_wins_over_the_configured_mode(monkeypatch: pytest.Monke
         monkeypatch.setenv("WANDB_MODE", mode)
         logger = Namespace(class_path="x.WandbLogger", init_args=Namespace(offline=not offline))
         config = Namespace(trainer=Namespace(logger=logger), ckpt_path=None)
-        cli._direct_wandb(config, Run(Path("run")), "fit", None)
+        trainer_cli._direct_wandb(config, Run(Path("run")), "fit", None)
         assert logger.init_args.offline == offline
         assert logger.init_args.save_dir == "run"
 
@@ -623,7 +624,7 @@ def test_online_a_resumed_run_goes_on_under_its_id(monkeypatch: pytest.MonkeyPat
     for name, resume, wanted in (("fit", None, "two"), ("reheat", None, None), ("reheat", "y", "two")):
         logger = Namespace(class_path="x.WandbLogger", init_args=Namespace(offline=True, id=None))
         config = Namespace(trainer=Namespace(logger=[logger]), ckpt_path="x", resume=resume)
-        cli._direct_wandb(config, Run(Path("run")), name, state)
+        trainer_cli._direct_wandb(config, Run(Path("run")), name, state)
         assert logger.init_args.id == wanted
         assert logger.dict_kwargs["group"] == "one"
 
@@ -791,3 +792,19 @@ def test_an_empty_prompt_has_no_continuation(finished: tuple[Run, object], mista
 def test_a_damaged_run_configuration_is_named(parent: Run, mistake: Command) -> None:
     (parent.path / "config.yaml").write_text("")
     assert "config.yaml holds no options" in mistake("validate", "--ckpt_path", checkpoint(parent))
+
+
+def test_help_imports_nothing_that_takes_seconds() -> None:
+    code = "import sys, cli; sys.argv = ['cli', '--help']; cli.main(); print({'torch', 'lightning'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told.rstrip().endswith("set()")
+    for command in ("fit", "reheat", "sweep", "explain", "dashboard"):
+        assert f"\n  {command} " in told
+
+
+def test_no_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "give a command: fit, validate" in told and told.count("\n") == 1

@@ -18,6 +18,7 @@ from PIL import Image
 from test_wandb_run import config_of, geometry_of, history
 
 import cli
+from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.dashboard import objects, preview, workspace_sections
 from mini_gpt_pl.dashboard.catalogue import CATALOGUE, STANDARD, standard
 from mini_gpt_pl.dashboard.command import describe, main
@@ -85,11 +86,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Run]]:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
-        patch.setattr(cli, "draw_all", lambda run: [])
+        patch.setattr(trainer_cli, "draw_all", lambda run: [])
         patch.setattr(sys, "argv", ["mini_gpt_pl"])
         patch.chdir(folder)
         options = ["-c", TINY, "-c", "probes.yaml", "--run_dir", str(folder / "run"), "--data.cache_dir", cache_dir()]
-        cli.run_cli(cli.with_run_config(["fit", *options]))
+        trainer_cli.run_cli(trainer_cli.with_run_config(["fit", *options]))
         reheat = [
             "reheat",
             "--ckpt_path",
@@ -98,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Run]]:
             str(folder / "again"),
         ]
         settings = ["--steps", "3", "--warmup", "1", "--eval_every", "1", "--lr", "0.1"]
-        cli.run_cli(cli.with_run_config([*reheat, *settings]))
+        trainer_cli.run_cli(trainer_cli.with_run_config([*reheat, *settings]))
         yield [Run(folder / "run"), Run(folder / "again")]
         wandb.finish()
 

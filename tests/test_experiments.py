@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import cli
+from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.report import keep
 from mini_gpt_pl.report.comparison import comparison_tables
@@ -37,7 +38,7 @@ class InThisProcess:
         program = command.index(str(REPOSITORY / "cli.py"))  # behind what starts it
         told = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(told):
-            patch.setattr(cli, "draw_all", lambda run: [])  # seconds; nobody looks at them
+            patch.setattr(trainer_cli, "draw_all", lambda run: [])  # seconds; nobody looks at them
             patch.setattr(sys, "argv", command[program:])
             try:
                 cli.main()
@@ -143,7 +144,7 @@ def test_every_optimizer_of_the_sweeps_trains(name: str, tmp_path: Path) -> None
     files = ("base.yaml", "short.yaml", f"optimizer/{name}.yaml", "tiny.yaml")
     options = [word for file in files for word in ("-c", f"configs/paper/{file}")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "draw_all", lambda run: [])
+        patch.setattr(trainer_cli, "draw_all", lambda run: [])
         command("fit", *options, "--data.cache_dir", str(tmp_path), "--run_dir", tmp_path / "run",
                 "--trainer.max_steps", "3", "--trainer.limit_val_batches", "0")  # fmt: skip
     run = Run(tmp_path / "run")

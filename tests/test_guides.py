@@ -34,6 +34,7 @@ from jsonargparse import ArgumentParser
 from matplotlib.image import imread
 
 import cli
+from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.report import concept_figures
@@ -129,7 +130,7 @@ class _Parsed(Exception):
 def parser() -> ArgumentParser:
     """The parser of the commands that train or evaluate."""
 
-    class Stopped(cli.ProbedCLI):
+    class Stopped(trainer_cli.ProbedCLI):
         def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
             raise _Parsed(parser)
 
@@ -137,7 +138,7 @@ def parser() -> ArgumentParser:
         Stopped(
             ProbedGPT,
             ProbedStories,
-            save_config_callback=cli.RunConfig,
+            save_config_callback=trainer_cli.RunConfig,
             trainer_class=GeometryTrainer,
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in _TRAINER}},
@@ -147,7 +148,7 @@ def parser() -> ArgumentParser:
     return found
 
 
-_TRAINER = set(cli.ProbedCLI.subcommands())
+_TRAINER = set(trainer_cli.ProbedCLI.subcommands())
 
 
 def commands() -> list[tuple[str, str]]:

@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from rich.console import Console
 
 from callbacks.progress import LiveNumbers, found
-from cli import run_cli
 from mini_gpt_pl.geometry.nulls import Calibrated
 from mini_gpt_pl.report import summary
 from mini_gpt_pl.runs import Run
+from mini_gpt_pl.trainer_cli import run_cli
 
 STORIES = Path(__file__).parent / "tiny.yaml"
 KEPT = Path(__file__).parent.parent / "docs" / "replication" / "runs" / "seeds" / "seed42"

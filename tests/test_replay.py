@@ -23,6 +23,7 @@ from helpers import GROUPS, Array, drifts, first_direction, flat, part_losses, r
 from torch import Tensor
 
 import cli
+from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.data.datamodule import Batch
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import Vector
@@ -66,9 +67,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("trained")
     args = ["fit", "-c", TINY, "-c", MORE, "--run_dir", str(folder / "run"), "--data.cache_dir", str(folder / "cache")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "draw_all", lambda run: [])
+        patch.setattr(trainer_cli, "draw_all", lambda run: [])
         patch.setattr(sys, "argv", ["mini_gpt_pl"])
-        cli.run_cli(args)
+        trainer_cli.run_cli(args)
     return Run(folder / "run")
 
 
