@@ -114,10 +114,7 @@ def _report_title(sweep: SweepRuns, project: str) -> str:
 def _project_of(runs: Sequence[Run]) -> str | None:
     """The project that the first run's own logger names."""
     for run in runs:
-        try:
-            loggers = (run.config.get("trainer") or {}).get("logger")
-        except UserError:  # trained without the command line
-            continue
+        loggers = (run.settings.get("trainer") or {}).get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, dict) and (logger.get("init_args") or {}).get("project"):
                 return str(logger["init_args"]["project"])

@@ -144,11 +144,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _callbacks(run: Run) -> list[str]:
-    """Names of the callbacks in a run's configuration, if it has one."""
-    try:
-        listed = (run.config.get("trainer") or {}).get("callbacks") or []
-    except UserError:  # trained without the command line: its CSV says all there is
-        return []
+    """Names of the callbacks in a run's configuration; without one its CSV says all there is."""
+    listed = (run.settings.get("trainer") or {}).get("callbacks") or []
     return [str(entry["class_path"]).rpartition(".")[2] for entry in (listed if isinstance(listed, list) else [listed])]
 
 
