@@ -15,7 +15,32 @@ from test_sharded import Sharded, run_script
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks import CostControl, FisherProbe, OptimizerAnatomy, Schedule, StreamingFisher, SwitchingProbe
+from callbacks import (
+    CalibratedProbe,
+    CostControl,
+    FisherProbe,
+    OptimizerAnatomy,
+    Schedule,
+    StreamingFisher,
+    SwitchingProbe,
+    View,
+)
+from mini_gpt_pl.geometry.alignment import cosines
+from mini_gpt_pl.geometry.selection import Vector
+
+
+class Own(CalibratedProbe):
+    """A reader's probe that asks for everything and remembers a vector."""
+
+    needs = ("gradient", "update", "backbone")
+
+    def measure(self, seen: View) -> dict[str, Tensor]:
+        found = {"update": seen.backbone_cosines(seen.update), "norm": seen.gradient.dots(seen.gradient).sum()}
+        before = self.memory.get("gradient")
+        return found | ({"turn": cosines(seen.gradient, before)} if isinstance(before, Vector) else {})
+
+    def remember(self, seen: View) -> None:
+        self.memory["gradient"] = seen.gradient
 
 
 def every_probe() -> list[Callback]:
@@ -25,6 +50,7 @@ def every_probe() -> list[Callback]:
         StreamingFisher(Schedule(every=1)),
         FisherProbe(Schedule(every=4), kinds=("batch_mean", "per_sample", "monte_carlo"), batches=2),
         OptimizerAnatomy(Schedule(every=1), counterfactual_beta2=[0.5], split=True),
+        Own(Schedule(every=1), draws=2),
         CostControl(warmup=1),
     ]
 
@@ -56,7 +82,7 @@ def test_all_probes_together_leave_training_alone(tmp_path: Path, accumulate: in
     assert same(bare, probed)
     assert torch.equal(bare_rng, probed_rng)
     families = {name.split("/")[0] for row in metrics(tmp_path / "probed").values() for name in row}
-    assert families >= {"backbone", "alignment", "fisher", "anatomy", "overhead", "probe", "val", "train"}
+    assert families >= {"backbone", "alignment", "fisher", "anatomy", "overhead", "own", "probe", "val", "train"}
 
 
 def test_a_loss_scaler_changes_neither_training_nor_what_is_measured(tmp_path: Path) -> None:
@@ -66,7 +92,7 @@ def test_a_loss_scaler_changes_neither_training_nor_what_is_measured(tmp_path: P
     assert same(bare, probed)
     train(tmp_path / "full", every_probe(), 2, "32-true")
     scaled, full = metrics(tmp_path / "probed"), metrics(tmp_path / "full")
-    for name in ("alignment/trunk/bias", "fisher/trunk/streaming/trace", "anatomy/trunk/cos_update"):
+    for name in ("alignment/trunk/bias", "fisher/trunk/streaming/trace", "anatomy/trunk/cos_update", "own/trunk/norm"):
         step = min(step for step, row in full.items() if name in row)
         assert scaled[step][name] == pytest.approx(full[step][name], rel=0.1), name
 
@@ -123,14 +149,17 @@ def test_all_probes_on_two_ranks(two_ranks: Path, kind: str) -> None:
     alone, ranks = metrics(two_ranks / "one"), metrics(two_ranks / f"{kind}_True")
     # On weights that ranks share, each rank samples coordinates of its own for these.
     sampled = ("coherence", "snr", "preconditioner", "update_size", "momentum_variance", "amplification")
-    families = ("backbone/", "alignment/", "anatomy/", "switching/", "fisher/trunk/streaming/")
+    drawn = ("_null", "_null_sd", "_excess")  # each rank draws for the coordinates that it holds
+    families = ("backbone/", "alignment/", "anatomy/", "switching/", "fisher/trunk/streaming/", "own/")
     compared = 0
     for step, row in ranks.items():
         for name, value in row.items():
             if kind == "fsdp" and any(f"/{quantity}" in name for quantity in sampled):
                 continue
+            if kind == "fsdp" and name.startswith("own/") and name.endswith(drawn):
+                continue
             if name.startswith(families) and "unexplained" not in name:
                 assert value == pytest.approx(alone[step][name], rel=1e-6, abs=1e-6), (step, name)
                 compared += 1
-    assert compared > 200
+    assert compared > 200 and "own/trunk/turn" in ranks[5]
     assert any(name.startswith("fisher/trunk/batch_mean/q_backbone") for row in ranks.values() for name in row)
