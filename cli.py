@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -58,8 +59,13 @@ def main() -> None:
     """Run the command line; an error that the user can put right is one line and exit status 2."""
     args = sys.argv[1:]
     try:
+        known = [*_WITH_TRAINER, *_WITHOUT_TRAINER]
         if not args:
-            raise UserError(f"give a command: {', '.join([*_WITH_TRAINER, *_WITHOUT_TRAINER])}; see mini_gpt_pl --help")
+            raise UserError(f"give a command: {', '.join(known)}; see mini_gpt_pl --help")
+        if not args[0].startswith("-") and args[0] not in known:
+            near = get_close_matches(args[0], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)};"
+            raise UserError(f"no command {args[0]!r}: {hint} see mini_gpt_pl --help")
         if args[0] in ("-h", "--help"):
             print(overview())
         elif args[0] in _WITHOUT_TRAINER:
