@@ -635,7 +635,7 @@ def test_online_a_resumed_run_goes_on_under_its_id(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["fitt"], "no command 'fitt': did you mean fit\?.*mini_gpt_pl --help"),
+        (["fitt"], r"no command 'fitt': did you mean fit\?.*mini_gpt_pl --help"),
         (["fit", "--model.schedule.warmupp", "1"], r"schedule\.warmupp.*did you mean --model\.schedule\.warmup\?"),
         (["fit", "--model.optimizer", "torch.optim.Bogus"], r"--model\.optimizer: module 'torch\.optim' .*'Bogus'"),
         (["fit", "--model.optimizer", "torch.nn.Linear"], r"--model\.optimizer: .*subclass of Optimizer"),
