@@ -39,22 +39,29 @@ class View:
 
     Args:
         step: The step, counted from 1.
-        trajectory: Gram matrices of the snapshots before it.
+        past: Gram matrices of the snapshots before it, as they were recorded.
         selection: The recorded weights, their order and groups.
         module: As it is after the step, in evaluation mode; for a forward pass of its own, `training_loss(module,
             batch)` of `callbacks.measuring`.
         batch: The step's last micro-batch.
         decay: Share of the weights that weight decay takes in this step, lr x weight decay.
         given: What the probe needs, by name.
+        original: The view that this one stands in for; None for what training did.
     """
 
     step: int
-    trajectory: Trajectory
+    past: Trajectory
     selection: ParameterSelection
     module: LightningModule
     batch: Any
     decay: float
     given: Mapping[str, Any] = field(repr=False)
+    original: View | None = field(default=None, repr=False)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Gram matrices of the snapshots before the step."""
+        return self.past if self.original is None else self.original._walk
 
     @property
     def gradient(self) -> Vector:
@@ -87,11 +94,12 @@ class View:
             drawn["gradient"] = surrogates.isotropic(self.gradient, generator)
         if "update" in drawn:
             drawn["update"] = surrogates.decaying_step(self.update, self.weights, self.decay, generator)
-        return replace(self, given=drawn, trajectory=self._walk)
+        return replace(self, given=drawn, original=self)
 
     @cached_property
     def _walk(self) -> Trajectory:
-        return surrogates.decaying_walk(self.trajectory)
+        # Only where a measure asks for it, and once for all draws: a pass over the snapshots of every group.
+        return surrogates.decaying_walk(self.past)
 
     def _need(self, name: str, kind: type[_T]) -> _T:
         if name not in self.given:

@@ -62,7 +62,6 @@ class GeometryPictures(Probe):
         self.background = background
         self._artist: Artist | None = None
         self._recorder: TrajectoryRecorder | None = None
-        self._last_step = 0
         self._drawn = 0
 
     @override
@@ -72,16 +71,13 @@ class GeometryPictures(Probe):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+        self.stepped(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._last_step:
-            return  # still accumulating
-        self._last_step = trainer.global_step
-        if not _wandb_loggers(trainer):
+        if not self.stepped(trainer) or not _wandb_loggers(trainer):
             return
         due = self.due(trainer.global_step)
         with self.watch.running():

@@ -113,6 +113,12 @@ class Probe(Callback):
         self.asked = 0
         self.answered = 0
         self._waits: dict[str, int] = {}
+        self._last_step = 0
+
+    def stepped(self, trainer: Trainer) -> bool:
+        """Whether the optimizer has stepped since the last call; a micro-batch of an accumulation alone is no step."""
+        last, self._last_step = self._last_step, trainer.global_step
+        return trainer.global_step != last
 
     def due(self, step: int, schedule: Schedule | None = None, name: str = "") -> bool:
         """Whether to measure at this step: every `stretch`-th time that the schedule asks.

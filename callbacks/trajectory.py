@@ -87,7 +87,6 @@ class TrajectoryRecorder(Probe):
         self._file: Path | None = None
         self._restored: dict[str, Any] | None = None
         self._survival = 1.0
-        self._last_step = 0
         self._device = torch.device("cpu")
         self._directions: tuple[int, Vector, Vector] | None = None
         self._decayed: Tensor | None = None
@@ -156,7 +155,8 @@ class TrajectoryRecorder(Probe):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step, self._device = trainer.global_step, pl_module.device
+        self._device = pl_module.device
+        self.stepped(trainer)
         self._decayed = next((p for p in self.selection.parameters(pl_module) if p.requires_grad), None)
         if self._restored is not None:
             self._restore(trainer, pl_module)
@@ -171,10 +171,7 @@ class TrajectoryRecorder(Probe):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._last_step:
-            return  # still accumulating
-        self._last_step = trainer.global_step
-        if self.due(trainer.global_step):
+        if self.stepped(trainer) and self.due(trainer.global_step):
             self._record(trainer, pl_module)
 
     @override
