@@ -59,15 +59,20 @@ def resume_tables(trainer: Trainer) -> None:
             logger.resume(trainer.global_step)
 
 
+# Times the last write's length that pass before the next one.
+_PATIENCE = 200
+
+
 class MetricsCSV(Logger):
     """One row per step, one column per metric; survives a crash, and a resumed run continues it.
 
     The file is rewritten whole and atomically, at most every few seconds, because columns appear as probes speak for
-    the first time, and because a probe may report a step after later ones have been reported.
+    the first time, and because a probe may report a step after later ones have been reported. A long table takes
+    longer to write, and is written less often: writing takes half a percent of the time at most.
 
     Args:
         path: The file, `metrics.csv` in a run folder.
-        seconds: Least time between two writes; the end of a run always writes.
+        seconds: Least time between two writes; the end of a run, however it ends, and checkpoints always write.
     """
 
     def __init__(self, path: Path | str, seconds: float = 5.0) -> None:
@@ -77,6 +82,7 @@ class MetricsCSV(Logger):
         self.rows: dict[int, dict[str, float]] = {}
         self._columns: dict[str, None] = {}
         self._written = 0.0
+        self._took = 0.0
         self._dirty = False
         self._checkpointed = -1
         self._resumed = False
@@ -138,7 +144,7 @@ class MetricsCSV(Logger):
     @override
     @rank_zero_only
     def save(self) -> None:
-        if self._dirty and time.monotonic() - self._written >= self.seconds:
+        if self._dirty and time.monotonic() - self._written >= max(self.seconds, _PATIENCE * self._took):
             self._write()
 
     @override
@@ -156,12 +162,17 @@ class MetricsCSV(Logger):
             self._write()
 
     def _write(self) -> None:
+        begun = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
+        columns = sorted(self._columns)
         with partial.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, [STEP, *sorted(self._columns)], restval="")
-            writer.writeheader()
-            writer.writerows({STEP: step, **self.rows[step]} for step in sorted(self.rows))
+            writer = csv.writer(handle)
+            writer.writerow([STEP, *columns])
+            writer.writerows(
+                [step, *(row.get(name, "") for name in columns)] for step, row in sorted(self.rows.items())
+            )
         os.replace(partial, self.path)
         self._written = time.monotonic()
+        self._took = self._written - begun
         self._dirty = False

@@ -213,7 +213,15 @@ class ProbedGPT(LightningModule):
             metrics["train/grad_norm"] = self._grad_norm
         rates = {"train/lr": self._lr_used, "train/probe_weight": self.probe_weight(step)}
         numbers = log_now(self.trainer, {**metrics, **rates}, step)
-        self.log("loss", numbers["train/loss"], prog_bar=True, logger=False)
+        self._show("loss", numbers["train/loss"], prog_bar=True)
+
+    def _show(self, name: str, value: float, *, prog_bar: bool) -> None:
+        """Tell the progress bar and checkpoint monitors.
+
+        On the host: Lightning asks for the value of what it shows after every batch, and of a number on the device
+        that would be a wait for the device at every step.
+        """
+        self.log(name, torch.tensor(value), prog_bar=prog_bar, logger=False)
 
     @override
     def configure_gradient_clipping(
@@ -296,7 +304,7 @@ class ProbedGPT(LightningModule):
             return
         for name, value in metrics.items():
             short = name in ("val/loss", "probe/p_in", "probe/p_ood")
-            self.log(name, value, prog_bar=short, logger=False)
+            self._show(name, value, prog_bar=short)
         log_now(self.trainer, metrics, self.trainer.global_step)
 
     # ------------------------------------------------------------------------------------------ generation

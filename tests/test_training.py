@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +47,7 @@ from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.gpt import GPT, TRUNK_PATTERN, GPTSize
 from mini_gpt_pl.logs import MetricsCSV
+from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.optim import SGDW, ClippedCosine
 
 # --------------------------------------------------------------------------------------------- non-interference
@@ -288,6 +291,38 @@ def test_resuming_does_not_touch_the_table_before_something_is_logged(tmp_path: 
 
 
 # ------------------------------------------------------------------------------------------- what ProbedGPT logs
+
+
+def test_a_long_table_is_written_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("mini_gpt_pl.logs.time.monotonic", lambda: clock[0])
+    table = MetricsCSV(tmp_path / "metrics.csv", seconds=5)
+    replace = os.replace
+
+    def slow(source: Path, target: Path) -> None:
+        clock[0] += 0.1
+        replace(source, target)
+
+    monkeypatch.setattr("mini_gpt_pl.logs.os.replace", slow)
+    rows = []
+    for step in range(600):
+        clock[0] += 0.1
+        table.log_metrics({"x": 1.0}, step)
+        rows.append(len(table.path.read_text().splitlines()) - 1 if table.path.is_file() else 0)
+    writes = [step for step in range(1, 600) if rows[step] > rows[step - 1]]
+    assert writes[0] == 49 and all(later - earlier >= 199 for earlier, later in itertools.pairwise(writes))
+    table.finalize("failed")
+    assert len(table.path.read_text().splitlines()) == 601
+
+
+def test_numbers_for_the_progress_bar_lie_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a GPU, Lightning's look at them after every batch would wait for the device each time.
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(ProbedGPT, "log", lambda self, name, value, **options: shown.update({name: value}))
+    trainer = quiet_trainer(tmp_path, [], max_steps=4, limit_val_batches=1.0, val_check_interval=2)
+    trainer.fit(tiny_gpt(), datamodule=tiny_stories())
+    assert {"loss", "val/loss", "probe/p_ood"} <= set(shown)
+    assert all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in shown.values())
 
 
 def test_training_metrics_are_those_of_the_whole_optimizer_batch(tmp_path: Path) -> None:
