@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,7 +27,10 @@ TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
 
 # The live metrics that are shown beside their null and their excess over it.
-CALIBRATED = ("pc1", "pc1_unit", "k95", "cos_theta0", "pc1_corrected", "persistence", "autocorrelation")
+CALIBRATED = (
+    *("pc1", "pc1_unit", "k95", "k99", "cos_theta0", "pc1_corrected", "participation"),
+    *("persistence", "autocorrelation", "coordinate", "residual", "fraction"),
+)
 
 _T = TypeVar("_T")
 
@@ -249,35 +251,25 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
         trajectory: At least two snapshots.
         name: What the whole selection is called.
     """
+    grams = torch.stack([trajectory.gram(), *trajectory.grams])
+    moved = pca.norms(grams, pca.drifts(len(trajectory))).amax(-1) > 0  # frozen so far: nothing has a direction yet
+    if not moved.any():
+        return {}
+    grams = grams[moved]
+    labels = [label for label, has in zip((name, *trajectory.groups), moved.tolist(), strict=True) if has]
+    both = torch.cat([grams, nulls.decaying_walk(grams, trajectory.survival)])  # one batch of eigenvalue problems
+    columns = {key: values.tolist() for key, values in nulls.statistics_of(both, trajectory.survival).items()}
+    updates = pca.latest_update_alignment(both).tolist()
     metrics: dict[str, float] = {}
-    for group in (None, *trajectory.groups):
-        label = name if group is None else group
-        gram = trajectory.gram(group)
-        if float(pca.norms(gram, pca.drifts(len(gram))).max()) == 0:
-            continue  # frozen so far: nothing has a direction yet
-        null = nulls.decaying_walk(gram, trajectory.survival)
-        found = backbone_metrics(gram, null, trajectory.survival)
-        metrics |= {f"backbone/{label}/{key}": value for key, value in found.items() if value == value}
-        update = pca.latest_update_alignment(gram)
-        if update == update:  # the first increment has no past to be aligned with
-            beside = _beside("update", update, pca.latest_update_alignment(null))
+    for own, label in enumerate(labels):
+        null = own + len(labels)
+        for key, values in columns.items():
+            found = _beside(key, values[own], values[null]) if key in CALIBRATED else {key: values[own]}
+            metrics |= {f"backbone/{label}/{part}": value for part, value in found.items() if value == value}
+        if updates[own] == updates[own]:  # the first increment has no past to be aligned with
+            beside = _beside("update", updates[own], updates[null])
             metrics |= {f"alignment/{label}/{key}": value for key, value in beside.items()}
     return metrics
-
-
-def backbone_metrics(gram: pca.Gram, null: pca.Gram, survival: Sequence[float]) -> dict[str, float]:
-    """Statistics of the drift beside those of a null, and the decomposition at the last snapshot."""
-    rows = pca.drifts(len(gram))[1:]
-    split = pca.decompose(gram, rows[-1:], pca.pca(gram, rows).backbone)
-    found, chance = nulls.statistics(gram, survival), nulls.statistics(null, survival)
-    for key in CALIBRATED:
-        found |= _beside(key, found[key], chance[key])
-    decomposition = {
-        "coordinate": float(split.coordinate),
-        "residual": float(split.residual_norm),
-        "fraction": float(split.fraction),
-    }
-    return found | decomposition
 
 
 def _beside(name: str, value: float, null: float) -> dict[str, float]:
@@ -285,19 +277,13 @@ def _beside(name: str, value: float, null: float) -> dict[str, float]:
 
 
 def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vector, Vector]:
-    """Materialise each group's own backbone, and the whole selection's, as flat vectors."""
-    n = len(trajectory)
-    path = pca.drifts(n)[1:]
-    own = [_backbone(trajectory.gram(group), path) for group in trajectory.groups]
-    whole = _backbone(trajectory.gram(), path)
-    return rows.combine(torch.stack(own)), rows.combine(whole.expand(len(trajectory.groups), n))
+    """Materialise each group's own backbone, and the whole selection's, as flat vectors.
 
-
-def _backbone(gram: pca.Gram, path: pca.Rows) -> pca.Direction:
-    """Coefficients of v_b; zero for weights that have not moved (frozen, or before the first step)."""
-    if float(pca.norms(gram, path).max()) == 0:
-        return torch.zeros(len(gram), dtype=torch.float64)
-    return pca.pca(gram, path).backbone
+    Zero for weights that have not moved (frozen, or before the first step).
+    """
+    found = pca.spectra(torch.stack([*trajectory.grams, trajectory.gram()]), pca.drifts(len(trajectory))[1:])
+    backbones = torch.where((found.moved > 0)[:, None], found.directions[:, 0], 0.0)
+    return rows.combine(backbones[:-1]), rows.combine(backbones[-1:].expand(len(trajectory.groups), -1))
 
 
 def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:

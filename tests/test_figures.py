@@ -107,7 +107,8 @@ def test_every_calibrated_number_stands_beside_its_nulls_with_its_excess_and_int
     found = calibrate_run(run)
     shares, excesses, counts, count_excesses = null_figures.against_nulls(run).axes
     shown = [name for name in (*null_figures._SHARES, *null_figures._COUNTS) if name in found]
-    assert set(shown) | {"drift", "drift_corrected"} == set(found)  # lengths have no place on these axes
+    lengths = {"drift", "drift_corrected", "coordinate", "residual"}  # they have no place on these axes
+    assert set(shown) | lengths == set(found)
     for label, pick in (("walk", "walk"), ("decaying walk", "decay"), ("measured", "value")):
         drawn = np.concatenate([y_of(shares, label), y_of(counts, label)])
         np.testing.assert_allclose(drawn, [getattr(found[name], pick) for name in shown])

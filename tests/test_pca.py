@@ -47,6 +47,27 @@ def test_pca_is_the_svd(anchor: int, first: int, end: int, normalise: bool) -> N
     torch.testing.assert_close(part.directions @ basis_of(WEIGHTS), right, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_several_paths_at_once_are_each_by_itself(normalise: bool) -> None:
+    late = torch.cat([WEIGHTS[:1].expand(4, -1), WEIGHTS[: T - 3]])  # three snapshots without movement first
+    line = WEIGHTS[0] + torch.arange(T + 1)[:, None] * WEIGHTS[1]
+    stopped = torch.cat([WEIGHTS[: T - 3], WEIGHTS[:1].expand(4, -1)])  # back where it began: the last drifts are zero
+    grams = torch.stack([gram_of(path) for path in (WEIGHTS, late, line, stopped)])
+    rows = drifts(T + 1)
+    found = geometry.spectra(grams, rows, normalise=normalise)
+    energies = geometry.energies(grams, rows, normalise=normalise)
+    for k, path in enumerate((WEIGHTS, late, line, stopped)):
+        alone, (values, right) = pca(grams[k], rows, normalise=normalise), svd(path - path[0], normalise)
+        moved = int(((path - path[0]).norm(dim=1) > 0).sum())
+        assert int(found.moved[k]) == moved and int(found.ranks[k]) == len(alone.directions) <= moved
+        energy = torch.zeros(T + 1, dtype=torch.float64)
+        energy[: len(values)] = values.square()
+        for one in (found.energy[k], energies[k]):
+            torch.testing.assert_close(one, energy, rtol=1e-9, atol=1e-9 * float(energy[0]))
+        torch.testing.assert_close(found.directions[k, 0] @ basis_of(path), right[0], rtol=0, atol=1e-8)
+        assert not found.directions[k, len(alone.directions) :].any()
+
+
 def test_directions_become_weights_through_the_recorded_rows() -> None:
     rows, trajectory = record(flat_selection(D), WEIGHTS)
     backbone = pca(trajectory.gram(), drifts(T + 1)).backbone

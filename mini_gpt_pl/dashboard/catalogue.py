@@ -55,6 +55,8 @@ BACKBONE = Section(
         _backbone("PC1, unit rows", "pc1_unit"),
         _backbone("PC1 of the decay-corrected drift", "pc1_corrected"),
         _backbone("k95, raw", "k95"),
+        _backbone("Coordinate along v_b", "coordinate"),
+        _backbone("Residual across v_b", "residual"),
         _backbone("cos(v_b, theta_0)", "cos_theta0"),
         _backbone("Persistence, drift over the free walk's", "persistence"),
         _backbone("Autocorrelation of updates, lag 1", "autocorrelation"),

@@ -27,13 +27,13 @@ from mini_gpt_pl.geometry import pca
 from mini_gpt_pl.geometry.pca import Gram, Rows
 
 
-def walk(gram: Gram) -> Gram:
-    """Gram of a walk with the measured increment lengths and no preferred direction."""
-    return gram.diag().diag()
+def walk(gram: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """Gram of a walk with the measured increment lengths and no preferred direction; of one path or of several."""
+    return gram.diagonal(dim1=-2, dim2=-1).diag_embed()
 
 
-def decaying_walk(gram: Gram, survival: Sequence[float]) -> Gram:
-    """Gram of a decaying walk with the measured increment lengths.
+def decaying_walk(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> Float[Tensor, "*batch n n"]:
+    """Gram of a decaying walk with the measured increment lengths; of one path or of several.
 
     Args:
         gram: H of the run, for ||theta_0|| and the increment lengths.
@@ -46,22 +46,23 @@ def decaying_walk(gram: Gram, survival: Sequence[float]) -> Gram:
     Raises:
         ValueError: There is not one share per snapshot.
     """
-    n = len(gram)
+    n = gram.shape[-1]
     if len(survival) != n:
         raise ValueError(f"expected one surviving share per snapshot, {n}, got {len(survival)}")
+    square = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
     # Coordinates over the orthonormal basis (theta_0 / ||theta_0||, e_1 / ||e_1||, ...): one row per vector.
-    position = torch.zeros(n, dtype=torch.float64)
-    position[0] = gram[0, 0].clamp_min(0.0).sqrt()
+    position = torch.zeros(*gram.shape[:-2], n, dtype=torch.float64)
+    position[..., 0] = square[..., 0].sqrt()
     basis = [position]
     for k in range(1, n):
         shrink = survival[k] / survival[k - 1] - 1.0 if survival[k - 1] > 0 else 0.0
         increment = shrink * position
-        left = gram[k, k] - increment.square().sum()
-        increment[k] = left.clamp_min(0.0).sqrt()
+        left = square[..., k] - increment.square().sum(-1)
+        increment[..., k] = left.clamp_min(0.0).sqrt()
         position = position + increment
         basis.append(increment)
-    coordinates = torch.stack(basis)
-    return coordinates @ coordinates.T
+    coordinates = torch.stack(basis, -2)
+    return coordinates @ coordinates.mT
 
 
 def decay_corrected(survival: Sequence[float]) -> Rows:
@@ -74,43 +75,46 @@ def decay_corrected(survival: Sequence[float]) -> Rows:
 # ------------------------------------------------------------------------------------- statistics of the updates
 
 
-def autocorrelation(gram: Gram, lags: int, *, off_theta0: bool = False) -> Float[Tensor, " L"]:
+def autocorrelation(
+    gram: Float[Tensor, "*batch n n"], lags: int, *, off_theta0: bool = False
+) -> Float[Tensor, "*batch L"]:
     """Correlation of increments by lag, sum <d_k, d_{k+L}> / sum ||d_k|| ||d_{k+L}||, for L = 1 .. lags.
 
     Zero for a free walk, whatever its PC1. Decay alone makes it differ from zero: positive where it pulls theta_0 in,
     negative where it pulls back what has just been walked, so compare with the decaying walk.
 
     Args:
-        gram: H.
+        gram: H, of one path or of several.
         lags: Largest lag; lags beyond T - 1 are NaN.
         off_theta0: Project theta_0 out of every increment first.
     """
-    n = len(gram)
-    rows = torch.eye(n, dtype=torch.float64)[1:]
-    if off_theta0 and float(gram[0, 0]) > 0:
-        rows[:, 0] = -gram[1:, 0] / gram[0, 0]
-    products = rows @ gram @ rows.T
-    lengths = products.diag().clamp_min(0.0).sqrt()
-    out = torch.full((lags,), torch.nan, dtype=torch.float64)
+    n = gram.shape[-1]
+    products = gram[..., 1:, 1:]
+    if off_theta0:
+        along, square = gram[..., 1:, :1], gram[..., :1, :1]
+        products = products - torch.where(square > 0, along * along.mT / square.clamp_min(1e-300), 0.0)
+    lengths = products.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    out = torch.full((*gram.shape[:-2], lags), torch.nan, dtype=torch.float64)
     for lag in range(1, min(lags, n - 2) + 1):
-        scale = (lengths[:-lag] * lengths[lag:]).sum()
-        if scale > 0:
-            out[lag - 1] = products.diagonal(lag).sum() / scale
+        scale = (lengths[..., :-lag] * lengths[..., lag:]).sum(-1)
+        total = products.diagonal(lag, dim1=-2, dim2=-1).sum(-1)
+        out[..., lag - 1] = torch.where(scale > 0, total / scale, torch.nan)
     return out
 
 
-def persistence(gram: Gram) -> Float[Tensor, " T"]:
+def persistence(gram: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch T"]:
     """||x(t)|| over the length of a free walk with the same increments, sqrt(sum ||d_k||^2): 1 for a free walk."""
-    drift = pca.norms(gram, pca.drifts(len(gram))[1:])
-    free = gram.diag()[1:].cumsum(0).clamp_min(0.0).sqrt()
+    drift = pca.norms(gram, pca.drifts(gram.shape[-1])[1:])
+    free = gram.diagonal(dim1=-2, dim2=-1)[..., 1:].cumsum(-1).clamp_min(0.0).sqrt()
     return torch.where(free > 0, drift / free.clamp_min(1e-300), 0.0)
 
 
-def participation(gram: Gram, rows: Rows) -> float:
+def participation(gram: Float[Tensor, "*batch n n"], rows: Rows) -> Float[Tensor, "*batch"]:
     """Participation ratio (sum s^2)^2 / sum s^4 of rows: the number of directions that share their energy."""
     products = rows @ gram @ rows.T  # sum s^2 is its trace, sum s^4 the square of its Frobenius norm
-    scale = float(products.square().sum())
-    return float(products.trace().square()) / scale if scale > 0 else 0.0
+    trace = products.diagonal(dim1=-2, dim2=-1).sum(-1)
+    scale = products.square().sum((-2, -1))
+    return torch.where(scale > 0, trace.square() / scale.clamp_min(1e-300), 0.0)
 
 
 # ------------------------------------------------------------------------------------------ numbers beside nulls
@@ -121,27 +125,55 @@ def statistics(gram: Gram, survival: Sequence[float]) -> dict[str, float]:
 
     PC1 and PC2, k95 and k99 with raw and with unit rows; the first component of the decay-corrected drift; persistence
     at the end; participation of drifts and of updates; autocorrelation at lag 1, raw and off theta_0;
-    cos(v_b, theta_0).
+    cos(v_b, theta_0); and the last drift's coordinate along v_b, what is left across it, and the fraction of its
+    squared length along it.
+
+    Raises:
+        ValueError: Nothing has moved.
     """
-    n = len(gram)
-    rows = pca.drifts(n)[1:]
-    found: dict[str, float] = {}
-    raw, unit = pca.pca(gram, rows), pca.pca(gram, rows, normalise=True)
-    for suffix, parts in (("", raw), ("_unit", unit)):
-        found[f"pc1{suffix}"] = parts.pc1
-        found[f"pc2{suffix}"] = float(parts.ratios[1]) if len(parts.ratios) > 1 else 0.0
-        found[f"k95{suffix}"] = float(parts.components_for(0.95))
-        found[f"k99{suffix}"] = float(parts.components_for(0.99))
-    found["cos_theta0"] = pca.cosine(gram, raw.backbone, pca.theta0(n))
-    found["pc1_corrected"] = _pc1(gram, decay_corrected(survival))
-    found["drift"] = float(pca.norms(gram, rows[-1:]))
-    found["drift_corrected"] = float(pca.norms(gram, decay_corrected(survival)[-1:]))
-    found["persistence"] = float(persistence(gram)[-1])
-    found["participation"] = participation(gram, rows)
-    found["participation_updates"] = participation(gram, torch.eye(n, dtype=torch.float64)[1:])
-    found["autocorrelation"] = float(autocorrelation(gram, 1)[0])
-    found["autocorrelation_off"] = float(autocorrelation(gram, 1, off_theta0=True)[0])
+    if float(pca.norms(gram, pca.drifts(len(gram))).max()) == 0:
+        raise ValueError("every row is zero: a trajectory without movement has no principal direction")
+    return {name: float(values[0]) for name, values in statistics_of(gram[None], survival).items()}
+
+
+def statistics_of(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> dict[str, Float[Tensor, " B"]]:
+    """`statistics` of several paths that have moved, with the same decay."""
+    n = grams.shape[-1]
+    rows, corrected = pca.drifts(n)[1:], decay_corrected(survival)
+    raw = pca.spectra(grams, rows)
+    found = _spectral(raw.energy, "") | _spectral(pca.energies(grams, rows, normalise=True), "_unit")
+    backbone = raw.directions[:, 0]
+    along = torch.einsum("bn,bn->b", backbone, grams[:, 0])
+    found["cos_theta0"] = along / grams[:, 0, 0].sqrt().clamp_min(1e-300)  # v_b has unit length
+    found["pc1_corrected"] = _first_share(pca.energies(grams, corrected))
+    drift = found["drift"] = pca.norms(grams, rows[-1:])[:, 0]
+    coordinate = found["coordinate"] = torch.einsum("bn,bnm,m->b", backbone, grams, rows[-1])
+    found["residual"] = pca.norms(grams, rows[-1] - coordinate[:, None, None] * backbone[:, None])[:, 0]
+    found["fraction"] = coordinate.square() / drift.square().clamp_min(1e-300)
+    found["drift_corrected"] = pca.norms(grams, corrected[-1:])[:, 0]
+    found["persistence"] = persistence(grams)[:, -1]
+    found["participation"] = participation(grams, rows)
+    found["participation_updates"] = participation(grams, torch.eye(n, dtype=torch.float64)[1:])
+    found["autocorrelation"] = autocorrelation(grams, 1)[:, 0]
+    found["autocorrelation_off"] = autocorrelation(grams, 1, off_theta0=True)[:, 0]
     return found
+
+
+def _spectral(energy: Float[Tensor, "B R"], suffix: str) -> dict[str, Float[Tensor, " B"]]:
+    """PC1, PC2, k95 and k99 of a spectrum."""
+    ratios = energy / energy.sum(-1, keepdim=True)
+    reached = torch.cumsum(ratios, -1)
+    second = ratios[:, 1] if ratios.shape[1] > 1 else torch.zeros(len(ratios), dtype=torch.float64)
+    found = {f"pc1{suffix}": ratios[:, 0], f"pc2{suffix}": second}
+    for percent in (95, 99):
+        found[f"k{percent}{suffix}"] = (reached < percent / 100 - 1e-12).sum(-1).double() + 1.0
+    return found
+
+
+def _first_share(energy: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
+    """Share of the first component, NaN where nothing is left (pure decay, corrected)."""
+    total = energy.sum(-1)
+    return torch.where(total > 0, energy[:, 0] / total.clamp_min(1e-300), torch.nan)
 
 
 def profile_statistics(gram: Gram, width: int = 10) -> dict[str, float]:
@@ -249,11 +281,3 @@ def _resampled_spectra(gram: Gram, rows: Rows, chosen: Int[Tensor, "draws R"]) -
         found[f"pc1{suffix}"] = ratios[:, 0].numpy()
         found[f"k95{suffix}"] = (ratios.cumsum(-1) < 0.95 - 1e-12).sum(-1).numpy() + 1.0
     return found
-
-
-def _pc1(gram: Gram, rows: Rows) -> float:
-    """Share of the first component, NaN where nothing is left (pure decay, corrected)."""
-    try:
-        return pca.pca(gram, rows).pc1
-    except ValueError:
-        return math.nan

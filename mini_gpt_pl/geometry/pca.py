@@ -14,7 +14,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Gram = Float[Tensor, "n n"]
@@ -48,8 +48,8 @@ def inner(gram: Gram, u: Float[Tensor, "*batch n"], w: Direction) -> Float[Tenso
     return u @ (gram @ w)
 
 
-def norms(gram: Gram, rows: Rows) -> Float[Tensor, " R"]:
-    """Lengths of vectors given by coefficients."""
+def norms(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]) -> Float[Tensor, "*batch R"]:
+    """Lengths of vectors given by coefficients, in one path or in several."""
     return (rows @ gram).mul(rows).sum(-1).clamp_min(0.0).sqrt()
 
 
@@ -57,12 +57,6 @@ def cosine(gram: Gram, u: Direction, w: Direction) -> float:
     """Cosine of two vectors given by coefficients; zero where either vanishes."""
     scale = float(norms(gram, torch.stack([u, w])).prod())
     return float(inner(gram, u, w)) / scale if scale > 0 else 0.0
-
-
-def _rounding(gram: Gram, rows: Rows) -> Float[Tensor, " R"]:
-    """Squared length that float64 cannot tell from zero, where a row's parts cancel (as in a corrected drift)."""
-    reach = rows.abs() @ gram.diagonal().clamp_min(0.0).sqrt()
-    return len(gram) * torch.finfo(torch.float64).eps * reach.square()
 
 
 @dataclass(frozen=True)
@@ -113,22 +107,75 @@ def pca(gram: Gram, rows: Rows, *, normalise: bool = False) -> PCA:
     Raises:
         ValueError: No row has a length.
     """
-    lengths, noise = norms(gram, rows), _rounding(gram, rows)
-    kept = lengths.square() > noise
-    rows, lengths, noise = rows[kept], lengths[kept], noise[kept]
-    if not len(rows):
+    found = spectra(gram[None], rows, normalise=normalise) if len(rows) else None
+    if found is None or not found.moved[0]:
         raise ValueError("every row is zero: a trajectory without movement has no principal direction")
-    if normalise:
-        rows, noise = rows / lengths[:, None], noise / lengths.square()
-    product = rows @ gram @ rows.T
-    energy, left = torch.linalg.eigh((product + product.T) / 2)
-    energy, left = energy.flip(0).clamp_min(0.0), left.flip(1)
+    directions = found.directions[0]
+    return PCA(found.energy[0, : int(found.moved[0])].sqrt(), directions[: int(found.ranks[0])])
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Uncentred principal components of the same rows in several paths.
+
+    Args:
+        energy: Squared singular values, descending.
+        directions: Coefficients of the unit right singular vectors; zero from `ranks` on.
+        ranks: Number of singular values that are not rounding; 1 at least.
+        moved: Number of rows that have a length. With none, the rest means nothing.
+    """
+
+    energy: Float[Tensor, "B R"]
+    directions: Float[Tensor, "B R n"]
+    ranks: Int[Tensor, " B"]
+    moved: Int[Tensor, " B"]
+
+
+def spectra(grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], *, normalise: bool = False) -> Spectra:
+    """`pca` of several paths at once: single eigenvalue problems of this size are all overhead.
+
+    Args:
+        grams: A Gram matrix a path.
+        rows: The rows' coefficients, the same in each path or its own.
+        normalise: Scale every row to unit length first.
+    """
+    rows, products, noise = _products(grams, rows, normalise)
+    energy, left = torch.linalg.eigh(products)
+    energy, left = energy.flip(-1).clamp_min(0.0), left.flip(-1)
     # Below this an eigenvalue is rounding, and its direction would be noise divided by noise.
-    rank = max(1, int((energy > noise.sum()).sum()))
-    directions = (rows.T @ (left[:, :rank] / energy[:rank].sqrt())).T
-    last = inner(gram, directions, rows[-1])
-    directions = directions * torch.where(last < 0, -1.0, 1.0)[:, None]
-    return PCA(energy.sqrt(), directions)
+    ranks = (energy > noise.sum(-1, keepdim=True)).sum(-1).clamp_min(1)
+    kept = torch.arange(energy.shape[-1]) < ranks[:, None]
+    directions = (left.mT @ rows) * torch.where(kept, energy, torch.inf).rsqrt()[..., None]
+    lengths = products.diagonal(dim1=-2, dim2=-1)
+    # The last row that has a length gets a positive coordinate on each component: sigma times `left`.
+    last = (torch.arange(lengths.shape[-1]) * (lengths > 0)).amax(-1)
+    sign = torch.where(left[torch.arange(len(left)), last] < 0, -1.0, 1.0)
+    return Spectra(energy, directions * sign[..., None], ranks, (lengths > 0).sum(-1))
+
+
+def energies(
+    grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], *, normalise: bool = False
+) -> Float[Tensor, "B R"]:
+    """Squared singular values as in `spectra`, where no direction is asked for: half the work."""
+    return torch.linalg.eigvalsh(_products(grams, rows, normalise)[1]).flip(-1).clamp_min(0.0)
+
+
+def _products(
+    grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], normalise: bool
+) -> tuple[Float[Tensor, "B R n"], Float[Tensor, "B R R"], Float[Tensor, "B R"]]:
+    """Rows without those whose length is rounding, their inner products, and the rounding of their squared lengths.
+
+    Where a row's parts cancel (as in a corrected drift), float64 cannot tell a small length from zero.
+    """
+    rows = rows.expand(len(grams), *rows.shape[-2:])
+    lengths = norms(grams, rows)
+    reach = (rows.abs() @ grams.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()[..., None]).squeeze(-1)
+    noise = grams.shape[-1] * torch.finfo(torch.float64).eps * reach.square()
+    unit = lengths if normalise else torch.ones_like(lengths)
+    scale = torch.where(lengths.square() > noise, 1.0 / unit, 0.0)
+    rows = rows * scale[..., None]
+    products = rows @ grams @ rows.mT
+    return rows, (products + products.mT) / 2, noise * scale.square()
 
 
 @dataclass(frozen=True)
@@ -169,22 +216,25 @@ def update_alignment(gram: Gram, direction: Direction) -> Float[Tensor, " T"]:
     return torch.where(lengths > 0, inner(gram, increments, direction) / lengths.clamp_min(1e-300), 0.0)
 
 
-def latest_update_alignment(gram: Gram, *, normalise: bool = False) -> float:
-    """Cosine of the last increment with the backbone of the snapshots before it: chance gives zero.
+def latest_update_alignment(gram: Float[Tensor, "*batch n n"], *, normalise: bool = False) -> Float[Tensor, "*batch"]:
+    """Cosine of the last increment with the backbone of the snapshots before it, in one path or in several.
 
-    NaN where there is no past, that is before the third snapshot, or where nothing had moved yet.
+    Chance gives zero. NaN where there is no past, that is before the third snapshot, or where nothing had moved yet.
     """
-    n = len(gram)
-    past = drifts(n)[1 : n - 1]
-    if n < 3 or float(norms(gram, past).max()) == 0:
-        return float("nan")
-    return cosine(gram, torch.eye(n, dtype=torch.float64)[-1], pca(gram, past, normalise=normalise).backbone)
+    n = gram.shape[-1]
+    if n < 3:
+        return torch.full(gram.shape[:-2], torch.nan, dtype=torch.float64)
+    grams = gram.reshape(-1, n, n)
+    past = spectra(grams, drifts(n)[1 : n - 1], normalise=normalise)
+    along = (past.directions[:, 0] * grams[:, -1]).sum(-1)
+    length = grams[:, -1, -1].clamp_min(0.0).sqrt()
+    cosines = torch.where(length > 0, along / length.clamp_min(1e-300), 0.0)
+    return torch.where(past.moved > 0, cosines, torch.nan).reshape(gram.shape[:-2])
 
 
 def past_update_alignment(gram: Gram, *, normalise: bool = False) -> Float[Tensor, " T"]:
     """`latest_update_alignment` of every increment d_1 .. d_T in turn, as it was while the run went on."""
-    values = [latest_update_alignment(gram[:k, :k], normalise=normalise) for k in range(2, len(gram) + 1)]
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.stack([latest_update_alignment(gram[:k, :k], normalise=normalise) for k in range(2, len(gram) + 1)])
 
 
 @dataclass(frozen=True)

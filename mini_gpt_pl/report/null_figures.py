@@ -27,6 +27,7 @@ _SHARES = (
     "pc2",
     "pc2_unit",
     "cos_theta0",
+    "fraction",
     "persistence",
     "autocorrelation",
     "autocorrelation_off",
