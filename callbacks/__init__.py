@@ -3,6 +3,7 @@
 from callbacks.anatomy import OptimizerAnatomy
 from callbacks.calibrated import CalibratedProbe, View
 from callbacks.cost import CostControl
+from callbacks.data_wait import DataWait
 from callbacks.divergence import StopOnDivergence
 from callbacks.fisher import FisherProbe
 from callbacks.gradient_alignment import GradientAlignment
@@ -17,6 +18,7 @@ from callbacks.wandb_run import WandbSegments
 __all__ = [
     "CalibratedProbe",
     "CostControl",
+    "DataWait",
     "FisherProbe",
     "GeometryPictures",
     "GradientAlignment",

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from callbacks import (
     CalibratedProbe,
     CostControl,
+    DataWait,
     FisherProbe,
     OptimizerAnatomy,
     Schedule,
@@ -52,6 +53,7 @@ def every_probe() -> list[Callback]:
         OptimizerAnatomy(Schedule(every=1), counterfactual_beta2=[0.5], split=True),
         Own(Schedule(every=1), draws=2),
         CostControl(warmup=1),
+        DataWait(warmup=1),
     ]
 
 

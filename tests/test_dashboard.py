@@ -63,6 +63,7 @@ EVERY_PROBE = {
             _callback("GeometryPictures", schedule={"every": 100}),
             # No budget is kept: a probe that is thinned out may never speak.
             _callback("CostControl", max_overhead=1000.0, warmup=1),
+            _callback("DataWait", warmup=1),
             _callback(
                 "lightning.pytorch.callbacks.ModelCheckpoint",
                 **{

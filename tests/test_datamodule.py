@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from mini_gpt_pl.data.batch import Batch, Piped, collate
 from mini_gpt_pl.data.corpus import CorpusConfig, TokenizedStories
-from mini_gpt_pl.data.datamodule import EVALUATION_SETS, Batch, ProbedStories, TrainStream
+from mini_gpt_pl.data.datamodule import EVALUATION_SETS, ProbedStories
 from mini_gpt_pl.data.probe import Probe, ProbeConfig, choose_codewords, sample_rng
+from mini_gpt_pl.data.stream import TrainingBatches, TrainStream
 from mini_gpt_pl.data.tokenizer import load_tokenizer
 from mini_gpt_pl.objective import count_targets
 
@@ -78,6 +81,26 @@ def test_a_sample_is_a_function_of_its_key() -> None:
         batch = batches[row // BATCH]
         for column, values in zip(batch[:3], expected, strict=True):
             np.testing.assert_array_equal(column[row % BATCH].numpy(), values)
+
+
+def test_a_batch_is_its_examples_one_by_one() -> None:
+    """Rows cut together, and one generator put to each sample, give the bytes of examples made alone."""
+    batches = TrainingBatches(stories(), probe(), seed=5)
+    keys = [(epoch, index) for index in (7, 0, 21, 7, 3) for epoch in (0, 4, 2**40)] + [(1, i) for i in range(STORIES)]
+    alone = [probe().training_example(stories()[index], sample_rng(5, 1, epoch, index)) for epoch, index in keys]
+    masks = [example.probe_mask.any() for example in alone]
+    assert any(masks) and not all(masks) and any(len(stories()[index]) > CONTEXT + 1 for _, index in keys)
+    assert digest(batches.__getitems__(keys)) == digest(collate(alone))
+    assert digest(batches[keys[0]]) == digest(collate(alone[:1]))
+
+
+def test_a_batch_arrives_from_a_pipe_as_it_was_sent() -> None:
+    batch = next(iter(stream_of()))
+    arrived = pickle.loads(pickle.dumps(Piped(batch)))
+    assert isinstance(arrived, Batch) and digest(arrived) == digest(batch)
+    assert [column.dtype for column in arrived] == [column.dtype for column in batch]
+    assert [column.shape for column in arrived] == [column.shape for column in batch]
+    arrived.tokens.zero_()  # its own memory, to be written to
 
 
 def test_an_epoch_visits_each_story_once_and_the_next_in_another_order() -> None:

@@ -34,6 +34,7 @@ from torch.optim import SGD, Adagrad, Optimizer
 
 from callbacks import (
     CostControl,
+    DataWait,
     FisherProbe,
     GradientAlignment,
     OptimizerAnatomy,
@@ -81,6 +82,7 @@ def every_probe() -> list[Callback]:
         StreamingFisher(Schedule(every=1)),
         OptimizerAnatomy(Schedule(every=1), counterfactual_beta2=[0.5], split=True),
         CostControl(max_overhead=1000.0, warmup=1),  # a budget that thins nothing, whatever the clock says
+        DataWait(warmup=1),
     ]
 
 

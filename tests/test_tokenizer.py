@@ -10,7 +10,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_gpt_pl.data.tokenizer import GPT2_PATTERN, eos_id, fingerprint, load_tokenizer
+from mini_gpt_pl.data.tokenizer import _SEPARATOR, GPT2_PATTERN, StoryEncoder, eos_id, fingerprint, load_tokenizer
 from mini_gpt_pl.errors import UserError
 
 # 256 bytes, then merges: "th", "the", " the"
@@ -139,3 +139,22 @@ def test_names_that_tiktoken_cannot_serve(monkeypatch: pytest.MonkeyPatch, error
     message = str(caught.value)
     assert "\n" not in message
     assert "--data.tokenizer=/path/to/gpt2.tiktoken" in message and "--data.tokenizer=builtin" in message
+
+
+together = cache(lambda: StoryEncoder(builtin()))
+# Ends and beginnings at which a neighbour could change a split, and all that could pass for a border.
+pieces = st.sampled_from(
+    ["a cat", " ", "  ", "\n", "'", "s", "é", "🙂", "<|endoftext|>", _SEPARATOR, _SEPARATOR[:5], "<", ">"]
+)
+
+
+@given(st.lists(st.lists(pieces, max_size=4).map("".join), min_size=1, max_size=6))
+def test_texts_encoded_together_are_encoded_as_if_alone(texts: list[str]) -> None:
+    tokens, lengths = together()(texts)
+    alone = [builtin().encode_ordinary(text) for text in texts]
+    assert lengths.tolist() == [len(ids) for ids in alone]
+    assert tokens.tolist() == [id for ids in alone for id in ids]
+
+
+def test_no_beginning_of_the_separator_is_an_end_of_it() -> None:
+    assert not any(_SEPARATOR.endswith(_SEPARATOR[:size]) for size in range(1, len(_SEPARATOR)))

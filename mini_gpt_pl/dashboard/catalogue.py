@@ -6,9 +6,9 @@ from mini_gpt_pl.dashboard.layout import GROUP, PICTURES, WHOLE, Logged, Panel, 
 
 _RECORDER, _GRADIENT, _ANATOMY = "TrajectoryRecorder", "GradientAlignment", "OptimizerAnatomy"
 _STREAM, _FISHER, _SWITCH = "StreamingFisher", "FisherProbe", "SwitchingProbe"
-_PICTURES, _REHEAT, _COST = "GeometryPictures", "ReheatProbe", "CostControl"
+_PICTURES, _REHEAT, _COST, _WAIT = "GeometryPictures", "ReheatProbe", "CostControl", "DataWait"
 
-STANDARD = frozenset({"", _RECORDER, _GRADIENT, _SWITCH, _STREAM, _PICTURES, _COST, _REHEAT})
+STANDARD = frozenset({"", _RECORDER, _GRADIENT, _SWITCH, _STREAM, _PICTURES, _COST, _WAIT, _REHEAT})
 """Who logs in a run with `configs/probes/standard.yaml`, or in one reheated from it."""
 
 _FIXED = ("batch_mean", "per_sample", "monte_carlo")
@@ -250,6 +250,7 @@ OVERHEAD = Section(
             probe=_COST,
         ),
         Panel("Factor by which schedules are stretched", ("overhead/stretch",), probe=_COST),
+        Panel("Share of training time waiting for data", ("overhead/data_wait",), probe=_WAIT),
     ),
 )
 

@@ -3,178 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.data.corpus import CorpusConfig, Split, TokenizedStories, load_texts, require_rows, tokenize
 from mini_gpt_pl.data.probe import Example, Probe, ProbeConfig, Stream, choose_codewords, sample_rng
+from mini_gpt_pl.data.stream import TrainStream
 from mini_gpt_pl.data.tokenizer import eos_id, load_tokenizer
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.objective import count_targets
-from mini_gpt_pl.packing import Packing, pack
 
 EVALUATION_SETS = ("lm", "probe_in", "probe_ood")
 """The validation data loaders, in their order."""
-
-
-class Batch(NamedTuple):
-    """One micro-batch.
-
-    Attributes:
-        tokens: Input ids, int64.
-        targets: Ids to predict, -100 where nothing is asked.
-        probe_mask: True at the probe's answers.
-        lm_count: Ordinary targets of this process's whole optimizer batch: all micro-batches of the accumulation
-            window, not only this one. Of an evaluation batch, its own.
-        probe_count: The probe's targets, likewise.
-        rows: The positions that have to be computed, as in `Packing`.
-        offsets: Where each sequence begins among them.
-    """
-
-    tokens: Int[Tensor, "B T"]
-    targets: Int[Tensor, "B T"]
-    probe_mask: Bool[Tensor, "B T"]
-    lm_count: Int[Tensor, ""]
-    probe_count: Int[Tensor, ""]
-    rows: Int[Tensor, " N"]
-    offsets: Int[Tensor, " B1"]
-
-    @classmethod
-    def of(cls, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], probe_mask: Bool[Tensor, "B T"]) -> Batch:
-        """Count and pack the targets of a batch that is an optimizer batch of its own."""
-        return cls(tokens, targets, probe_mask, *count_targets(targets, probe_mask), *pack(targets))
-
-    @property
-    def packing(self) -> Packing:
-        """The positions that have to be computed."""
-        return Packing(self.rows, self.offsets)
-
-
-def collate(examples: list[Example]) -> Batch:
-    """Stack examples; the counts are those of this batch."""
-    tokens, targets, mask = (torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True))
-    return Batch.of(tokens, targets, mask)
-
-
-class TrainStream:
-    """An endless sequence of epochs; each ``iter`` gives the rest of an epoch, and the state is a position in it.
-
-    An epoch is a permutation of the stories, a function of (seed, epoch), cut into global batches of
-    ``batch_size * world_size`` stories, of which rank r takes its slice of ``batch_size``; stories left over at the end
-    are dropped. Two ranks of 32 therefore see together exactly what one rank of 64 sees. A sample is a function of
-    (seed, epoch, story), so workers, restarts and validation cannot change it.
-
-    The first iteration after construction or ``load_state_dict`` continues at the position; each later one starts
-    the next epoch, whether the one before was exhausted or abandoned. Nothing happens before the first batch is
-    asked for: Lightning calls ``iter`` to look whether it can. Only one iteration may be in use at a time.
-
-    Args:
-        stories: The training stories.
-        probe: Makes the examples.
-        batch_size: Stories in a micro-batch of one rank.
-        seed: Seed of order and samples.
-        rank: This process.
-        world_size: Number of processes.
-        num_workers: Worker processes; they live as long as the stream.
-        window: Gives the number of micro-batches of an optimizer step. It is asked at the start of each window, so it
-            may change between epochs.
-        limit: Gives the number of micro-batches after which an epoch is broken off (``limit_train_batches``).
-        epoch: Where to start.
-    """
-
-    def __init__(
-        self,
-        stories: TokenizedStories,
-        probe: Probe,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        window: Callable[[], int] = lambda: 1,
-        limit: Callable[[], float] = lambda: float("inf"),
-        epoch: int = 0,
-    ) -> None:
-        self._window = window
-        self._limit = limit
-        self._epoch = epoch
-        self._batches = 0
-        self._begun = False
-        self._sampler = _EpochSampler(len(stories), batch_size, seed, rank, world_size)
-        self._loader: DataLoader[Example] = DataLoader(
-            _TrainingExamples(stories, probe, seed),
-            batch_sampler=self._sampler,
-            collate_fn=collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: each iteration of a DataLoader draws a number, from the global one by default.
-            generator=torch.Generator(),
-        )
-
-    def __len__(self) -> int:
-        # Whole optimizer batches only: a short last one would be noisier than the others, and would let the count of
-        # micro-batches, by which Lightning validates, run away from the count of optimizer steps.
-        batches = len(self._sampler)
-        return batches - batches % self._window() if batches >= self._window() else batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._begun or self._batches >= self._epoch_length():
-            self._epoch, self._batches = self._epoch + 1, 0
-        self._begun = True
-        window = self._window()
-        # A window that was left in its middle is read again from its start: all of it counts for the rest of it.
-        position = self._batches - self._batches % window
-        self._sampler.epoch, self._sampler.first = self._epoch, position
-        reader = iter(self._loader)
-        while position < self._epoch_length():
-            # Lightning steps when the batch index is divisible by the window, and on the last batch.
-            size = min(window - position % window, self._epoch_length() - position)
-            held = list(islice(reader, size))
-            lm_count = torch.stack([batch.lm_count for batch in held]).sum()
-            probe_count = torch.stack([batch.probe_count for batch in held]).sum()
-            for batch in held[self._batches - position :]:
-                self._batches += 1
-                yield batch._replace(lm_count=lm_count, probe_count=probe_count)
-            position += size
-            window = self._window()
-
-    def state_dict(self) -> dict[str, int]:
-        """The position: ``epoch`` and the ``batches`` handed out in it, without those read ahead; and what it is in."""
-        return {"epoch": self._epoch, "batches": self._batches, **self._sampler.layout()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a position; at the end of an epoch this is the start of the next.
-
-        Args:
-            state: From ``state_dict``, perhaps of a run with another number of ranks and the same global batch.
-
-        Raises:
-            UserError: The number of stories or the global batch is another, so that the position means nothing.
-        """
-        for name, here in self._sampler.layout().items():
-            if state[name] != here:
-                raise UserError(
-                    f"the checkpoint's training stream has {name}={state[name]} and this one {here}: resume with the "
-                    "same corpus, batch size times devices, or start a new run from the weights alone"
-                )
-        self._epoch, self._batches, self._begun = state["epoch"], state["batches"], False
-
-    def close(self) -> None:
-        """Stop the worker processes; a later iteration starts new ones."""
-        # A persistent iterator ends its workers when the last reference to it goes.
-        self._loader._iterator = None
-
-    def _epoch_length(self) -> int:
-        return int(min(len(self), self._limit()))
 
 
 class ProbedStories(LightningDataModule):
@@ -351,46 +195,6 @@ class ProbedStories(LightningDataModule):
                 for i in range(config.eval_examples)
             ]
         return {name: _FixedExamples(examples) for name, examples in sets.items()}
-
-
-class _TrainingExamples(Dataset[Example]):
-    """Examples by (epoch, story)."""
-
-    def __init__(self, stories: TokenizedStories, probe: Probe, seed: int) -> None:
-        self.stories = stories
-        self.probe = probe
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        epoch, index = key
-        return self.probe.training_example(self.stories[index], sample_rng(self.seed, Stream.TRAIN, epoch, index))
-
-
-class _EpochSampler(Sampler[list[tuple[int, int]]]):
-    """One rank's batches of (epoch, story) from the micro-batch ``first`` of ``epoch`` on."""
-
-    def __init__(self, stories: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self.stories = stories
-        self.batch_size = batch_size
-        self.global_batch = batch_size * world_size
-        self.offset = batch_size * rank
-        self.seed = seed
-        self.epoch = 0
-        self.first = 0
-
-    def __len__(self) -> int:
-        return self.stories // self.global_batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Bound here: another iteration may move them while workers still read ahead in this one.
-        epoch, first = self.epoch, self.first
-        order = sample_rng(self.seed, Stream.ORDER, epoch, 0).permutation(self.stories)
-        for batch in range(first, len(self)):
-            start = batch * self.global_batch + self.offset
-            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
-
-    def layout(self) -> dict[str, int]:
-        return {"global_batch": self.global_batch, "stories": self.stories}
 
 
 class _FixedExamples(Dataset[Batch]):

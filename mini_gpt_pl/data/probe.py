@@ -206,16 +206,24 @@ class Probe:
 
     def training_example(self, story: Int[np.ndarray, " n"], rng: np.random.Generator) -> Example:
         """With probability ``p_probe`` inject a probe, otherwise make an LM example."""
-        return self.inject(story, rng) if rng.random() < self.config.p_probe else self.lm_example(story, rng)
+        return self.inject(story, rng) if self.asks(rng) else self.lm_example(story, rng)
+
+    def asks(self, rng: np.random.Generator) -> bool:
+        """Draw whether a training example carries a probe; the first draw of each."""
+        return bool(rng.random() < self.config.p_probe)
 
     def lm_example(self, story: Int[np.ndarray, " n"], rng: np.random.Generator) -> Example:
         """Take a uniformly random crop of T + 1 tokens; pad a shorter story with end of text.
 
         No padding is ever a target, so end of text is none.
         """
-        excess = len(story) - self.length
-        start = int(rng.integers(0, excess, endpoint=True)) if excess > 0 else 0
+        start = self.crop(len(story), rng)
         return self._assemble([story[start : start + self.length]])
+
+    def crop(self, tokens: int, rng: np.random.Generator) -> int:
+        """Draw where the crop of a story of so many tokens starts; without a draw if there is but one place."""
+        excess = tokens - self.length
+        return int(rng.integers(0, excess, endpoint=True)) if excess > 0 else 0
 
     def inject(self, story: Int[np.ndarray, " n"], rng: np.random.Generator) -> Example:
         """Hide key and query in a story that starts at its first token.

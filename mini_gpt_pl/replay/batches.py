@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 
+from mini_gpt_pl.data.batch import Batch, collate
 from mini_gpt_pl.data.corpus import load_texts, require_rows, tokenize
-from mini_gpt_pl.data.datamodule import Batch, ProbedStories, collate
+from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.data.probe import Stream, sample_rng
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.data.datamodule import Batch
+from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import with_total
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector

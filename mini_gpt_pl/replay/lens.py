@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mini_gpt_pl.data.datamodule import Batch
+from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.gpt import GPT
 
 # Sequences at a time: the model makes logits of all their positions.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from mini_gpt_pl.data.datamodule import Batch
+from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import noise_floor
