@@ -18,7 +18,7 @@ class NamesItsLosses(Protocol):
     """A module that can give the parts of its loss for one batch, by name."""
 
     def named_losses(self, batch: Any) -> Mapping[str, Tensor]:
-        """Return scalars with a graph, one per part."""
+        """Return scalars with a graph, one per part; a mapping may compute each when it is asked for."""
         ...
 
 

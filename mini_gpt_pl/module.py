@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from mini_gpt_pl.objective import (
     loss_terms,
 )
 from mini_gpt_pl.optim import ClippedCosine, decay_groups, lambda_lr
+from mini_gpt_pl.packing import pack
 from mini_gpt_pl.scoring import Scores
 
 # The evaluation sets in the order of the data module's loaders.
@@ -106,16 +107,24 @@ class ProbedGPT(LightningModule):
         scores: Scores = self.gpt(batch.tokens, batch.targets, batch.packing)
         return scores
 
-    def named_losses(self, batch: Batch) -> dict[str, Tensor]:
+    def named_losses(self, batch: Batch) -> Mapping[str, Tensor]:
         """Losses of one batch taken alone, by name, for probes that need their gradients apart.
 
-        With several ranks their mean over the ranks is the loss of all the ranks' batches together.
+        Each is computed when it is asked for. With several ranks their mean over the ranks is the loss of all the
+        ranks' batches together.
         """
+        return _OnDemand({"lm": lambda: self._named_terms(batch).lm, "probe": lambda: self._probe_loss(batch)})
+
+    def _probe_loss(self, batch: Batch) -> Tensor:
+        """L_probe from the sequences that hold a probe: one in ten, at a tenth of a forward and backward pass."""
+        asked = batch.probe_mask.any(-1, keepdim=True)
+        return self._named_terms(batch._replace(**pack(batch.targets.masked_fill(~asked, IGNORE))._asdict())).probe
+
+    def _named_terms(self, batch: Batch) -> LossTerms:
         scores = self._scores(batch)
         counts = self._over_ranks(count_targets(batch.targets, batch.probe_mask))
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
-        ranks = self._ranks()
-        return {"lm": terms.lm * ranks, "probe": terms.probe * ranks}
+        return LossTerms(*(term * self._ranks() for term in terms))
 
     def batch_terms(self, batch: Batch) -> tuple[LossTerms, TargetCounts]:
         """L_LM and L_probe of one batch taken alone, on this rank alone, and what each is a mean over."""
@@ -360,6 +369,22 @@ class _EvaluationMeans(torch.nn.Module):
             for name in self.NAMES:
                 self[name].reset()
         return values
+
+
+class _OnDemand(Mapping[str, Tensor]):
+    """Losses that are computed when they are asked for, each time anew."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 class _Window:

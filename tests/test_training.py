@@ -315,6 +315,27 @@ def test_a_long_table_is_written_seldom(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(table.path.read_text().splitlines()) == 601
 
 
+def test_the_probe_loss_alone_computes_the_sequences_with_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, stories = tiny_gpt().double(), tiny_stories(batch_size=40, p_probe=0.1)
+    stories.setup("fit")
+    batch = next(iter(stories.train_dataloader()))
+    asked = batch.probe_mask.any(-1)
+    assert 0 < int(asked.sum()) < len(asked)
+    whole, _ = module.batch_terms(batch)
+    expected = torch.autograd.grad(whole.probe, list(module.parameters()))
+    computed: list[int] = []
+    scores = ProbedGPT._scores
+    monkeypatch.setattr(ProbedGPT, "_scores", lambda self, b: computed.append(len(b.rows)) or scores(self, b))
+    losses = module.named_losses(batch)
+    assert set(losses) == {"lm", "probe"} and computed == []
+    found = losses["probe"]
+    torch.testing.assert_close(found, whole.probe, rtol=1e-12, atol=0)
+    for gradient, other in zip(torch.autograd.grad(found, list(module.parameters())), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
+    assert computed[0] < len(batch.rows)
+    torch.testing.assert_close(losses["lm"], whole.lm, rtol=1e-12, atol=0)
+
+
 def test_numbers_for_the_progress_bar_lie_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a GPU, Lightning's look at them after every batch would wait for the device each time.
     shown: dict[str, Any] = {}
