@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.measuring import (
-    KnowsItsLoss,
-    NamesItsLosses,
-    SamplesItsLabels,
-    SplitsItsLoss,
-    measuring,
-    training_loss,
-)
+from callbacks.fixed_gradients import FixedGradients, Kind, count_of
+from callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels
+from callbacks.nests import digest_of, filled, first_length, leaves_of, map_tensors
 from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import noise_floor
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.axes import BACKBONE, Axes, Axis, RandomDirections, path_coefficients
+from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.logs import log_now
 
-Kind = Literal["batch_mean", "per_sample", "monte_carlo"]
 # Gives a direction's coefficients, per group and then for the whole, from the snapshots so far; None while unknown.
 Rule = Callable[[Trajectory], Float[Tensor, "G1 n"] | None]
 
@@ -60,8 +52,9 @@ class FisherProbe(DeferringProbe):
         batches: M, the number of fixed batches.
         samples_per_batch: Samples taken from each batch by `per_sample`, each a forward and a backward.
         spectrum: Whether to find leading modes, which takes the M x M Gram matrix.
-        block: Gradients held at a time for the Gram; it takes M (M / block + 1) / 2 gradients instead of M, so 80 for
-            M = 32 and 8, and (block + 1) D values of memory. M holds all and computes each once.
+        block: Gradients held at a time, which bounds the memory: (block + 1) D values and those of the directions.
+            Directions are read once for each block. With `spectrum` and a block below M, gradients are computed again,
+            M (M / block + 1) / 2 of them in all: 80 for M = 32 and a block of 8.
         eigenvalues: Leading eigenvalues logged for the whole selection.
         random_directions: Also estimate the anisotropy's denominator with this many Gaussian directions, as the paper
             did with 10: `anisotropy_sampled`. The exact one is free; this takes a draw of D numbers each, per gradient.
@@ -86,7 +79,7 @@ class FisherProbe(DeferringProbe):
         batches: int = 32,
         samples_per_batch: int = 1,
         spectrum: bool = True,
-        block: int = 8,
+        block: int = 32,
         eigenvalues: int = 5,
         random_directions: int = 0,
         segments: dict[str, tuple[int, int]] | None = None,
@@ -139,15 +132,16 @@ class FisherProbe(DeferringProbe):
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
-        held = self.block + 1 if self.spectrum else 1
+        counts = [count_of(kind, self.batches, self.samples_per_batch) for kind in self.kinds]
+        held = 1 + min(self.block, max(counts))
+        # Groups and the whole have a backbone and a second component of their own, and may have a rule's direction.
+        directions = 5 + len(self.segments) + 2 * len(self._rules)
         times = sum(self.schedule.due(step) for step in range(steps))
-        passes = sum(self._passes(kind) for kind in self.kinds)
-        return Estimate(type(self).__name__, bytes=4.0 * dim * (held + 5), passes=passes * times / max(steps, 1))
+        passes = sum(map(self._passes, counts)) * times / max(steps, 1)
+        return Estimate(type(self).__name__, bytes=4.0 * dim * (held + directions), passes=passes)
 
-    def _passes(self, kind: Kind) -> float:
-        count = self._count(kind, self.batches)
-        rounds = [count - begin for begin in range(0, count, self.block)] if self.spectrum else [count]
-        return float(sum(rounds))
+    def _passes(self, count: int) -> float:
+        return float(sum(range(count, 0, -self.block)) if self.spectrum else count)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -189,7 +183,7 @@ class FisherProbe(DeferringProbe):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._flush()
-        fixed = self._saved or [_leaves(batch) for batch in self._fixed]
+        fixed = self._saved or [leaves_of(batch) for batch in self._fixed]
         return {"batches": fixed, "complete": self._complete}
 
     @override
@@ -202,7 +196,7 @@ class FisherProbe(DeferringProbe):
         size, wanted = first_length(batch), self.samples_per_batch
         if "per_sample" in self.kinds and size < wanted:
             raise UserError(f"FisherProbe: samples_per_batch {wanted} of a batch of {size}: give {size} or less")
-        self._fixed.append(_map_tensors(batch, lambda leaf: leaf.detach().to("cpu", copy=True)))
+        self._fixed.append(map_tensors(batch, lambda leaf: leaf.detach().to("cpu", copy=True)))
         if len(self._fixed) == self.batches:
             self._seal()
 
@@ -210,15 +204,23 @@ class FisherProbe(DeferringProbe):
         assert self._trainer is not None
         if self._trainer.world_size > 1:
             self._fixed = self._trainer.strategy.broadcast(self._fixed)
-        self._complete, self.sha256 = True, _digest(self._fixed)
+        self._pin()
+        self._complete, self.sha256 = True, digest_of(self._fixed)
         rank_zero_info(f"FisherProbe: {len(self._fixed)} fixed batches, SHA-256 {self.sha256}")
 
     def _rebuild(self, like: Any) -> None:
         """Put the tensors of a checkpoint back into batches of the form that is now passing by."""
         saved, self._saved = self._saved, []
-        self._fixed = [_filled(like, leaves) for leaves in saved]
+        self._fixed = [filled(like, leaves) for leaves in saved]
+        self._pin()
         if self._complete:
-            self.sha256 = _digest(self._fixed)
+            self.sha256 = digest_of(self._fixed)
+
+    def _pin(self) -> None:
+        """Let a GPU fetch the batches by itself: a copy from ordinary memory makes the host wait for it every time."""
+        assert self._trainer is not None
+        if self._trainer.strategy.root_device.type == "cuda":
+            self._fixed = map_tensors(self._fixed, lambda leaf: leaf.pin_memory())
 
     # -------------------------------------------------------------------------------------------- measuring
 
@@ -232,54 +234,24 @@ class FisherProbe(DeferringProbe):
             for kind in self.kinds:
                 self._pending.append((step, kind, self._survey(trainer, module, kind, axes)))
 
-    def _axes(self) -> dict[str, fisher.Axis]:
+    def _axes(self) -> Axes:
         assert self._recorder is not None and self._recorder.trajectory is not None
-        trajectory, build = self._recorder.trajectory, self._recorder.direction
-        found = fisher.path_coefficients(trajectory, self.segments)
+        trajectory = self._recorder.trajectory
+        found = path_coefficients(trajectory, self.segments)
         for name, rule in self._rules.items():
             if (coefficients := rule(trajectory)) is not None:
                 found[name] = coefficients
-        axes = {}
-        for name, rows in found.items():
-            own = build(rows[:-1])
-            same = bool((rows == rows[-1]).all())
-            axes[name] = fisher.Axis.of(own, own if same else build(rows[-1:].expand(len(rows) - 1, -1)))
-        return axes
+        return Axes.along(found, self._recorder.direction, self._recorder.selection)
 
-    def _survey(
-        self, trainer: Trainer, module: LightningModule, kind: Kind, axes: Mapping[str, fisher.Axis]
-    ) -> fisher.Survey:
+    def _survey(self, trainer: Trainer, module: LightningModule, kind: Kind, axes: Mapping[str, Axis]) -> fisher.Survey:
         assert self._recorder is not None
-        selection = self._recorder.selection
         random = None
-        if self.random_directions and fisher.BACKBONE in axes:
-            random = fisher.RandomDirections(axes[fisher.BACKBONE], self.random_directions, self.seed)
-
-        def compute(index: int) -> Vector:
-            with measuring(trainer, module):
-                return self._gradient(module, selection, kind, index)
-
-        count = self._count(kind, len(self._fixed))
-        return fisher.survey(compute, count, axes, block=self.block if self.spectrum else 0, random=random)
-
-    def _count(self, kind: Kind, batches: int) -> int:
-        return batches * self.samples_per_batch if kind == "per_sample" else batches
-
-    def _gradient(self, module: LightningModule, selection: ParameterSelection, kind: Kind, index: int) -> Vector:
-        if kind == "per_sample":
-            position, sample = divmod(index, self.samples_per_batch)
-            batch = move_data_to_device(self._fixed[position], module.device)
-            if isinstance(module, SplitsItsLoss):
-                return selection.gradient_of(module.sample_loss(batch, sample), module)
-            return selection.gradient_of(training_loss(module, take_sample(batch, sample)), module)
-        batch = move_data_to_device(self._fixed[index], module.device)
-        if kind == "batch_mean":
-            return selection.gradient_of(training_loss(module, batch), module)
-        assert isinstance(module, SamplesItsLabels)
-        generator = torch.Generator(module.device).manual_seed((self.seed << 16) + index)
-        loss, labels = module.sampled_loss(batch, generator)
-        score = selection.gradient_of(loss, module)
-        return Vector(score.values * labels.sqrt(), selection)  # E[g g'] is the Fisher per label
+        if self.random_directions and BACKBONE in axes:
+            random = RandomDirections(axes[BACKBONE], self.random_directions, self.seed)
+        gradients = FixedGradients(
+            trainer, module, self._recorder.selection, self._fixed, kind, self.samples_per_batch, self.seed
+        )
+        return fisher.survey(gradients, len(gradients), axes, block=self.block, gram=self.spectrum, random=random)
 
     # ---------------------------------------------------------------------------------------------- logging
 
@@ -314,13 +286,13 @@ def fisher_metrics(
     dims = (*selection.dims, selection.dim)
     estimates = {"trace": fisher.trace(found)}
     estimates |= {f"q_{axis}": fisher.rayleigh(along) for axis, along in found.projections.items()}
-    if (along := found.projections.get(fisher.BACKBONE)) is not None:
+    if (along := found.projections.get(BACKBONE)) is not None:
         estimates["anisotropy"] = fisher.anisotropy(along.square(), found.squares, dims)
     metrics: dict[str, float] = {}
     for column, label in enumerate((*selection.groups, name)):
         prefix, whole = f"fisher/{label}/{kind}/", column == len(dims) - 1
         for quantity, (value, error) in estimates.items():
-            if whole or quantity in ("trace", f"q_{fisher.BACKBONE}", "anisotropy"):
+            if whole or quantity in ("trace", f"q_{BACKBONE}", "anisotropy"):
                 metrics[prefix + quantity] = float(value[column])
             if whole:
                 metrics[f"{prefix}{quantity}_se"] = float(error[column])
@@ -349,43 +321,3 @@ def _modes(
     if along is not None:
         shown |= {"overlap_se": first.overlap_error, "overlap_z": first.overlap / noise_floor(dim)}
     return shown
-
-
-def take_sample(batch: Any, index: int) -> Any:
-    """Cut one sample out of a batch: every tensor whose first dimension is the batch size keeps one entry of it.
-
-    The batch size is the first dimension of the first tensor that has one; scalars and other tensors stay whole.
-    """
-    size = first_length(batch)
-    return _map_tensors(batch, lambda leaf: leaf[index : index + 1] if leaf.ndim and len(leaf) == size else leaf)
-
-
-def first_length(batch: Any) -> int:
-    """Number of samples in a batch: the first dimension of its first tensor that has one; 0 without any."""
-    return next((len(leaf) for leaf in _leaves(batch) if leaf.ndim), 0)
-
-
-def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to each tensor of a nest of containers, in a fixed order."""
-    return apply_to_collection(batch, Tensor, function)
-
-
-def _leaves(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map_tensors(batch, lambda leaf: found.append(leaf) or leaf)  # type: ignore[func-returns-value]
-    return found
-
-
-def _filled(like: Any, leaves: Sequence[Tensor]) -> Any:
-    """Put tensors in the places of a batch's own, in the order of `_leaves`."""
-    rest = iter(leaves)
-    return _map_tensors(like, lambda leaf: next(rest))
-
-
-def _digest(batches: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for leaf in _leaves(batch):
-            digest.update(f"{leaf.dtype} {tuple(leaf.shape)} ".encode())
-            digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -10,12 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.fisher import first_length
+from callbacks.nests import first_length
 from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import with_total
+from mini_gpt_pl.geometry.axes import Axis
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now
 
@@ -70,7 +71,7 @@ class StreamingFisher(DeferringProbe):
         self._trainer: Trainer | None = None
         self._recorder: TrajectoryRecorder | None = None
         self._pending: list[_Window] = []
-        self._axis: tuple[int, fisher.Axis] | None = None
+        self._axis: tuple[int, Axis] | None = None
         # The open window: number of snapshots behind its direction, batch sizes, steps.
         self._snapshots, self._sizes, self._measured = 0, (0, 0), -1
         self._rows: list[Float[Tensor, "r G1"]] = []
@@ -141,12 +142,12 @@ class StreamingFisher(DeferringProbe):
             self._snapshots, self._sizes = snapshots, sizes
         self._active = self.due(self._step) and self._direction() is not None
 
-    def _direction(self) -> fisher.Axis | None:
+    def _direction(self) -> Axis | None:
         assert self._recorder is not None
         if self._axis is None or self._axis[0] != self._snapshots:
             if (directions := self._recorder.backbone()) is None:
                 return None
-            self._axis = (self._snapshots, fisher.Axis.of(*directions))
+            self._axis = (self._snapshots, Axis.of(*directions))
         return self._axis[1]
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import FisherProbe, Schedule, StreamingFisher, TrajectoryRecorder
-from callbacks.fisher import take_sample
 from callbacks.measuring import training_loss
+from callbacks.nests import take_sample
 from mini_gpt_pl.data.datamodule import Batch
 from mini_gpt_pl.geometry import fisher
+from mini_gpt_pl.geometry.axes import Axes, Axis, RandomDirections, path_coefficients
+from mini_gpt_pl.geometry.products import inner_products, squared_norms
 from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection, Vector
 from mini_gpt_pl.gpt import GPTSize
 from mini_gpt_pl.logs import MetricsCSV
@@ -57,8 +59,8 @@ def _spans(selection: ParameterSelection) -> list[slice]:
     return [*selection.slices, slice(0, selection.dim)]
 
 
-def _axis(own: Tensor, whole: Tensor, selection: ParameterSelection = SMALL) -> fisher.Axis:
-    return fisher.Axis.of(Vector(own, selection), Vector(whole, selection))
+def _axis(own: Tensor, whole: Tensor, selection: ParameterSelection = SMALL) -> Axis:
+    return Axis.of(Vector(own, selection), Vector(whole, selection))
 
 
 def _unit(own: Tensor, whole: Tensor, column: int, selection: ParameterSelection = SMALL) -> Tensor:
@@ -67,8 +69,8 @@ def _unit(own: Tensor, whole: Tensor, column: int, selection: ParameterSelection
     return v / v.norm()
 
 
-def _survey(matrix: Tensor, axes: dict[str, fisher.Axis], block: int = 0, **options: Any) -> fisher.Survey:
-    return fisher.survey(fisher.gradient_of_rows(matrix, SMALL), len(matrix), axes, block=block, **options)
+def _survey(matrix: Tensor, axes: Mapping[str, Axis], **options: Any) -> fisher.Survey:
+    return fisher.survey(fisher.gradient_of_rows(matrix, SMALL), len(matrix), axes, **options)
 
 
 G, OWN, WHOLE = normal(M, SMALL.dim, seed=1) + normal(SMALL.dim, seed=2), 3 * normal(15, seed=3), normal(15, seed=4)
@@ -139,7 +141,7 @@ def test_standard_errors(column: int) -> None:
 
 @pytest.mark.parametrize("column", range(3))
 def test_spectrum_and_overlaps_equal_those_of_the_dense_matrix(column: int) -> None:
-    found = _survey(G, {"v": _axis(OWN, WHOLE)}, block=3)
+    found = _survey(G, {"v": _axis(OWN, WHOLE)}, block=3, gram=True)
     assert found.grams is not None
     gram = found.grams.sum(0) if column == 2 else found.grams[column]
     part, v = G[:, _spans(SMALL)[column]], _unit(OWN, WHOLE, column)
@@ -156,7 +158,7 @@ def test_spectrum_and_overlaps_equal_those_of_the_dense_matrix(column: int) -> N
 
 
 def test_errors_of_the_leading_mode() -> None:
-    found = _survey(G, {"v": _axis(OWN, WHOLE)}, block=2)
+    found = _survey(G, {"v": _axis(OWN, WHOLE)}, block=2, gram=True)
     assert found.grams is not None
     v = WHOLE / WHOLE.norm()
 
@@ -168,19 +170,20 @@ def test_errors_of_the_leading_mode() -> None:
     assert tuple(fisher.leading(found.grams.sum(0), found.projections["v"][:, 2])) == pytest.approx(expected, rel=1e-7)
 
 
-@pytest.mark.parametrize(("block", "calls"), [(0, 7), (7, 7), (1, 28), (3, 7 + 4 + 1), (50, 7)])
-def test_blocks_change_the_price_only(block: int, calls: int) -> None:
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize(("block", "calls"), [(7, 7), (1, 28), (3, 7 + 4 + 1), (50, 7)])
+def test_blocks_change_the_price_only(block: int, calls: int, gram: bool) -> None:
     asked: list[int] = []
 
     def serve(index: int) -> Vector:
         asked.append(index)
         return Vector(G[index], SMALL)
 
-    found = fisher.survey(serve, M, {"v": _axis(OWN, WHOLE)}, block=block)
-    assert len(asked) == calls
+    found = fisher.survey(serve, M, {"v": _axis(OWN, WHOLE)}, block=block, gram=gram)
+    assert len(asked) == (calls if gram else M)
     torch.testing.assert_close(found.projections["v"], _survey(G, {"v": _axis(OWN, WHOLE)}).projections["v"])
     torch.testing.assert_close(found.squares[:, -1], G.square().sum(1))
-    if not block:
+    if not gram:
         assert found.grams is None
         return
     expected = torch.stack([G[:, span] @ G[:, span].T for span in SMALL.slices])
@@ -190,12 +193,12 @@ def test_blocks_change_the_price_only(block: int, calls: int) -> None:
 
 def test_a_survey_on_the_host_is_the_same() -> None:
     axes = {"v": _axis(OWN, WHOLE), "w": _axis(WHOLE, OWN)}
-    for options in ({}, {"block": 2}, {"random": fisher.RandomDirections(axes["v"], 3)}):
+    for options in ({}, {"block": 2, "gram": True}, {"random": RandomDirections(axes["v"], 3)}):
         found = _survey(G, axes, **options)
         moved = found.cpu()
         for field in dataclasses.fields(found):
             assert same(getattr(found, field.name), getattr(moved, field.name)), field.name
-    both = _survey(G, axes, block=2, random=fisher.RandomDirections(axes["v"], 3))
+    both = _survey(G, axes, gram=True, random=RandomDirections(axes["v"], 3))
     assert both.random is not None and both.random.shape == (M, 3, 3)
     assert same(both.cpu().random, both.random) and same(both.cpu().grams, both.grams)
 
@@ -203,6 +206,85 @@ def test_a_survey_on_the_host_is_the_same() -> None:
 def test_one_gradient_is_not_enough() -> None:
     with pytest.raises(ValueError, match="at least two gradients, got 1"):
         _survey(G[:1], {})
+
+
+def test_many_directions_are_those_one_by_one() -> None:
+    """Groups' and whole's, the same or not, one that vanishes, in blocks that do not divide the gradients."""
+    axes = {f"v{k}": _axis(normal(15, seed=40 + k), normal(15, seed=50 + k)) for k in range(5)}
+    axes |= {"both": Axis.of(Vector(OWN, SMALL), Vector(OWN, SMALL)), "none": _axis(0 * OWN, WHOLE)}
+    same_vector = Vector(WHOLE, SMALL)
+    axes["one"] = Axis.of(same_vector, same_vector)
+    found = _survey(G, axes, block=3)
+    table = Axes.of(axes)
+    assert Axes.of(table) is table and list(table) == list(axes) and len(table.rows) == 15
+    for name, axis in axes.items():
+        expected = torch.stack([axis.project(Vector(row, SMALL)) for row in G])
+        torch.testing.assert_close(found.projections[name], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(table[name].lengths, axis.lengths, rtol=1e-12, atol=0)
+        torch.testing.assert_close(table[name].project(Vector(G[0], SMALL)), expected[0], rtol=1e-12, atol=1e-14)
+    assert not found.projections["none"][:, :2].any() and found.projections["none"][:, 2].all()
+
+
+def test_coefficients_become_directions_one_at_a_time() -> None:
+    weights = bent_path(5, SMALL.dim, seed=9)
+    rows, trajectory = record(SMALL, weights)
+    coefficients = path_coefficients(trajectory, {"switch": (100, 300)})
+    asked: list[Tensor] = []
+
+    def direction(parts: Tensor) -> Vector:
+        asked.append(parts)
+        return rows.combine(parts)
+
+    axes = Axes.along(coefficients, direction, SMALL)
+    assert len(asked) == len(axes.rows) == 6  # backbone and pc2 twice: the groups' own, and the whole's
+    assert torch.equal(axes["theta0"].own.values, weights[0].float())
+    assert axes["switch"].own is axes["switch"].whole or axes.places["switch"][0] == axes.places["switch"][1]
+    for name, found in coefficients.items():
+        whole = found[-1:].expand(2, -1)
+        expected = Axis.of(rows.combine(found[:-1]), rows.combine(whole))
+        torch.testing.assert_close(axes[name].lengths, expected.lengths)
+        torch.testing.assert_close(axes[name].whole.values, expected.whole.values)
+    assert not Axes.along({}, direction, SMALL)
+
+
+# ------------------------------------------------------------------------------------------------- many at once
+
+# Two tiles and a rest, a group shorter than a tile, exactly one tile.
+LONG = ParameterSelection(("a", "b", "c"), ((2, 4000), (100,), (64, 64)), ("a", "b", "c"))
+
+
+def _dense(x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([x[:, span].double() @ y[:, span].double().T for span in LONG.slices])
+
+
+def test_products_of_float64_vectors_are_exact() -> None:
+    x, y = normal(3, LONG.dim, seed=60), normal(5, LONG.dim, seed=61)
+    torch.testing.assert_close(inner_products(x, y, LONG), _dense(x, y), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(squared_norms(x, LONG), _dense(x, x).diagonal(dim1=1, dim2=2), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_of_float32_vectors_keep_the_stated_error(precision: Any) -> None:
+    """Also where positive terms add up, whatever training allows its own products, and inside of autocast."""
+    x, y = normal(3, LONG.dim, seed=60).float(), normal(5, LONG.dim, seed=61).float()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        for a, b in ((x, y), (x.abs(), y.abs()), (x, x)):
+            with torch.autocast("cpu", torch.bfloat16):
+                found, squares = inner_products(a, b, LONG), squared_norms(a, LONG)
+            assert float(((found - _dense(a, b)).abs() / _dense(a.abs(), b.abs())).max()) < 1e-6
+            torch.testing.assert_close(squares, _dense(a, a).diagonal(dim1=1, dim2=2), rtol=1e-6, atol=0)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_products_do_not_touch_the_settings_of_training_even_when_they_fail() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    with pytest.raises(RuntimeError):
+        inner_products(torch.zeros(1, LONG.dim), torch.zeros(1, LONG.dim, device="meta"), LONG)
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 # ------------------------------------------------------------------------------------------------ parameter order
@@ -218,16 +300,21 @@ def test_another_parameter_order_is_refused() -> None:
     other = _permuted()
     assert other.dim == SMALL.dim and other.dims == SMALL.dims
     foreign = fisher.gradient_of_rows(G, other)
-    for block in (0, 2):
-        with one_line_error("different parameter selections", FingerprintError):
-            fisher.survey(foreign, M, {"v": _axis(OWN, WHOLE)}, block=block)
     with one_line_error("different parameter selections", FingerprintError):
-        fisher.Axis.of(Vector(OWN, SMALL), Vector(WHOLE, other))
+        fisher.survey(foreign, M, {"v": _axis(OWN, WHOLE)})
+    with one_line_error("different parameter selections", FingerprintError):
+        Axis.of(Vector(OWN, SMALL), Vector(WHOLE, other))
+    with one_line_error("different parameter selections", FingerprintError):
+        Axes.of({"v": _axis(OWN, WHOLE), "w": _axis(OWN, WHOLE, other)})
     mixed = [Vector(row, SMALL if i % 2 else other) for i, row in enumerate(G)]
     with one_line_error("different parameter selections", FingerprintError):
         fisher.survey(lambda i: mixed[i], M, {}, block=2)
+    for late in (1, 3):  # inside of the first block; after it, computed again for the Gram
+        mixed = [Vector(row, other if i == late else SMALL) for i, row in enumerate(G)]
+        with one_line_error("different parameter selections", FingerprintError):
+            fisher.survey(mixed.__getitem__, M, {}, block=2, gram=True)
     with one_line_error("different parameter selections", FingerprintError):
-        fisher.survey(foreign, M, {}, random=fisher.RandomDirections(_axis(OWN, WHOLE), 2))
+        fisher.survey(foreign, M, {}, random=RandomDirections(_axis(OWN, WHOLE), 2))
 
 
 # ----------------------------------------------------------------------------------------------- random directions
@@ -236,22 +323,22 @@ def test_another_parameter_order_is_refused() -> None:
 def test_random_directions_are_unit_vectors_across_the_axis() -> None:
     """Projecting the coordinate axes one by one reads the directions off."""
     axis = _axis(OWN, WHOLE)
-    drawn = fisher.RandomDirections(axis, 4, seed=5)
-    eye = [Vector(row, SMALL) for row in torch.eye(15, dtype=torch.float64)]
-    read = torch.stack([drawn.project(e, axis.project(e)) for e in eye])  # (D, K, G1)
+    drawn = RandomDirections(axis, 4, seed=5)
+    eye = torch.eye(15, dtype=torch.float64)
+    read = drawn.project(eye)  # (D, K, G1)
     for column, span in enumerate(_spans(SMALL)):
         w, v = read[span, :, column], _unit(OWN, WHOLE, column)
         torch.testing.assert_close(w.norm(dim=0), torch.ones(4, dtype=torch.float64))
         torch.testing.assert_close(v @ w, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
-    again = fisher.RandomDirections(axis, 4, seed=5)
-    assert torch.equal(again.project(eye[0], axis.project(eye[0])), drawn.project(eye[0], axis.project(eye[0])))
-    other = fisher.RandomDirections(axis, 4, seed=6)
-    assert not torch.equal(other.project(eye[0], axis.project(eye[0])), drawn.project(eye[0], axis.project(eye[0])))
+    again = RandomDirections(axis, 4, seed=5)
+    assert torch.equal(again.project(eye), read)
+    other = RandomDirections(axis, 4, seed=6)
+    assert not torch.equal(other.project(eye), read)
 
 
 def test_sampled_anisotropy_goes_to_the_exact_one() -> None:
     axis = _axis(OWN, WHOLE)
-    found = _survey(G, {"v": axis}, random=fisher.RandomDirections(axis, 600))
+    found = _survey(G, {"v": axis}, random=RandomDirections(axis, 600))
     exact = fisher.anisotropy(found.projections["v"].square(), found.squares, DIMS).value
     assert found.random is not None
     sampled = fisher.sampled_anisotropy(found.projections["v"], found.random)
@@ -264,7 +351,7 @@ def test_sampled_anisotropy_goes_to_the_exact_one() -> None:
 def test_path_directions_are_those_of_the_weights() -> None:
     weights = bent_path(6, SMALL.dim, seed=9)
     rows, trajectory = record(SMALL, weights)
-    found = fisher.path_coefficients(trajectory, {"switch": (200, 400), "later": (200, 900)})
+    found = path_coefficients(trajectory, {"switch": (200, 400), "later": (200, 900)})
     assert set(found) == {"backbone", "pc2", "theta0", "switch"}
     for column, span in enumerate(_spans(SMALL)):
         path = (weights - weights[0])[1:, span]
@@ -280,11 +367,11 @@ def test_path_directions_are_those_of_the_weights() -> None:
 
 def test_a_path_that_has_not_moved_has_no_direction() -> None:
     _, one = record(SMALL, bent_path(1, SMALL.dim))
-    assert fisher.path_coefficients(one, {}) == {}
+    assert path_coefficients(one, {}) == {}
     _, still = record(SMALL, bent_path(1, SMALL.dim).expand(3, -1))
-    assert fisher.path_coefficients(still, {}) == {}
+    assert path_coefficients(still, {}) == {}
     _, straight = record(SMALL, bent_path(2, SMALL.dim))
-    assert set(fisher.path_coefficients(straight, {})) == {"backbone", "theta0"}
+    assert set(path_coefficients(straight, {})) == {"backbone", "theta0"}
 
 
 # ----------------------------------------------------------------------------------------- batch-size correction
@@ -379,7 +466,7 @@ def _agrees(found: fisher.Survey, dense: Tensor, axis: Tensor, selection: Parame
 
 def test_per_sample_fisher_equals_curvlinops() -> None:
     case = Classifier()
-    found = fisher.survey(case.per_sample, 40, case.axes, block=16)
+    found = fisher.survey(case.per_sample, 40, case.axes, block=16, gram=True)
     _agrees(found, case.operator("EFLinearOperator"), case.v, case.selection, rtol=1e-9)
 
 
@@ -393,7 +480,7 @@ def test_every_label_by_its_probability_gives_the_gauss_newton_matrix_of_curvlin
         for label in range(3):
             score = case.gradient(cross_entropy(case.net(case.x[index : index + 1]), torch.tensor([label])))
             rows.append(score.values * (share[label] * 3).sqrt())  # the mean over 120 rows is that over 40 samples
-    found = fisher.survey(fisher.gradient_of_rows(torch.stack(rows), case.selection), 120, case.axes, block=120)
+    found = fisher.survey(fisher.gradient_of_rows(torch.stack(rows), case.selection), 120, case.axes, gram=True)
     _agrees(found, case.operator("GGNLinearOperator"), case.v, case.selection, rtol=1e-9)
 
 

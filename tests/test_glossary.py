@@ -42,7 +42,7 @@ from callbacks import (
     StreamingFisher,
     SwitchingProbe,
 )
-from callbacks.fisher import Kind
+from callbacks.fixed_gradients import Kind
 from mini_gpt_pl import glossary
 from mini_gpt_pl.glossary import Metric
 from mini_gpt_pl.module import ProbedGPT

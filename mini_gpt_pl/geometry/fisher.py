@@ -1,7 +1,7 @@
 r"""Fisher matrices through a handful of gradients: scalars per gradient, and an M x M Gram where a spectrum is wanted.
 
-For gradients g_1 .. g_M let F = (1/M) sum_i g_i g_i'. Nothing here forms F or keeps the M x D matrix of gradients: one
-pass leaves ||g_i||^2 and <g_i, v>, which give every Rayleigh quotient, the trace and the anisotropy with their errors.
+For gradients g_1 .. g_M let F = (1/M) sum_i g_i g_i'. Nothing here forms F, nor need all gradients
+be held at a time: ||g_i||^2 and <g_i, v> give every Rayleigh quotient, the trace and the anisotropy with their errors.
 Which Fisher F estimates depends on the gradients alone, and the three differ:
 
 * batch-mean second moment: g_i of mini-batch losses. F = mu mu' + Sigma / B depends on the batch size B. This is what
@@ -17,23 +17,18 @@ Coordinates cannot be mixed up: gradients and directions are `Vector`s, and thos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mini_gpt_pl.geometry import pca
-from mini_gpt_pl.geometry.alignment import with_total
+from mini_gpt_pl.geometry.axes import Axes, Axis, RandomDirections
+from mini_gpt_pl.geometry.products import inner_products, squared_norms
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import Trajectory
-
-# Columns of the held gradients converted to float64 at a time.
-_CHUNK = 1 << 18
-
-BACKBONE = "backbone"
 
 
 class Estimated(NamedTuple):
@@ -46,120 +41,6 @@ class Estimated(NamedTuple):
 
     value: Float[Tensor, " G1"]
     error: Float[Tensor, " G1"]
-
-
-# ----------------------------------------------------------------------------------------------------- directions
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A direction to measure along: one for each group by itself, and one for the whole selection.
-
-    Args:
-        own: The groups' directions, end to end; of any lengths.
-        whole: The whole selection's direction; of any length.
-        lengths: Lengths of the groups' directions, then of the whole's, float64.
-    """
-
-    own: Vector
-    whole: Vector
-    lengths: Float[Tensor, " G1"]
-
-    @classmethod
-    def of(cls, own: Vector, whole: Vector) -> Axis:
-        """Measure the lengths.
-
-        Raises:
-            FingerprintError: The two order their coordinates differently.
-        """
-        own.selection.require(whole.selection.fingerprint)
-        squares = torch.cat([own.dots(own), whole.dots(whole).sum()[None]])
-        return cls(own, whole, squares.sqrt())
-
-    def project(self, vector: Vector) -> Float[Tensor, " G1"]:
-        """Coordinates of a vector along the unit directions; zero along one that vanishes.
-
-        Raises:
-            FingerprintError: The vector orders its coordinates differently.
-        """
-        own = vector.dots(self.own)
-        total = own.sum() if self.whole is self.own else vector.dots(self.whole).sum()
-        inner = torch.cat([own, total[None]])
-        return torch.where(self.lengths > 0, inner / self.lengths, 0.0)
-
-
-def path_coefficients(
-    trajectory: Trajectory, segments: Mapping[str, tuple[int, int]]
-) -> dict[str, Float[Tensor, "G1 n"]]:
-    """Name the directions that the snapshots so far offer, as coefficients over (theta_0, d_1, ..., d_T).
-
-    Args:
-        trajectory: The snapshots up to now.
-        segments: Displacements theta(second step) - theta(first step) by name, such as a switch from peak to trough;
-            one whose snapshots have not both been taken is left out.
-
-    Returns:
-        `backbone`, `pc2` (where the path has a second component in every group), `theta0` (the initial weights, with
-        which weight decay aligns any backbone) and the segments: a row per group, then the whole's.
-    """
-    n = len(trajectory)
-    if n < 2:
-        return {}
-    rows = pca.drifts(n)[1:]
-    grams = [*(trajectory.gram(group) for group in trajectory.groups), trajectory.gram()]
-    if min(float(pca.norms(gram, rows).max()) for gram in grams) == 0.0:
-        return {}  # nothing has moved yet
-    parts = [pca.pca(gram, rows).directions for gram in grams]
-    found = {BACKBONE: torch.stack([part[0] for part in parts])}
-    if min(len(part) for part in parts) > 1:
-        found["pc2"] = torch.stack([part[1] for part in parts])
-    found["theta0"] = pca.theta0(n).expand(len(grams), n)
-    path = pca.drifts(n)
-    for name, (first, last) in segments.items():
-        if first in trajectory.steps and last in trajectory.steps:
-            line = path[trajectory.steps.index(last)] - path[trajectory.steps.index(first)]
-            found[name] = line.expand(len(grams), n)
-    return found
-
-
-class RandomDirections:
-    """K Gaussian directions made orthogonal to an axis: the paper's denominator of the anisotropy.
-
-    They are drawn again for every gradient rather than stored, so they take D values and not K x D, and K draws of D
-    numbers for each gradient. `anisotropy` knows their mean exactly and costs nothing: this is for comparison.
-
-    Args:
-        axis: What they are orthogonal to, group by group and as a whole.
-        count: K.
-        seed: Of the generators; direction k is a function of (seed, k) on one kind of device.
-    """
-
-    def __init__(self, axis: Axis, count: int, seed: int = 0) -> None:
-        self.axis = axis
-        self.count = count
-        self.seed = seed
-        self._known: list[tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]] = []
-
-    def project(self, vector: Vector, along: Float[Tensor, " G1"]) -> Float[Tensor, "K G1"]:
-        """Coordinates of a vector along each of the unit directions.
-
-        Args:
-            vector: A gradient.
-            along: Its coordinates along the axis.
-        """
-        found = []
-        for k in range(self.count):
-            draw = self._draw(k, vector)
-            if k == len(self._known):
-                self._known.append((self.axis.project(draw), with_total(draw.dots(draw))))
-            shared, square = self._known[k]
-            across = (square - shared.square()).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-            found.append((with_total(vector.dots(draw)) - shared * along) / across)
-        return torch.stack(found)
-
-    def _draw(self, k: int, like: Vector) -> Vector:
-        generator = torch.Generator(like.values.device).manual_seed((self.seed << 16) + k)
-        return Vector(torch.randn(like.values.shape, generator=generator, device=like.values.device), like.selection)
 
 
 # ---------------------------------------------------------------------------------------------------------- survey
@@ -203,20 +84,23 @@ def survey(
     count: int,
     axes: Mapping[str, Axis],
     *,
-    block: int = 0,
+    block: int = 8,
+    gram: bool = False,
     random: RandomDirections | None = None,
 ) -> Survey:
-    """Stream M gradients and keep scalars of them.
+    """Stream M gradients through a few rows of memory and keep scalars of them.
 
-    Without a Gram each gradient is computed once and D values are held. The Gram needs every pair: `block` gradients
-    are held while the ones after them are computed again, which takes M (M/block + 1) / 2 gradients in all and
-    (block + 1) D values. block = M computes each once and holds all of M x D; for M = 32, block = 8 takes 80.
+    A block of gradients meets all directions at once, so that each direction is read M / block times; block + 1
+    gradients of D values are held. Without a Gram each gradient is computed once. The Gram needs every pair: while a
+    block is held, the gradients after it are computed again, which takes M (M/block + 1) / 2 of them in all. block = M
+    computes each once; for M = 32, block = 8 takes 80.
 
     Args:
         gradient: Gives g_i for i in 0 .. M-1, the same whenever it is asked.
         count: M.
         axes: Directions to project on.
-        block: Gradients held at a time; 0 leaves the Gram out.
+        block: Gradients held at a time.
+        gram: Whether to find the inner products of all pairs.
         random: Random directions to project on.
 
     Raises:
@@ -225,33 +109,66 @@ def survey(
     """
     if count < 2:
         raise ValueError(f"a standard error takes at least two gradients, got {count}")
-    squares, projections, drawn = [], {name: [] for name in axes}, []  # type: ignore[var-annotated]
-    gram: Float[Tensor, "G M M"] | None = None
-    for begin in range(0, count, block or count):
-        held: list[Vector] = []
-        for i in range(begin, count):
-            g = gradient(i)
-            if begin == 0:
-                squares.append(with_total(g.dots(g)))
-                for name, axis in axes.items():
-                    projections[name].append(axis.project(g))
-                if random is not None:
-                    drawn.append(random.project(g, random.axis.project(g)))
-            if not block:
-                continue
-            if len(held) < block:
-                held.append(g)
-            if gram is None:
-                gram = torch.zeros(len(g.selection.groups), count, count, dtype=torch.float64, device=g.values.device)
-            products = _dots(held, g)
-            gram[:, begin : begin + len(held), i] = products
-            gram[:, i, begin : begin + len(held)] = products
+    table = Axes.of(axes) if axes else None
+    squares, along, drawn, bands = [], [], [], []
+    for begin, held, selection in _blocks(gradient, count, block):
+        squares.append(_with_whole(squared_norms(held, selection).T))
+        if table is not None:
+            table.selection.accept(selection)
+            along.append(table.project(held))
+        if random is not None:
+            random.axis.own.selection.accept(selection)
+            drawn.append(random.project(held))
+        if gram:
+            later = (_values(gradient(i), selection) for i in range(begin + len(held), count))
+            bands.append(_band(held, later, selection))
+    projected = torch.cat(along).unbind(1) if along else ()
     return Survey(
-        torch.stack(squares),
-        {name: torch.stack(found) for name, found in projections.items()},
-        torch.stack(drawn) if drawn else None,
-        gram,
+        torch.cat(squares),
+        dict(zip(axes, projected, strict=True)),
+        torch.cat(drawn) if drawn else None,
+        _symmetric(bands, count) if gram else None,
     )
+
+
+def _blocks(
+    gradient: Callable[[int], Vector], count: int, block: int
+) -> Iterator[tuple[int, Float[Tensor, "B D"], ParameterSelection]]:
+    """Yield gradients as rows of one matrix, which the next block overwrites, with the number of the first."""
+    room: Float[Tensor, "B D"] | None = None
+    for begin in range(0, count, block):
+        first = gradient(begin)
+        if room is None:
+            room = first.values.new_empty(min(block, count), len(first.values))
+        held = room[: count - begin]
+        held[0] = first.values
+        for i in range(1, len(held)):
+            held[i] = _values(gradient(begin + i), first.selection)
+        yield begin, held, first.selection
+
+
+def _values(gradient: Vector, selection: ParameterSelection) -> Float[Tensor, " D"]:
+    selection.accept(gradient.selection)
+    return gradient.values
+
+
+def _with_whole(groups: Float[Tensor, "M G"]) -> Float[Tensor, "M G1"]:
+    return torch.cat([groups, groups.sum(-1, keepdim=True)], -1)
+
+
+def _band(
+    held: Float[Tensor, "B D"], later: Iterable[Float[Tensor, " D"]], selection: ParameterSelection
+) -> Float[Tensor, "G B rest"]:
+    """Inner products of held gradients with one another, then with each that comes after them."""
+    found = [inner_products(held, held, selection)]
+    found += [inner_products(held, values[None], selection) for values in later]
+    return torch.cat(found, -1)
+
+
+def _symmetric(bands: Sequence[Float[Tensor, "G _ _"]], count: int) -> Float[Tensor, "G M M"]:
+    """Put together a Gram whose rows are known from the diagonal on, block by block."""
+    upper = torch.cat([pad(band, (count - band.shape[-1], 0)) for band in bands], 1)
+    return upper.triu() + upper.triu(1).mT
 
 
 def gradient_of_rows(matrix: Float[Tensor, "M D"], selection: ParameterSelection) -> Callable[[int], Vector]:
@@ -293,8 +210,8 @@ def anisotropy(quotients: Float[Tensor, "M G1"], squares: Float[Tensor, "M G1"],
 
     def ratio(along: Float[Tensor, "*batch G1"], total: Float[Tensor, "*batch G1"]) -> Float[Tensor, "*batch G1"]:
         across = total - along
-        # Below the rounding of the difference there is nothing across v that could be told from zero.
-        visible = (others > 0) & (across > 1e-12 * total.abs())
+        # Below the rounding of float32 products there is nothing across v that could be told from zero.
+        visible = (others > 0) & (across > 1e-6 * total.abs())
         return torch.where(visible, along * others / across, float("nan"))
 
     replicates = ratio(_leave_one_out(quotients), _leave_one_out(squares))
@@ -425,18 +342,3 @@ def _jackknife(replicates: Float[Tensor, "M k"]) -> Float[Tensor, " k"]:
     """Standard error from the values without each gradient in turn."""
     count = len(replicates)
     return ((count - 1) / count * (replicates - replicates.mean(0)).square().sum(0)).sqrt()
-
-
-def _dots(held: Iterable[Vector], new: Vector) -> Float[Tensor, "G b"]:
-    """Inner products of one vector with several, per group, in float64 and in chunks."""
-    rows = list(held)
-    for row in rows:
-        row.selection.require(new.selection.fingerprint)
-    found = []
-    for span in new.selection.slices:
-        total = torch.zeros(len(rows), dtype=torch.float64, device=new.values.device)
-        for lo in range(span.start, span.stop, _CHUNK):
-            hi = min(lo + _CHUNK, span.stop)
-            total += torch.stack([row.values[lo:hi].double() for row in rows]) @ new.values[lo:hi].double()
-        found.append(total)
-    return new.selection.total(torch.stack(found))

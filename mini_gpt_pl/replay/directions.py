@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import fisher
+from mini_gpt_pl.geometry.axes import Axis, path_coefficients
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder, combine
 from mini_gpt_pl.runs import Run
@@ -23,7 +23,7 @@ class Segment(NamedTuple):
     trough: int
 
 
-def whole_run_axes(run: Run, selection: ParameterSelection, device: torch.device) -> dict[str, fisher.Axis]:
+def whole_run_axes(run: Run, selection: ParameterSelection, device: torch.device) -> dict[str, Axis]:
     """Build the axes of a finished run, each group's own and the whole selection's.
 
     Args:
@@ -48,7 +48,7 @@ def whole_run_axes(run: Run, selection: ParameterSelection, device: torch.device
     found = switch_of(run)
     # path_coefficients subtracts the first step's weights from the second's.
     segments = {} if found is None else {SWITCH: (found.trough, found.peak)}
-    coefficients = fisher.path_coefficients(trajectory, segments)
+    coefficients = path_coefficients(trajectory, segments)
     if not coefficients:
         raise UserError(
             f"some weights of {run.path} have not moved between snapshots: there is no path to compare with"
@@ -61,7 +61,7 @@ def whole_run_axes(run: Run, selection: ParameterSelection, device: torch.device
         if not bool((rows == rows[-1]).all())
     }
     vectors = combine(trajectory.steps, folder.read, own | apart, selection, device)
-    return {name: fisher.Axis.of(vectors[name], vectors.get(f"{name}/whole", vectors[name])) for name in own}
+    return {name: Axis.of(vectors[name], vectors.get(f"{name}/whole", vectors[name])) for name in own}
 
 
 def switch_of(run: Run) -> Segment | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import with_total
+from mini_gpt_pl.geometry.axes import BACKBONE, Axis
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.objective import combine
@@ -46,7 +47,7 @@ class BatchGradients:
         selection: ParameterSelection,
         batches: Sequence[Batch],
         weight: float,
-        backbone: fisher.Axis,
+        backbone: Axis,
         autocast: Callable[[], AbstractContextManager[Any]],
         parts: int,
     ) -> None:
@@ -149,14 +150,14 @@ def curvature(found: fisher.Survey, labels: Sequence[str], dims: Sequence[int], 
         By label: `q` along each axis, `trace`, `anisotropy` of the backbone as [value, error]; `random`, the exact mean
         of q across v_b, (tr F - q) / (D - 1); lambda_1 and overlap = |<u_1, v_b>| with their jackknife errors.
     """
-    along = found.projections[fisher.BACKBONE]
+    along = found.projections[BACKBONE]
     quotients = {name: fisher.rayleigh(projections) for name, projections in found.projections.items()}
     trace, ratio = fisher.trace(found), fisher.anisotropy(along.square(), found.squares, dims)
     assert found.grams is not None
     grams = [*found.grams, found.grams.sum(0)]
     shown: dict[str, Any] = {}
     for g, label in enumerate(labels):
-        across = float(trace.value[g] - quotients[fisher.BACKBONE].value[g])
+        across = float(trace.value[g] - quotients[BACKBONE].value[g])
         first = fisher.leading(grams[g], along[:, g])
         shown[label] = {
             "q": {name: _pair(quotient, g) for name, quotient in quotients.items()},

@@ -16,6 +16,7 @@ from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import noise_floor
+from mini_gpt_pl.geometry.axes import BACKBONE, Axis
 from mini_gpt_pl.module import EVALUATIONS
 from mini_gpt_pl.replay.batches import fixed_batches, sha256
 from mini_gpt_pl.replay.directions import switch_of, whole_run_axes
@@ -103,7 +104,7 @@ class Replay:
         self.dims = (*self.selection.dims, self.selection.dim)
 
     @cached_property
-    def axes(self) -> dict[str, fisher.Axis]:
+    def axes(self) -> dict[str, Axis]:
         """Directions of the whole run, on the device."""
         return whole_run_axes(self.run, self.selection, self.device)
 
@@ -166,12 +167,12 @@ class Replay:
             self.selection,
             self._on_device,
             weight,
-            self.axes[fisher.BACKBONE],
+            self.axes[BACKBONE],
             self._autocast,
             self.settings.batches,
         )
         count = self.settings.fisher_batches
-        found = fisher.survey(gradients, count, self.axes, block=self.settings.block or count).cpu()
+        found = fisher.survey(gradients, count, self.axes, block=self.settings.block or count, gram=True).cpu()
         record: Record = {
             "step": step,
             "probe_weight": weight,

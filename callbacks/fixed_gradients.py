@@ -1,0 +1,80 @@
+"""Gradients of fixed batches at the weights of the moment, one for each rank-one part of a Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.measuring import SamplesItsLabels, SplitsItsLoss, measuring, training_loss
+from callbacks.nests import take_sample
+from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+
+Kind = Literal["batch_mean", "per_sample", "monte_carlo"]
+
+
+class FixedGradients:
+    """Gives gradient i of one kind of Fisher, the same whenever it is asked as long as the weights stay.
+
+    Args:
+        trainer: Knows the precision.
+        module: Has the losses that the kind needs.
+        selection: By which weights.
+        batches: Anywhere; those in pinned memory are copied to a GPU without waiting for it.
+        kind: Which Fisher, as in `FisherProbe`.
+        samples_per_batch: Samples taken from each batch by `per_sample`.
+        seed: Of the labels that `monte_carlo` draws.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        selection: ParameterSelection,
+        batches: Sequence[Any],
+        kind: Kind,
+        samples_per_batch: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.selection = selection
+        self.batches = batches
+        self.kind = kind
+        self.samples_per_batch = samples_per_batch
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Number of gradients, M."""
+        return count_of(self.kind, len(self.batches), self.samples_per_batch)
+
+    def __call__(self, index: int) -> Vector:
+        """Gradient i: for `monte_carlo` times the root of the number of labels, as E[g g'] is the Fisher per label."""
+        with measuring(self.trainer, self.module):
+            loss, labels = self.loss(index)
+            found = self.selection.gradient_of(loss, self.module)
+        return found if labels is None else Vector(found.values * labels.sqrt(), self.selection)
+
+    def loss(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Loss with a graph whose gradient is the i-th, and the number of labels where they are drawn."""
+        if self.kind == "per_sample":
+            position, sample = divmod(index, self.samples_per_batch)
+            batch = move_data_to_device(self.batches[position], self.module.device)
+            if isinstance(self.module, SplitsItsLoss):
+                return self.module.sample_loss(batch, sample), None
+            return training_loss(self.module, take_sample(batch, sample)), None
+        batch = move_data_to_device(self.batches[index], self.module.device)
+        if self.kind == "batch_mean":
+            return training_loss(self.module, batch), None
+        assert isinstance(self.module, SamplesItsLabels)
+        generator = torch.Generator(self.module.device).manual_seed((self.seed << 16) + index)
+        return self.module.sampled_loss(batch, generator)
+
+
+def count_of(kind: Kind, batches: int, samples_per_batch: int) -> int:
+    """Number of gradients that a kind takes from some batches, M."""
+    return batches * samples_per_batch if kind == "per_sample" else batches
