@@ -173,12 +173,12 @@ def part_gradients(module: LightningModule, batch: Any, selection: ParameterSele
     Each takes a forward of its own: a compiled graph gives its buffers away and cannot be walked through twice.
     """
     assert isinstance(module, NamesItsLosses)
-    losses: Mapping[str, Tensor] | None = module.named_losses(batch)
+    losses = module.named_losses(batch)
     parts: dict[str, Vector] = {}
     for name in tuple(losses):
-        losses = module.named_losses(batch) if losses is None else losses
+        losses = losses or module.named_losses(batch)
         parts[name] = selection.gradient_of(losses[name], module)
-        losses = None  # frees the graph before the next forward
+        losses = {}  # frees the graph before the next forward
     return parts
 
 

@@ -43,12 +43,14 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import GradientAlignment, Schedule, StopOnDivergence, TrajectoryRecorder
+from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.gpt import GPT, TRUNK_PATTERN, GPTSize
 from mini_gpt_pl.logs import MetricsCSV
 from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.optim import SGDW, ClippedCosine
+from mini_gpt_pl.scoring import Scores
 
 # --------------------------------------------------------------------------------------------- non-interference
 
@@ -325,7 +327,12 @@ def test_the_probe_loss_alone_computes_the_sequences_with_a_probe(monkeypatch: p
     expected = torch.autograd.grad(whole.probe, list(module.parameters()))
     computed: list[int] = []
     scores = ProbedGPT._scores
-    monkeypatch.setattr(ProbedGPT, "_scores", lambda self, b: computed.append(len(b.rows)) or scores(self, b))
+
+    def watched(self: ProbedGPT, given: Batch) -> Scores:
+        computed.append(len(given.rows))
+        return scores(self, given)
+
+    monkeypatch.setattr(ProbedGPT, "_scores", watched)
     losses = module.named_losses(batch)
     assert set(losses) == {"lm", "probe"} and computed == []
     found = losses["probe"]
