@@ -1,10 +1,12 @@
-"""What the probes cost: the same training with and without them, alternating, as a ratio within one run.
+"""What the probes cost: the same training without them and with each preset, alternating, as ratios within one run.
 
-    python -m benchmarks.overhead --config configs/quickstart.yaml --steps 100
-    python -m benchmarks.overhead -c configs/paper/base.yaml -c configs/paper/seed42.yaml ... --steps 1000
+    python -m benchmarks.overhead -c configs/quickstart.yaml --steps 100
+    python -m benchmarks.overhead -c configs/paper/base.yaml -c configs/paper/seed42.yaml ... --steps 1000 --out x.json
 
-Everything that is no option of this script goes to `fit`. Validation, start-up and the first steps (compilation, first
-snapshot) are left out of the clock; snapshots, live metrics and extra gradients are in it.
+Everything that is no option of this script goes to `fit`. Presets are files of callbacks, by name; their budget is
+lifted, so that nothing is thinned. Validation, start-up and the first steps (compilation, first snapshot) are left out
+of the clock; snapshots, live metrics and extra gradients are in it. Beside the ratios of whole runs stands each probe's
+share by its own clock, `overhead/<probe>` of the same run.
 """
 
 from __future__ import annotations
@@ -17,13 +19,19 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from benchmarks.clock import described, here
+
 STOPWATCH_FILE = "stopwatch.json"
+PRESETS = {"standard": "configs/probes/standard.yaml", "every_step": "configs/probes/every_step.yaml"}
+_OFF = "configs/probes/off.yaml"
 
 
 class Stopwatch(Callback):
@@ -61,7 +69,8 @@ class Stopwatch(Callback):
         assert self._begun is not None, "the run ended before the clock started"
         steps, seconds = trainer.global_step - self._begun[0], _now() - self._begun[1] - self._paused
         file = Path(trainer.default_root_dir) / STOPWATCH_FILE
-        file.write_text(json.dumps({"steps": steps, "seconds": seconds, "ms_per_step": 1e3 * seconds / steps}))
+        if trainer.is_global_zero:
+            file.write_text(json.dumps({"steps": steps, "seconds": seconds, "ms_per_step": 1e3 * seconds / steps}))
 
 
 def _now() -> float:
@@ -70,32 +79,89 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def measure(arguments: list[str], steps: int, *, probes: bool, start: int = 50) -> float:
-    """Run one training in a process of its own and return its milliseconds per step."""
+class Timing(NamedTuple):
+    """What a run took.
+
+    Attributes:
+        ms_per_step: Milliseconds.
+        shares: Of each probe by its own clock, over the time without probes.
+    """
+
+    ms_per_step: float
+    shares: dict[str, float]
+
+
+def timed_run(arguments: list[str], steps: int, start: int) -> Timing:
+    """Run one training in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         watch = ["--trainer.callbacks+=benchmarks.overhead.Stopwatch", f"--trainer.callbacks.init_args.start={start}"]
         run = ["--run_dir", folder, "--overwrite", "true", "--trainer.max_steps", str(steps)]
-        off = [] if probes else ["--config", "configs/probes/off.yaml"]
-        command = [sys.executable, "cli.py", "fit", *arguments, *off, *watch, *run, "--trainer.logger", "false"]
+        command = [sys.executable, "cli.py", "fit", *arguments, *watch, *run, "--trainer.logger", "false"]
         subprocess.run([*command, "--trainer.enable_progress_bar", "false"], check=True, stdout=subprocess.DEVNULL)
         found = json.loads((Path(folder) / STOPWATCH_FILE).read_text())
-        return float(found["ms_per_step"])
+        return Timing(float(found["ms_per_step"]), _shares(Path(folder) / "metrics.csv"))
+
+
+def _shares(metrics: Path) -> dict[str, float]:
+    columns = pd.read_csv(metrics).filter(like="overhead/").dropna(how="all") if metrics.is_file() else pd.DataFrame()
+    last = {str(name): float(columns[name].dropna().iloc[-1]) for name in columns}
+    return {name.removeprefix("overhead/"): share for name, share in last.items()}
+
+
+def measure(arguments: list[str], steps: int, *, probes: bool, start: int = 50) -> float:
+    """Milliseconds per step of one training, as configured or without its probes."""
+    return timed_run([*arguments, *([] if probes else ["-c", _OFF])], steps, start).ms_per_step
+
+
+def without_budget(preset: Path, start: int, folder: Path) -> Path:
+    """Copy a preset whose probes keep no budget, and count their time from a step on."""
+    config = yaml.safe_load(preset.read_text())
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "callbacks.CostControl":
+            callback["init_args"] = {"max_overhead": None, "warmup": start}
+    copy = folder / preset.name
+    copy.write_text(yaml.safe_dump(config))
+    return copy
 
 
 def main() -> None:
-    """Print milliseconds per step with and without probes, and their ratio."""
+    """Print milliseconds per step without probes and with each preset, the ratios, and each probe's share."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--start", type=int, default=50, help="step at which the clock starts")
+    parser.add_argument("--presets", nargs="+", default=[f"{k}={v}" for k, v in PRESETS.items()], help="NAME=FILE")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     options, rest = parser.parse_known_args()
-    without, with_probes = [], []
-    for _ in range(options.repeats):  # alternating, so that a slow spell of the machine hits both
-        without.append(measure(rest, options.steps, probes=False, start=options.start))
-        with_probes.append(measure(rest, options.steps, probes=True, start=options.start))
-    print(f"without probes: {median(without):8.2f} ms/step  {[round(x, 2) for x in without]}")
-    print(f"with probes:    {median(with_probes):8.2f} ms/step  {[round(x, 2) for x in with_probes]}")
-    print(f"ratio:          {median(with_probes) / median(without):8.4f}")
+    with tempfile.TemporaryDirectory() as folder:
+        named = dict(preset.split("=", 1) for preset in options.presets)
+        files = {name: str(without_budget(Path(file), options.start, Path(folder))) for name, file in named.items()}
+        arms = {"none": _OFF, **files}
+        timings: dict[str, list[Timing]] = {name: [] for name in arms}
+        for _ in range(options.repeats):  # alternating, so that a slow spell of the machine hits all
+            for name, file in arms.items():
+                timings[name].append(timed_run([*rest, "-c", file], options.steps, options.start))
+    result = report(timings) | {"steps": options.steps - options.start} | described(here())
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def report(timings: dict[str, list[Timing]]) -> dict[str, Any]:
+    """Print and collect the result: medians over the repeats."""
+    taken = {name: median(run.ms_per_step for run in runs) for name, runs in timings.items()}
+    over = {name: milliseconds / taken["none"] - 1 for name, milliseconds in taken.items() if name != "none"}
+    shares = {
+        name: {probe: median(run.shares[probe] for run in timings[name]) for probe in timings[name][0].shares}
+        for name in over
+    }
+    for name, milliseconds in taken.items():
+        print(f"{name:12s} {milliseconds:8.2f} ms/step  {[round(run.ms_per_step, 2) for run in timings[name]]}")
+    for name, share in over.items():
+        print(f"{name} over none: {share:+.2%}")
+        for probe, own in shares[name].items():
+            print(f"    {probe:24s} {own:8.3%}")
+    repeats = {name: [run.ms_per_step for run in runs] for name, runs in timings.items()}
+    return {"ms_per_step": taken, "repeats_ms": repeats, "over_none": over, "shares": shares}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import cache_dir
 
 from benchmarks import overhead, throughput
@@ -56,10 +57,23 @@ def test_the_arms_train_the_same_loss() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_overhead_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["overhead", "--steps", "4", "--repeats", "1", "--start", "2", *given()])
+def test_overhead_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--steps", "4", "--repeats", "1", "--start", "2", "--out", f"{tmp_path}/x.json"]
+    monkeypatch.setattr(sys, "argv", ["overhead", *few, "--presets", "mine=configs/probes/economy.yaml", *given()])
     overhead.main()
-    assert "ratio:" in capsys.readouterr().out
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert set(found["ms_per_step"]) == {"none", "mine"} and found["steps"] == 2
+    assert found["over_none"]["mine"] == pytest.approx(found["ms_per_step"]["mine"] / found["ms_per_step"]["none"] - 1)
+    assert set(found["shares"]["mine"]) == {"TrajectoryRecorder", "GradientAlignment", "fraction"}
+    assert "mine over none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", overhead.PRESETS.values())
+def test_presets_are_measured_without_a_budget(preset: str, tmp_path: Path) -> None:
+    given_preset = yaml.safe_load(Path(preset).read_text())["trainer"]["callbacks"]
+    copied = yaml.safe_load(overhead.without_budget(Path(preset), 7, tmp_path).read_text())["trainer"]["callbacks"]
+    changed = [new for old, new in zip(given_preset, copied, strict=True) if old != new]
+    assert changed == [{"class_path": "callbacks.CostControl", "init_args": {"max_overhead": None, "warmup": 7}}]
 
 
 def test_the_page_says_what_the_committed_run_measured() -> None:
