@@ -79,8 +79,8 @@ def fit(folder: Path, *more: Callback, profiler: Any = None) -> Trainer:
         enable_model_summary=False,
         profiler=profiler,
     )
-    loaders = [DataLoader(Slow(seconds), batch_size=None) for seconds in (FETCH, EVALUATION)]
-    trainer.fit(Module(), *loaders)
+    training, evaluation = (DataLoader(Slow(seconds), batch_size=None) for seconds in (FETCH, EVALUATION))
+    trainer.fit(Module(), training, evaluation)
     return trainer
 
 
@@ -100,7 +100,7 @@ def test_the_profiler_of_the_trainer_still_hears_everything_and_is_left_alone(tm
     profiler = SimpleProfiler()
     trainer = fit(tmp_path, profiler=profiler)
     assert trainer.profiler is profiler  # type: ignore[attr-defined]
-    assert profiler.start.__func__ is SimpleProfiler.start  # type: ignore[attr-defined]
+    assert profiler.start.__func__ is SimpleProfiler.start
     assert len(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]) >= 40
 
 
