@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from mini_gpt_pl.errors import UserError
@@ -55,6 +57,21 @@ def overview() -> str:
     return f"usage: mini_gpt_pl COMMAND [OPTIONS]\n\n{commands}\n\nmini_gpt_pl COMMAND --help lists its options."
 
 
+def load(name: str) -> ModuleType:
+    """Import a module without the garbage collector, which would go through all that stays, again and again.
+
+    Nor does it have to look through what has been imported while training runs.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def main() -> None:
     """Run the command line; an error that the user can put right is one line and exit status 2."""
     args = sys.argv[1:]
@@ -69,9 +86,9 @@ def main() -> None:
         if args[0] in ("-h", "--help"):
             print(overview())
         elif args[0] in _WITHOUT_TRAINER:
-            import_module(_WITHOUT_TRAINER[args[0]][0]).main(args[1:])
+            load(_WITHOUT_TRAINER[args[0]][0]).main(args[1:])
         else:
-            import_module("mini_gpt_pl.trainer_cli").main(args)
+            load("mini_gpt_pl.trainer_cli").main(args)
     except UserError as error:
         message = re.sub(r"\s*\n\s*", " ", str(error))
         print(f"mini_gpt_pl: error: {message}", file=sys.stderr)

@@ -25,6 +25,7 @@ STORIES = [f"Once upon a time there was number {i}, and number {i} was happy all
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
+    corpus._hub_answers.cache_clear()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "default-cache")
 
 
@@ -193,9 +194,10 @@ def test_default_rows() -> None:
 
 
 def test_tinystories_asks_for_its_rows_and_falls_back_on_the_cache(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, tried = [], []
 
     def unreachable(self: object, *args: object, **kwargs: object) -> None:
+        tried.append(args)
         raise ConnectionError
 
     def load(name: str, split: str, cache_dir: str) -> datasets.Dataset:
@@ -213,6 +215,7 @@ def test_tinystories_asks_for_its_rows_and_falls_back_on_the_cache(cache: str, m
         ("roneneldan/TinyStories", "validation[:7]", cache, True),
     ]
     assert before == datasets.config.HF_HUB_OFFLINE
+    assert len(tried) == 1  # a hub that does not answer takes seconds, and is asked once
 
 
 def test_tinystories_without_network_fails_fast_and_says_the_way_round(

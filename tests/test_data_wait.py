@@ -79,8 +79,8 @@ def fit(folder: Path, *more: Callback, profiler: Any = None) -> Trainer:
         enable_model_summary=False,
         profiler=profiler,
     )
-    loaders = [DataLoader(Slow(seconds), batch_size=None) for seconds in (FETCH, EVALUATION)]
-    trainer.fit(Module(), loaders[0], loaders[1])
+    training, evaluation = (DataLoader(Slow(seconds), batch_size=None) for seconds in (FETCH, EVALUATION))
+    trainer.fit(Module(), training, evaluation)
     return trainer
 
 

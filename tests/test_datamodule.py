@@ -17,8 +17,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from mini_gpt_pl.data import datamodule
 from mini_gpt_pl.data.batch import Batch, Piped, collate
-from mini_gpt_pl.data.corpus import CorpusConfig, TokenizedStories
+from mini_gpt_pl.data.corpus import CorpusConfig, Split, TokenizedStories
 from mini_gpt_pl.data.datamodule import EVALUATION_SETS, ProbedStories
 from mini_gpt_pl.data.probe import Probe, ProbeConfig, choose_codewords, sample_rng
 from mini_gpt_pl.data.stream import TrainingBatches, TrainStream
@@ -257,8 +258,8 @@ def test_attributes_exist_before_setup(module: Build) -> None:
 
 
 def test_setup_is_idempotent_and_prepare_fills_the_cache(module: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    module().prepare_data()
     data = module()
-    data.prepare_data()
 
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("made again")
@@ -271,6 +272,20 @@ def test_setup_is_idempotent_and_prepare_fills_the_cache(module: Build, monkeypa
     data.setup("validate")
     assert data._train is train and data._evaluation is sets
     assert len(data.train_dataloader()) == 7
+
+
+def test_the_process_that_prepares_reads_each_split_once(module: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, load = module(), datamodule.load_texts
+    read: list[str] = []
+
+    def counted(config: CorpusConfig, split: Split, cache_dir: str | None) -> datasets.Dataset:
+        read.append(split)
+        return load(config, split, cache_dir)
+
+    monkeypatch.setattr(datamodule, "load_texts", counted)
+    data.prepare_data()
+    data.setup("fit")
+    assert read == ["train", "val"]
 
 
 def test_evaluation_sets_are_fixed_and_follow_the_seed(module: Build) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -176,7 +176,7 @@ def tokenize(texts: datasets.Dataset, encoding: tiktoken.Encoding, num_proc: int
     dtype = np.dtype(np.uint16 if encoding.n_vocab < 65_536 else np.int32)
     if len(texts) == 0:
         return TokenizedStories(np.zeros(0, dtype), np.zeros(1, np.int64))
-    threads = _cores() if num_proc is None else 1
+    threads = available_cores() if num_proc is None else 1
     encoded = texts.with_format("arrow").map(
         partial(_encode, encoding=encoding, dtype=dtype, threads=threads),
         batched=True,
@@ -223,7 +223,8 @@ def _long_enough(batch: dict[str, list[str | None]], column: str) -> dict[str, l
     return {"text": [text for text in batch[column] if text and text.strip() and len(text) >= MIN_CHARACTERS]}
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """Give the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -268,20 +269,25 @@ def _tinystories(config: CorpusConfig, split: Split, cache_dir: str | None) -> d
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Ask the hub once, briefly; without an answer let ``datasets`` look only into its cache.
+    """Ask the hub briefly; without an answer let ``datasets`` look only into its cache.
 
     Its own downloads try six times and wait longer each time: half a minute before an error, or before a cached copy.
     """
     before = datasets.config.HF_HUB_OFFLINE
-    try:
-        if not before:
-            huggingface_hub.HfApi().dataset_info(HUB_NAME, timeout=HUB_SECONDS)
-    except Exception:
-        datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = before or not _hub_answers()
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
+
+
+@cache  # a process asks once: it reads several splits, and a hub out of reach takes seconds each time
+def _hub_answers() -> bool:
+    try:
+        huggingface_hub.HfApi().dataset_info(HUB_NAME, timeout=HUB_SECONDS)
+    except Exception:
+        return False
+    return True
 
 
 def _own_files(config: CorpusConfig, split: Split, cache_dir: str | None) -> tuple[datasets.Dataset, str]:

@@ -89,6 +89,7 @@ class ProbedStories(LightningDataModule):
         self.codewords = choose_codewords(self.encoding, probe.n_codewords, probe.codeword_seed)
         self.probe = Probe(self.encoding, self.codewords, probe, context)
         self.start: dict[str, int] | None = None
+        self._splits: dict[Split, TokenizedStories] = {}
         self._train: TokenizedStories | None = None
         self._stream: TrainStream | None = None
         self._evaluation: dict[str, _FixedExamples] = {}
@@ -169,8 +170,11 @@ class ProbedStories(LightningDataModule):
         return self._evaluation
 
     def _read(self, split: Split) -> TokenizedStories:
-        texts = load_texts(self.corpus, split, self.cache_dir)
-        return tokenize(texts, self.encoding, self.corpus.num_proc)
+        # Once a process: the one that prepares the data also loads them.
+        if split not in self._splits:
+            texts = load_texts(self.corpus, split, self.cache_dir)
+            self._splits[split] = tokenize(texts, self.encoding, self.corpus.num_proc)
+        return self._splits[split]
 
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
