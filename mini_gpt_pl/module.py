@@ -10,13 +10,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from mini_gpt_pl.data.datamodule import Batch
@@ -76,7 +75,7 @@ class ProbedGPT(LightningModule):
         self.probe_weight = probe_weight
         self.peak_lr: float | None = None
         self._compile = compile
-        self.means = _EvaluationMeans()
+        self._means = _Means()
         self._window = _Window()
         self._grad_norm: Tensor | None = None
         self._lr_used = 0.0
@@ -276,18 +275,29 @@ class ProbedGPT(LightningModule):
         self._evaluate(batch, EVALUATIONS[dataloader_idx])
 
     def _evaluate(self, batch: Batch, name: str) -> None:
+        # Nothing here waits for the device: it computes one batch while the host prepares the next.
+        for column in (batch.tokens, batch.targets, batch.probe_mask, batch.offsets):
+            torch._dynamo.maybe_mark_dynamic(column, 0)  # the sets have batches of several sizes: one graph for all
         scores = self._scores(batch)
-        counts = count_targets(batch.targets, batch.probe_mask)
+        counts = TargetCounts(batch.lm_count, batch.probe_count)
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         if name == "lm":
-            self.means["val_nll"].update(terms.lm, counts.lm)
+            self._means.add("val_nll", terms.lm * counts.lm, counts.lm)
             return
         asked = batch.probe_mask.any(-1)
         exact = (scores.hit | ~batch.probe_mask).all(-1)  # every masked position is right
-        self.means[f"p_{name}"].update(exact[asked].float())
-        self.means[f"nll_{name}"].update(terms.probe, counts.probe)
+        self._means.add(f"p_{name}", (exact & asked).sum(), asked.sum())
+        self._means.add(f"nll_{name}", terms.probe * counts.probe, counts.probe)
         if name == "ood":
-            self.means["lm_ood"].update(terms.lm, counts.lm)
+            self._means.add("lm_ood", terms.lm * counts.lm, counts.lm)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._means = _Means()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._means = _Means()
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -298,7 +308,7 @@ class ProbedGPT(LightningModule):
         self._report_evaluation()
 
     def _report_evaluation(self) -> None:
-        values = self.means.take()
+        values = self._means.read(self.trainer, self.device)
         metrics = {
             "val/loss": values["val_nll"],
             "val/perplexity": float(torch.tensor(values["val_nll"]).exp()),
@@ -348,27 +358,25 @@ class ProbedGPT(LightningModule):
         }
 
 
-class _EvaluationMeans(torch.nn.Module):
-    """Running means over the evaluation sets; a submodule, so that they follow the module to its device."""
+class _Means:
+    """Means over the evaluation sets, as sums and weights that stay on the device until they are read."""
 
     NAMES = ("val_nll", "p_in", "p_ood", "nll_in", "nll_ood", "lm_ood")
 
     def __init__(self) -> None:
-        super().__init__()
-        self._metrics = torch.nn.ModuleList([MeanMetric() for _ in self.NAMES])
+        self._sums: dict[str, Float[Tensor, " 2"]] = {}
 
-    def __getitem__(self, name: str) -> MeanMetric:
-        metric = self._metrics[self.NAMES.index(name)]
-        assert isinstance(metric, MeanMetric)
-        return metric
+    def add(self, name: str, total: Tensor, weight: Tensor) -> None:
+        new = torch.stack([total.float(), weight.float()])
+        self._sums[name] = self._sums[name] + new if name in self._sums else new
 
-    def take(self) -> dict[str, float]:
-        """Compute every mean (over all ranks), reset them, and move the values to the host at once."""
-        values = to_host({name: self[name].compute() for name in self.NAMES})
-        with torch.inference_mode(False):  # what `validate` resets there, `fit` could not add to
-            for name in self.NAMES:
-                self[name].reset()
-        return values
+    def read(self, trainer: Trainer, device: torch.device) -> dict[str, float]:
+        """Divide the sums over all ranks and move the means to the host at once; NaN where nothing was added."""
+        nothing = torch.zeros(2, device=device)
+        sums = torch.stack([self._sums.get(name, nothing) for name in self.NAMES])  # (names, 2)
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        return to_host(dict(zip(self.NAMES, sums[:, 0] / sums[:, 1], strict=True)))
 
 
 class _OnDemand(Mapping[str, Tensor]):

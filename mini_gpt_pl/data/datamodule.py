@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mini_gpt_pl.data.batch import Batch
 from mini_gpt_pl.data.corpus import CorpusConfig, Split, TokenizedStories, load_texts, require_rows, tokenize
-from mini_gpt_pl.data.probe import Example, Probe, ProbeConfig, Stream, choose_codewords, sample_rng
+from mini_gpt_pl.data.evaluation import FixedExamples
+from mini_gpt_pl.data.probe import Probe, ProbeConfig, Stream, choose_codewords, sample_rng
 from mini_gpt_pl.data.stream import TrainStream
 from mini_gpt_pl.data.tokenizer import eos_id, load_tokenizer
 from mini_gpt_pl.errors import UserError
@@ -92,7 +92,7 @@ class ProbedStories(LightningDataModule):
         self._splits: dict[Split, TokenizedStories] = {}
         self._train: TokenizedStories | None = None
         self._stream: TrainStream | None = None
-        self._evaluation: dict[str, _FixedExamples] = {}
+        self._evaluation: dict[str, FixedExamples] = {}
 
     def prepare_data(self) -> None:
         """Download or write, and tokenize, both splits: fills the cache that the other processes read."""
@@ -164,7 +164,7 @@ class ProbedStories(LightningDataModule):
         """SHA-256 of each evaluation set's bytes (tokens, targets, mask), by its name; needs ``setup``."""
         return {name: examples.sha256() for name, examples in self._sets().items()}
 
-    def _sets(self) -> dict[str, _FixedExamples]:
+    def _sets(self) -> dict[str, FixedExamples]:
         if not self._evaluation:
             raise RuntimeError("call setup() before asking for the evaluation sets")
         return self._evaluation
@@ -179,7 +179,7 @@ class ProbedStories(LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _build_evaluation(self, stories: TokenizedStories) -> dict[str, _FixedExamples]:
+    def _build_evaluation(self, stories: TokenizedStories) -> dict[str, FixedExamples]:
         probe, config = self.probe, self.probe.config
         lm = [
             probe.lm_example(stories[i], sample_rng(self.seed, Stream.VAL_LM, 0, i))
@@ -198,30 +198,7 @@ class ProbedStories(LightningDataModule):
                 )
                 for i in range(config.eval_examples)
             ]
-        return {name: _FixedExamples(examples) for name, examples in sets.items()}
-
-
-class _FixedExamples(Dataset[Batch]):
-    """Examples in memory; a list of indices gives a ``Batch``."""
-
-    def __init__(self, examples: list[Example]) -> None:
-        self.columns = tuple(torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True))
-
-    def __len__(self) -> int:
-        return len(self.columns[0])
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        tokens, targets, mask = (column[indices] for column in self.columns)
-        return Batch.of(tokens, targets, mask)
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for column in self.columns:
-            digest.update(column.numpy().tobytes())
-        return digest.hexdigest()
+        return {name: FixedExamples(examples) for name, examples in sets.items()}
 
 
 def _identity(batch: Any) -> Any:
