@@ -49,8 +49,8 @@ class CostControl(Callback):
             if found.bytes or found.passes:
                 share = found.passes / trainer.accumulate_grad_batches
                 rank_zero_info(
-                    f"{found.name}: about {found.bytes / 2**20:,.0f} MiB, and {share:.1%} of the time that a step's "
-                    "forward and backward passes take"
+                    f"{found.name}: about {found.memory}, and {share:.1%} of the time that a step's forward and "
+                    "backward passes take"
                 )
 
     @override

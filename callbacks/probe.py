@@ -24,13 +24,23 @@ class Estimate:
 
     Args:
         name: Of the probe.
-        bytes: Memory it holds at the end of training, in bytes.
+        bytes: Memory it holds where the model is at the end of training, in bytes.
         passes: Forward and backward passes of one micro-batch that it adds to each optimizer step, on average.
+        host: Bytes of the host's memory beside that.
+        disk: Bytes of the files that it leaves.
     """
 
     name: str
     bytes: float
     passes: float
+    host: float = 0.0
+    disk: float = 0.0
+
+    @property
+    def memory(self) -> str:
+        """Say in words how many bytes go where, leaving out what takes none."""
+        places = (("with the model", self.bytes), ("in host memory", self.host), ("on disk", self.disk))
+        return ", ".join(f"{size / 2**20:,.0f} MiB {place}" for place, size in places if size) or "0 MiB"
 
 
 Name = TypeVar("Name", bound=Hashable, default=str)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -18,9 +18,10 @@ from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import nulls, pca
 from mini_gpt_pl.geometry.moments import decay_rate, is_trained
+from mini_gpt_pl.geometry.rows import IncrementRows, Place, memory_of
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
+from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.logs import log_now, resume_tables
 
 TRAJECTORY_FILE = "trajectory.safetensors"
@@ -52,11 +53,17 @@ class TrajectoryRecorder(Probe):
         name: Of the whole selection, in metric names.
         dirpath: Folder for `snapshots/` and `trajectory.safetensors`; the trainer's root folder for None.
         dtype: Of the stored increments; bfloat16 halves memory and disk, its rounding is fed back.
-        keep_on: Where the rows stay, with the model or in host memory (D values per snapshot).
+        keep_on: Where the rows stay (D values a snapshot), and so what training waits for at a snapshot: with the
+            `model`, a pass over them at the device's speed; in the host's memory (`cpu`), one at its speed; on `disk`,
+            reading them all, once for the snapshot and once for the directions, while memory does not grow with the
+            snapshots. `geometry.rows.memory_of` has the bytes.
         write_snapshots: Without the files a run cannot be resumed, reheated against its own basis or replayed.
+        max_pending: With `disk`, rows that may wait in memory to be written; when there are more, training waits for
+            the disk and says how long. Elsewhere it never does, as the rows are in memory anyway.
 
     Raises:
-        UserError: The pattern selects nothing, or a resumed run's snapshots are missing or of another model.
+        UserError: The pattern selects nothing, a resumed run's snapshots are missing or of another model, or rows are
+            to be kept on disk and not written.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -73,16 +80,20 @@ class TrajectoryRecorder(Probe):
         name: str = "trunk",
         dirpath: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        keep_on: Literal["model", "cpu"] = "model",
+        keep_on: Place = "model",
         write_snapshots: bool = True,
+        max_pending: int = 2,
     ) -> None:
         super().__init__(schedule)
+        if keep_on == "disk" and (not write_snapshots or max_pending < 1):
+            raise UserError("keep_on disk keeps the rows in their files: set write_snapshots true and max_pending >= 1")
         self.pattern = pattern
         self.name = name
         self.dirpath = dirpath
         self.dtype = getattr(torch, dtype)
         self.keep_on = keep_on
         self.write_snapshots = write_snapshots
+        self.max_pending = max_pending
         self.trajectory: Trajectory | None = None
         self._rows: IncrementRows | None = None
         self._folder: SnapshotFolder | None = None
@@ -112,6 +123,7 @@ class TrajectoryRecorder(Probe):
         if len(trajectory) < 2:
             return None
         if self._directions is None or self._directions[0] != len(trajectory):
+            self._directions = None  # makes room for the new ones
             own, whole = backbone_vectors(trajectory, rows)
             self._directions = (len(trajectory), own.to(self._device), whole.to(self._device))
         return self._directions[1:]
@@ -119,7 +131,8 @@ class TrajectoryRecorder(Probe):
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
         snapshots = 2 + sum(self.schedule.due(step) for step in range(1, steps))
-        return Estimate(type(self).__name__, bytes=(4 + self.dtype.itemsize * (snapshots - 1)) * dim, passes=0.0)
+        found = memory_of(self.keep_on, snapshots, dim, self.dtype.itemsize, self.write_snapshots, self.max_pending)
+        return Estimate(type(self).__name__, bytes=found.device, passes=0.0, host=found.host, disk=found.disk)
 
     def decay(self, optimizer: Optimizer) -> float:
         """Share of the recorded weights that weight decay takes in one step of an optimizer; 0 if it is another's.
@@ -150,7 +163,8 @@ class TrajectoryRecorder(Probe):
         # Not in setup: a module may make, and a strategy share out, its weights after that.
         selection = ParameterSelection.of(pl_module, self.pattern)
         root = Path(self.dirpath or trainer.default_root_dir)
-        self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection)
+        limit = self.max_pending if self.keep_on == "disk" else None
+        self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection, limit)
         self._file = root / TRAJECTORY_FILE
         self._rows = IncrementRows(selection, self.dtype, torch.device("cpu") if self.keep_on == "cpu" else None)
         self.trajectory = Trajectory.empty(selection)
@@ -193,7 +207,9 @@ class TrajectoryRecorder(Probe):
         if self.trajectory is None:
             return {}
         if self._folder is not None:
-            self._folder.flush()  # a checkpoint must not point at snapshots that are not on disk yet
+            # A checkpoint must not point at snapshots that are not on disk yet. It is a file itself, so that whoever
+            # writes one waits for the disk anyway.
+            self._folder.flush()
         return {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
 
     @override
@@ -207,21 +223,35 @@ class TrajectoryRecorder(Probe):
             self._snapshot(trainer, pl_module)
 
     def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trajectory, rows, folder = _need(self.trajectory), _need(self._rows), _need(self._folder)
+        trajectory, rows = _need(self.trajectory), _need(self._rows)
         step = trainer.global_step
         row = rows.increment(rows.selection.weights(pl_module))
         products = rows.dots(row).cpu()
         if not torch.isfinite(products).all():
             rank_zero_info(f"step {step}: the weights are no longer finite, no snapshot is taken")
             return
-        rows.push(row)
         trajectory.append(step, products, self._survival)
-        if self.write_snapshots and _writes(trainer, rows.selection):
-            folder.write(step, row)
-        if trainer.is_global_zero:
-            trajectory.save(_need(self._file))
+        self._keep(trainer, step, row)
         if len(trajectory) > 1:
             log_now(trainer, live_metrics(trajectory, self.name), step)
+
+    def _keep(self, trainer: Trainer, step: int, row: Vector) -> None:
+        """Hand a row to the side thread, and the trajectory's file behind it, and keep what later rows need."""
+        rows, folder = _need(self._rows), _need(self._folder)
+        waited = folder.waited
+        if self.write_snapshots and _writes(trainer, rows.selection):
+            folder.write(step, row, self._survival)
+        if trainer.is_global_zero:
+            folder.write_trajectory(_need(self._file), _need(self.trajectory))
+        if folder.waited > waited:
+            rank_zero_warn(
+                f"step {step}: training waited {folder.waited - waited:.1f} s for the disk of {folder.path}, "
+                f"{folder.waited:.1f} s so far: raise max_pending or take fewer snapshots"
+            )
+        if self.keep_on == "disk" and trainer.world_size > 1:
+            folder.flush()  # ranks that hold copies of the weights read the file of the one that writes
+            trainer.strategy.barrier()
+        rows.push(row, folder.stored(step) if self.keep_on == "disk" else None)
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of the interrupted run from its snapshot files."""
@@ -230,10 +260,11 @@ class TrajectoryRecorder(Probe):
         resume_tables(trainer)
         trajectory = Trajectory.from_state(state["trajectory"])
         rows.selection.require(trajectory.fingerprint)
-        device = self.selection.parameters(pl_module)[0].device if self.keep_on == "model" else torch.device("cpu")
+        device = torch.device("cpu") if self.keep_on == "cpu" else self.selection.parameters(pl_module)[0].device
         for step in trajectory.steps:
             row = folder.read(step)
-            rows.push(Vector(row.values.to(device), row.selection))
+            kept = folder.stored(step) if self.keep_on == "disk" else None
+            rows.push(Vector(row.values.to(device), row.selection), kept)
         if _writes(trainer, rows.selection):
             folder.discard_after(trajectory.steps[-1])
         self.trajectory, self._survival = trajectory, state["survival"]
@@ -283,7 +314,8 @@ def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vecto
     """
     found = pca.spectra(torch.stack([*trajectory.grams, trajectory.gram()]), pca.drifts(len(trajectory))[1:])
     backbones = torch.where((found.moved > 0)[:, None], found.directions[:, 0], 0.0)
-    return rows.combine(backbones[:-1]), rows.combine(backbones[-1:].expand(len(trajectory.groups), -1))
+    found = rows.combine_all([backbones[:-1], backbones[-1:].expand(len(trajectory.groups), -1)])
+    return found[0], found[1]
 
 
 def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:

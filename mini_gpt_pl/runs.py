@@ -15,6 +15,7 @@ import yaml
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.geometry.rebuild import rebuild
 from mini_gpt_pl.geometry.trajectory import Trajectory
 
 CONFIG = "config.yaml"
@@ -194,6 +195,26 @@ class Run:
             UserError: The file is missing or corrupt.
         """
         return Trajectory.load(self.path / TRAJECTORY)
+
+    def rebuild_trajectory(self, pattern: str | None = None) -> Trajectory:
+        r"""Compute the Gram matrices again from the snapshots, for a lost file or for other groups of weights.
+
+        One pass over the snapshots; `.save(run.path / TRAJECTORY)` puts the result where the run's own belongs.
+
+        Args:
+            pattern: Which of the recorded weights, and their groups, as the recorder has it; as recorded for None.
+
+        Raises:
+            UserError: A snapshot is missing or corrupt, or the snapshots are too old to say what is not asked for.
+
+        Example:
+            >>> run = Run(Path("runs/mine"))
+            >>> halves = run.rebuild_trajectory(r"(?P<group>attn|mlp)\.")  # doctest: +SKIP
+        """
+        known = self.trajectory if (self.path / TRAJECTORY).is_file() else None
+        if known is None:
+            return rebuild(self.snapshot_folder, pattern)
+        return rebuild(self.snapshot_folder, pattern, known.survival, known.steps)
 
     @property
     def drift_rows(self) -> pca.Rows:

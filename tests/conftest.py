@@ -22,8 +22,9 @@ from hypothesis import settings  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from mini_gpt_pl.errors import UserError  # noqa: E402
+from mini_gpt_pl.geometry.rows import IncrementRows  # noqa: E402
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector  # noqa: E402
-from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory  # noqa: E402
+from mini_gpt_pl.geometry.trajectory import Trajectory  # noqa: E402
 
 torch.set_num_threads(1)
 # Examples are derived from the test, not from a clock: a red test stays red.

@@ -12,8 +12,9 @@ import torch
 import yaml
 from conftest import bent_path
 
+from mini_gpt_pl.geometry.rows import IncrementRows
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
+from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs import Run
 

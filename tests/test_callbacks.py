@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import threading
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,8 +43,10 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 
 from callbacks import GradientAlignment, Schedule, StepRange, TrajectoryRecorder
+from mini_gpt_pl.geometry import snapshots
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.gpt import TRUNK_PATTERN, GPTSize
+from mini_gpt_pl.runs import Run
 
 LABELS = (*GROUPS, "trunk")
 UNEVEN = Schedule(every=4, ranges=[StepRange(5, 9, 2)], doubling_until=2)
@@ -147,16 +152,102 @@ def test_live_metrics_know_the_past_only(group: str, accumulate: int) -> None:
     assert not any(k.startswith(f"backbone/{group}/") for s, row in run.rows.items() if s not in STEPS for k in row)
 
 
-def test_rows_in_host_memory_are_the_same(tmp_path: Path) -> None:
+def test_rows_are_the_same_wherever_they_are_kept(tmp_path: Path) -> None:
     found = []
-    for place in ("model", "cpu"):
+    for place in ("model", "cpu", "disk"):
         folder = tmp_path / place
         follow = recorder(keep_on=place)
         callbacks = [follow, GradientAlignment(Schedule(every=1))]
         quiet_trainer(folder, callbacks, max_steps=6).fit(tiny_gpt(), datamodule=tiny_stories())
         assert follow.trajectory is not None
         found.append((follow.trajectory.state_dict(), (folder / "metrics.csv").read_bytes()))
-    assert same(*found)
+    assert same(found[0], found[1]) and same(found[0], found[2])
+
+
+def test_a_slow_disk_is_waited_for_only_where_rows_stay_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    write = snapshots.write_flat
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        write(*arguments)
+
+    monkeypatch.setattr(snapshots, "write_flat", write_slowly)
+    grams = []
+    for place in ("model", "disk"):
+        follow = recorder(1, keep_on=place, max_pending=1)
+        quiet_trainer(tmp_path / place, [follow], max_steps=4).fit(tiny_gpt(), datamodule=tiny_stories())
+        assert follow.trajectory is not None and read_path(tmp_path / place, "trunk")[0] == [0, 1, 2, 3, 4]
+        grams.append(follow.trajectory.grams)
+        told = [str(warning.message) for warning in recwarn if "for the disk of" in str(warning.message)]
+        assert bool(told) == (place == "disk")
+    assert torch.equal(*grams)
+    assert "raise max_pending or take fewer snapshots" in told[-1] and "\n" not in told[-1]
+
+
+def test_a_checkpoint_names_snapshots_that_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, free, found = snapshots.write_flat, threading.Event(), []
+
+    def write_when_let(*arguments: Any) -> None:
+        assert free.wait(30)
+        write(*arguments)
+
+    def look(module: LightningModule) -> None:
+        assert not (tmp_path / "snapshots").exists()
+        threading.Timer(0.3, free.set).start()
+        state = follow.state_dict()  # what a checkpoint takes
+        found.append((state["trajectory"]["steps"], read_path(tmp_path, "trunk")[0]))
+
+    monkeypatch.setattr(snapshots, "write_flat", write_when_let)
+    follow = recorder(1)
+    quiet_trainer(tmp_path, [follow, At(2, look)], max_steps=3).fit(tiny_gpt(), datamodule=tiny_stories())
+    assert found == [([0, 1, 2], [0, 1, 2])]
+
+
+def test_everything_is_on_disk_after_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = snapshots.write_flat
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.1)
+        write(*arguments)
+
+    def fail(module: LightningModule) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(snapshots, "write_flat", write_slowly)
+    with pytest.raises(RuntimeError, match="planted"):
+        quiet_trainer(tmp_path, [recorder(1), At(3, fail)], max_steps=9).fit(tiny_gpt(), datamodule=tiny_stories())
+    assert Trajectory.load(tmp_path / "trajectory.safetensors").steps == [0, 1, 2, 3] == read_path(tmp_path, "trunk")[0]
+
+
+def test_a_run_gives_its_trajectory_from_its_snapshots(tmp_path: Path) -> None:
+    run = _run()
+    found = Run(run.folder).rebuild_trajectory()
+    assert found.survival == run.trajectory.survival and found.fingerprint == run.trajectory.fingerprint
+    torch.testing.assert_close(found.grams, run.trajectory.grams, rtol=1e-12, atol=1e-12)
+    shutil.copytree(run.folder / "snapshots", tmp_path / "snapshots")  # and the file is lost
+    assert same(Run(tmp_path).rebuild_trajectory().state_dict(), found.state_dict())
+    cut = Run(run.folder).rebuild_trajectory(r"(?P<group>attn|mlp)\.")
+    assert cut.groups == ("attn", "mlp") and cut.steps == STEPS
+    torch.testing.assert_close(cut.gram(), found.gram(), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_are_to_stay_in_files_that_nobody_writes() -> None:
+    with one_line_error("keep_on disk keeps the rows in their files"):
+        recorder(keep_on="disk", write_snapshots=False)
+    with one_line_error("max_pending >= 1"):
+        recorder(keep_on="disk", max_pending=0)
+
+
+def test_the_estimate_says_where_the_bytes_go() -> None:
+    dim, snapshots_taken = 1 << 18, 6
+    found = {place: recorder(2, keep_on=place).estimate(10, dim) for place in ("model", "cpu", "disk")}
+    rows = 4 * dim * snapshots_taken
+    assert {estimate.disk for estimate in found.values()} == {rows}
+    assert found["model"].bytes >= rows > found["model"].host
+    assert found["cpu"].host >= rows and found["cpu"].bytes == 12 * dim
+    assert "6 MiB on disk" in found["disk"].memory and "3 MiB with the model" in found["cpu"].memory
 
 
 def test_bfloat16_rows_lose_little_and_never_drift_away(tmp_path: Path) -> None:
@@ -175,13 +266,15 @@ def test_bfloat16_rows_lose_little_and_never_drift_away(tmp_path: Path) -> None:
     assert off.max() > 0
 
 
-def test_resuming_bfloat16_rows_continues_them_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["model", "cpu", "disk"])
+def test_resuming_bfloat16_rows_continues_them_exactly(place: str, tmp_path: Path) -> None:
     grams = []
     for stops in ((8,), (5, 8)):
         folder = tmp_path / str(len(stops))
         for steps in stops:
-            follow = recorder(1, dtype="bfloat16")
-            trainer = quiet_trainer(folder, [follow, checkpoints(folder)], max_steps=steps)
+            follow = recorder(1, dtype="bfloat16", keep_on=place)
+            align = GradientAlignment(Schedule(every=1))
+            trainer = quiet_trainer(folder, [follow, align, checkpoints(folder)], max_steps=steps)
             resume = folder / "checkpoints/000005.ckpt" if steps != stops[0] else None
             trainer.fit(tiny_gpt(), datamodule=tiny_stories(), ckpt_path=resume)
         assert follow.trajectory is not None

@@ -12,6 +12,8 @@ import pytest
 import torch
 from helpers import checkpoints, metrics, probes, quiet_trainer, same, tiny_gpt, tiny_stories
 
+from callbacks import TrajectoryRecorder
+from mini_gpt_pl.geometry.rows import Place
 from mini_gpt_pl.geometry.trajectory import Trajectory
 
 pytestmark = pytest.mark.skipif(
@@ -22,9 +24,17 @@ STEPS = 7
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def train(folder: Path, batch_size: int, accumulate: int, resume: Path | None = None, **settings: Any) -> None:
+def train(
+    folder: Path,
+    batch_size: int,
+    accumulate: int,
+    resume: Path | None = None,
+    keep_on: Place = "model",
+    **settings: Any,
+) -> None:
     """Twenty stories on each of two ranks, or forty on one: a few micro-batches an epoch, evaluated every four."""
     callbacks = [*probes(every=2), checkpoints(folder)]
+    next(c for c in callbacks if isinstance(c, TrajectoryRecorder)).keep_on = keep_on
     # In float64, where sums over ranks differ from sums over examples by nothing that could be seen.
     settings |= {
         "precision": "64-true",
@@ -51,8 +61,8 @@ from test_distributed import train
 
 root = Path(sys.argv[1])
 two = {"strategy": "ddp", "devices": 2}
-for accumulate in (1, 2):
-    train(root / str(accumulate), 2, accumulate, **two)
+train(root / "1", 2, 1, **two)
+train(root / "2", 2, 2, keep_on="disk", **two)  # the second rank reads what the first has written
 train(root / "1", 2, 1, resume=root / "1" / "checkpoints" / "000004.ckpt", **two)
 """
 

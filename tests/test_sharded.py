@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from typing_extensions import override
 
 from mini_gpt_pl.geometry.alignment import cosines
+from mini_gpt_pl.geometry.rows import IncrementRows
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector, local_part
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
+from mini_gpt_pl.geometry.trajectory import Trajectory
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 

@@ -6,7 +6,7 @@ import inspect
 import io
 import itertools
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mini_gpt_pl.geometry import alignment, pca, selection, snapshots, trajectory
+from mini_gpt_pl.geometry import alignment, files, pca, selection, snapshots, staging, trajectory
+from mini_gpt_pl.geometry import rows as rows_module
+from mini_gpt_pl.geometry.files import read_tensors
+from mini_gpt_pl.geometry.rows import IncrementRows
 from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory, read_tensors
+from mini_gpt_pl.geometry.trajectory import Trajectory
 
 WEIGHTS = bent_path(7, SMALL.dim)
 
@@ -46,7 +49,7 @@ def test_grams_grow_row_by_row_and_add_up(seed: int, snapshots: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 6, 9, 100])
 def test_chunks_do_not_reach_into_the_next_group(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mini_gpt_pl.geometry.trajectory._CHUNK", chunk)
+    monkeypatch.setattr("mini_gpt_pl.geometry.rows._TILE", chunk)
     expected = torch.stack([gram_of(WEIGHTS[:, part]) for part in SMALL.slices])
     torch.testing.assert_close(record(SMALL, WEIGHTS)[1].grams, expected, rtol=1e-10, atol=1e-10)
 
@@ -123,20 +126,20 @@ def test_rounding_of_bfloat16_rows_never_adds_up() -> None:
     dim, count = 500, 100
     weights = (normal(1, dim) + 0.01 * normal(count + 1, dim, seed=1).add(1.0).cumsum(0)).float()
     rows, found = record(flat_selection(dim), weights, torch.bfloat16)
-    assert rows.rows[0].dtype == torch.float32 and {row.dtype for row in rows.rows[1:]} == {torch.bfloat16}
+    assert rows.rows[0][:].dtype == torch.float32 and {row[:].dtype for row in rows.rows[1:]} == {torch.bfloat16}
     for k in range(1, count + 1):
         rebuilt = rows.combine(torch.ones(1, k + 1)).values
-        allowed = 2.0**-8 * rows.rows[k].float().abs() + 4 * torch.finfo(torch.float32).eps * weights[k].abs()
+        allowed = 2.0**-8 * rows.rows[k][:].float().abs() + 4 * torch.finfo(torch.float32).eps * weights[k].abs()
         assert ((rebuilt - weights[k]).abs() <= allowed).all(), k
-    exact = torch.stack([row.double() for row in rows.rows])
+    exact = torch.stack([row[:].double() for row in rows.rows])
     torch.testing.assert_close(found.gram(), exact @ exact.T, rtol=1e-9, atol=1e-9)  # of what is stored
 
 
 def test_rows_read_back_continue_the_same_way() -> None:
     rows, _ = record(SMALL, WEIGHTS[:4].float(), torch.bfloat16)
     resumed = IncrementRows(SMALL, torch.bfloat16)
-    for values in rows.rows:
-        resumed.push(Vector(values, SMALL))
+    for row in rows.rows:
+        resumed.push(Vector(row[:], SMALL))
     new = Vector(WEIGHTS[4].float(), SMALL)
     assert len(resumed) == 4 and torch.equal(resumed.increment(new).values, rows.increment(new).values)
     assert torch.equal(resumed.dots(rows.increment(new)), rows.dots(rows.increment(new)))
@@ -147,12 +150,12 @@ def test_the_first_row_is_a_copy() -> None:
     first = rows.increment(Vector(values, SMALL))
     rows.push(first)
     values.zero_()
-    assert torch.equal(rows.rows[0], normal(SMALL.dim).float())
+    assert torch.equal(rows.rows[0][:], normal(SMALL.dim).float())
 
 
 def test_combine_weighs_each_group_apart() -> None:
     rows, _ = record(SMALL, WEIGHTS.float())
-    basis, weights = torch.stack(rows.rows).double(), normal(2, 5, seed=3)
+    basis, weights = torch.stack([row[:] for row in rows.rows]).double(), normal(2, 5, seed=3)
     expected = torch.cat([weights[g] @ basis[:5, part] for g, part in enumerate(SMALL.slices)])
     torch.testing.assert_close(rows.combine(weights).values.double(), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="8 coefficients for 7 rows"):
@@ -241,13 +244,13 @@ def folder(tmp_path: Path) -> SnapshotFolder:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_snapshots_round_trip(dtype: torch.dtype, folder: SnapshotFolder) -> None:
     rows, _ = record(SMALL, WEIGHTS.float(), dtype)
-    for k, values in enumerate(rows.rows):
-        folder.write(100 * k, Vector(values, SMALL))
+    for k, row in enumerate(rows.rows):
+        folder.write(100 * k, Vector(row[:], SMALL))
     folder.close()
     assert folder.steps() == list(range(0, 700, 100))
-    for k, values in enumerate(rows.rows):
+    for k, row in enumerate(rows.rows):
         read = folder.read(100 * k)
-        assert read.values.dtype == values.dtype and torch.equal(read.values, values)
+        assert read.values.dtype == row[:].dtype and torch.equal(read.values, row[:])
     stored = {name: tuple(part.shape) for name, part in load_file(folder.file(100)).items()}
     assert stored == dict(zip(SMALL.names, SMALL.shapes, strict=True))
 
@@ -257,22 +260,21 @@ def test_a_failed_write_leaves_no_file(folder: SnapshotFolder, monkeypatch: pyte
     folder.write(0, row)
     folder.flush()
 
-    def full_disk(tensors: Any, path: Path, **_: Any) -> None:
-        path.write_bytes(b"half a fi")
+    def full_disk(values: Tensor) -> bytes:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("mini_gpt_pl.geometry.trajectory.save_file", full_disk)
+    monkeypatch.setattr("mini_gpt_pl.geometry.files._bytes_of", full_disk)  # behind the header
     for step in (0, 100):  # an old file survives, a new one does not appear
         folder.write(step, row)
         with one_line_error("could not be written to .*No space left"):
             folder.flush()
     folder.flush()  # told once
     assert [file.name for file in folder.path.iterdir()] == ["step_000000000.safetensors"]
-    assert torch.equal(folder.read(0).values, row.values)
     folder.write(200, row)
     with one_line_error("could not be written"):
         folder.close()
     monkeypatch.undo()
+    assert torch.equal(folder.read(0).values, row.values)
     folder.write(300, row)  # a closed folder opens again
     folder.close()
     assert folder.steps() == [0, 300]
@@ -291,7 +293,7 @@ def test_an_earlier_failure_shows_at_the_next_write(folder: SnapshotFolder, monk
 def test_a_mistake_in_the_program_is_not_blamed_on_the_disk(
     folder: SnapshotFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mini_gpt_pl.geometry.trajectory.save_file", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mini_gpt_pl.geometry.files._bytes_of", lambda _: 1 / 0)
     folder.write(0, Vector(WEIGHTS[0].float(), SMALL))
     with pytest.raises(ZeroDivisionError):
         folder.close()
@@ -338,7 +340,7 @@ def test_steps_ignore_foreign_files_and_discard_what_is_late(folder: SnapshotFol
 
 def test_every_annotation_can_be_evaluated() -> None:
     """An annotation that raises is skipped by the run-time checks without a word."""
-    for module in (alignment, pca, selection, snapshots, trajectory):
+    for module in (alignment, files, pca, rows_module, selection, snapshots, staging, trajectory):
         own = [x for x in vars(module).values() if getattr(x, "__module__", "") == module.__name__]
         members = itertools.chain.from_iterable(vars(x).values() for x in own if inspect.isclass(x))
         for found in [*own, *(getattr(m, "fget", getattr(m, "__func__", getattr(m, "func", m))) for m in members)]:

@@ -40,6 +40,27 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def assign_groups(names: Sequence[str], pattern: str) -> dict[str, str]:
+    """Return the group of each name that a pattern selects: group by group, names in their order within each.
+
+    Args:
+        names: Of weights, without wrapper prefixes.
+        pattern: As `ParameterSelection.of` has it.
+
+    Raises:
+        UserError: The pattern is no regular expression.
+    """
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"the weight pattern {pattern!r} is no regular expression: {error}") from None
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if match := regex.search(name):
+            groups.setdefault(match.groupdict().get("group") or "all", []).append(name)
+    return {name: group for group, members in groups.items() for name in members}
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return a tensor's values on this rank: a plain tensor itself, a shard or a replica of a distributed one."""
     if not isinstance(tensor, DTensor):
@@ -154,30 +175,23 @@ class ParameterSelection:
             UserError: The pattern is no regular expression, or it selects nothing, or two selected weights have
                 one name once wrapper prefixes are taken off, or lie on different device meshes.
         """
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"the weight pattern {pattern!r} is no regular expression: {error}") from None
         _reshard(module)
-        found: list[tuple[str, str, nn.Parameter]] = []
-        for raw, parameter in module.named_parameters():
-            name = plain_name(raw)
-            if match := regex.search(name):
-                found.append((match.groupdict().get("group") or "all", name, parameter))
-        if not found:
-            examples = ", ".join(plain_name(name) for name, _ in list(module.named_parameters())[:4])
+        named = [(plain_name(raw), parameter) for raw, parameter in module.named_parameters()]
+        owners = assign_groups([name for name, _ in named], pattern)
+        if not owners:
+            examples = ", ".join(name for name, _ in named[:4])
             raise UserError(
                 f"the weight pattern {pattern!r} selects no parameter of {type(module).__name__}; "
                 f"its names look like: {examples or '(it has no parameters)'}"
             )
-        name, count = Counter(name for _, name, _ in found).most_common(1)[0]
+        name, count = Counter(name for name, _ in named if name in owners).most_common(1)[0]
         if count > 1:
             raise UserError(
                 f"{count} weights of {type(module).__name__} are called {name!r} once wrapper prefixes "
                 "(`module.` and the like) are taken off: rename the submodule that looks like a wrapper"
             )
-        order = {group: position for position, group in enumerate(dict.fromkeys(g for g, _, _ in found))}
-        found.sort(key=lambda item: order[item[0]])  # stable: module order inside a group
+        available = dict(named)
+        found = [(owner, name, available[name]) for name, owner in owners.items()]
         return cls(
             names=tuple(name for _, name, _ in found),
             shapes=tuple(tuple(parameter.shape) for _, _, parameter in found),

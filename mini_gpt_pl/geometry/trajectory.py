@@ -11,23 +11,18 @@ Grams of disjoint parameter groups add, so one per group is stored and their sum
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.selection import FingerprintError, ParameterSelection, Vector
+from mini_gpt_pl.geometry.files import read_tensors, write_tensors
+from mini_gpt_pl.geometry.selection import ParameterSelection
 
-# Columns of the stored rows converted to float64 at a time.
-_CHUNK = 1 << 18
 _FORMAT = "mini_gpt_pl trajectory 1"
 
 
@@ -196,115 +191,3 @@ class Trajectory:
             tensors["grams"],
             tensors["survival"].tolist(),
         )
-
-
-class IncrementRows:
-    """The basis vectors themselves, (theta_0, d_1, ..., d_T), each a tensor of D values.
-
-    Increments are taken against the weights as rebuilt from the rows, so that rounding (of bfloat16 rows above all) is
-    fed back into the next increment and never adds up.
-
-    Args:
-        selection: Owner of the coordinates' order; where the ranks share the weights, each keeps rows of its own.
-        dtype: Of the increments; theta_0 always stays in float32.
-        device: Where the rows are kept; None keeps them where the weights are.
-    """
-
-    def __init__(
-        self,
-        selection: ParameterSelection,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
-        self.selection = selection
-        self.dtype = dtype
-        self.device = device
-        self.rows: list[Float[Tensor, " D"]] = []
-        self._rebuilt: Float[Tensor, " D"] | None = None
-
-    def __len__(self) -> int:
-        """Number of rows, theta_0 included."""
-        return len(self.rows)
-
-    def increment(self, weights: Vector) -> Vector:
-        """Return the next row for these weights: theta_0 itself at first, then the rounded increment."""
-        self.selection.accept(weights.selection)
-        values = weights.values.to(self.device) if self.device is not None else weights.values
-        if self._rebuilt is None:
-            return Vector(values.clone(), self.selection)
-        return Vector((values - self._rebuilt).to(self.dtype), self.selection)
-
-    def push(self, row: Vector) -> None:
-        """Add a row made by `increment`, or read back from disk."""
-        self.selection.accept(row.selection)
-        self.rows.append(row.values)
-        self._rebuilt = row.values.clone() if self._rebuilt is None else self._rebuilt + row.values
-
-    def dots(self, new: Vector) -> Float[Tensor, "G n"]:
-        """Inner products of a new row with every row and with itself, per group, in float64.
-
-        The result lies on the rows' device: moving it to the host is the snapshot's one synchronisation. Where the
-        ranks share the weights, it is over all coordinates: every rank must call it.
-        """
-        self.selection.accept(new.selection)
-        rows = [*self.rows, new.values]
-        parts = []
-        for span in self.selection.slices:
-            total = torch.zeros(len(rows), dtype=torch.float64, device=new.values.device)
-            for lo in range(span.start, span.stop, _CHUNK):
-                hi = min(lo + _CHUNK, span.stop)
-                total += torch.stack([row[lo:hi].double() for row in rows]) @ new.values[lo:hi].double()
-            parts.append(total)
-        return self.selection.total(torch.stack(parts))
-
-    def combine(self, coefficients: Float[Tensor, "G n"]) -> Vector:
-        """Turn directions given by coefficients, one set per group, into one flat float32 vector.
-
-        Coefficients of fewer columns than there are rows name the first rows.
-
-        Raises:
-            ValueError: There are more columns than rows.
-        """
-        if coefficients.shape[1] > len(self.rows):
-            raise ValueError(f"{coefficients.shape[1]} coefficients for {len(self.rows)} rows")
-        out = torch.zeros(self.selection.local_dim, dtype=torch.float32, device=self.rows[0].device)
-        for span, weights in zip(self.selection.slices, coefficients.tolist(), strict=True):
-            for weight, row in zip(weights, self.rows, strict=False):
-                out[span].add_(row[span].float(), alpha=weight)
-        return Vector(out, self.selection)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
-    """Write a safetensors file so that a reader sees the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, partial, metadata=meta)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # still there only if writing failed
-
-
-def read_tensors(path: Path, what: str, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file.
-
-    Args:
-        path: The file.
-        what: What the file should be, for the error line.
-        names: The tensors to read; all for None.
-
-    Raises:
-        UserError: The file is missing or corrupt, or lacks a named tensor.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no {what} at {path}")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            meta = handle.metadata() or {}
-            wanted = list(handle.keys()) if names is None else names
-            return {name: handle.get_tensor(name) for name in wanted}, meta
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the {what} {path} cannot be read ({error}): delete it or restore it") from None
-
-
-__all__ = ["FingerprintError", "IncrementRows", "Trajectory", "read_tensors", "write_tensors"]

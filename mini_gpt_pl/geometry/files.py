@@ -1,0 +1,198 @@
+"""Tensor files: written whole or not at all, and a flat vector's file, of which parts can be read.
+
+A flat vector is one safetensors file with a tensor per parameter, in the vector's order: behind the header the file is
+the vector itself, so that writing makes no copy, and a part of the vector is one read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mini_gpt_pl.errors import UserError
+
+# The format's names of what rows are stored as.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+Piece: TypeAlias = tuple[int, int]
+"""Where neighbouring values lie in a file: how many, and the first one's byte."""
+# The header's length stands before it, in eight bytes; the values behind it begin at a multiple of as many.
+_ALIGN = 8
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, so that a reader of the other sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # still there only if writing failed
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
+    """Write a safetensors file so that a reader sees the old file or the whole new one, never a part."""
+    with _replacing(path) as partial:
+        save_file(tensors, partial, metadata=meta)
+
+
+def read_tensors(path: Path, what: str, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    Args:
+        path: The file.
+        what: What the file should be, for the error line.
+        names: The tensors to read; all for None.
+
+    Raises:
+        UserError: The file is missing or corrupt, or lacks a named tensor.
+    """
+    with _opened(path, what) as handle:
+        meta = handle.metadata() or {}
+        wanted = list(handle.keys()) if names is None else names
+        return {name: handle.get_tensor(name) for name in wanted}, meta
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Any]:
+    if not path.is_file():
+        raise UserError(f"there is no {what} at {path}")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the {what} {path} cannot be read ({error}): delete it or restore it") from None
+
+
+def write_flat(
+    path: Path, shapes: Mapping[str, Sequence[int]], values: Float[Tensor, " D"], meta: Mapping[str, str]
+) -> None:
+    """Write a flat vector on the host as one named tensor after another.
+
+    Args:
+        path: The file; a reader sees the old one or the whole new one.
+        shapes: Of the tensors by name, in the order in which they lie in the vector.
+        values: Contiguous, on the host.
+        meta: What else the header says.
+    """
+    width = values.dtype.itemsize
+    header: dict[str, Any] = {"__metadata__": dict(meta)}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + width * math.prod(shape)
+        header[name] = {"dtype": _NAMES[values.dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    assert end == width * values.numel(), "the shapes are not those of the vector"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    # Not the library's writer: it would want a copy of every tensor, as parts of one vector share their memory. A plain
+    # write of the vector's bytes makes none, and lets other threads run.
+    with _replacing(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(_ALIGN, "little") + text)
+        file.write(_bytes_of(values))
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return values.detach().view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class FlatFile:
+    """A file of named tensors, seen as a flat vector.
+
+    Args:
+        path: The file.
+        what: What it is, for error lines.
+        shapes: Of its tensors by name, in the order of its header.
+        dtype: Of all of them.
+        begins: Where the values of each tensor begin, in bytes from the start of the file.
+        meta: What else the header says.
+    """
+
+    path: Path
+    what: str
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    begins: dict[str, int]
+    meta: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path, what: str) -> FlatFile:
+        """Read the header of a file and check it against the file's length.
+
+        Raises:
+            UserError: The file is missing, corrupt, or its tensors are not of one floating dtype.
+        """
+        with _opened(path, what), path.open("rb") as file:  # the library checks the header and the length
+            start = _ALIGN + int.from_bytes(file.read(_ALIGN), "little")
+            header = json.loads(file.read(start - _ALIGN))
+        meta = header.pop("__metadata__", {})
+        kinds = {entry["dtype"] for entry in header.values()}
+        if len(kinds) != 1 or not kinds <= _DTYPES.keys():
+            raise UserError(f"the {what} {path} holds no vector of one dtype: give a file that a run has written")
+        return cls(
+            path,
+            what,
+            {name: tuple(entry["shape"]) for name, entry in header.items()},
+            _DTYPES[kinds.pop()],
+            {name: start + entry["data_offsets"][0] for name, entry in header.items()},
+            meta,
+        )
+
+    def pieces(self, names: Sequence[str]) -> list[Piece]:
+        """Return where a vector of these tensors lies, in its order: one piece if they are neighbours."""
+        found: list[Piece] = []
+        for name in names:
+            count, begin = math.prod(self.shapes[name]), self.begins[name]
+            if found and found[-1][1] + self.dtype.itemsize * found[-1][0] == begin:
+                found[-1] = (found[-1][0] + count, found[-1][1])
+            else:
+                found.append((count, begin))
+        return found
+
+    def read(self, pieces: Sequence[Piece], first: int, out: Float[Tensor, " n"]) -> None:
+        """Read a part of the vector of some tensors.
+
+        Args:
+            pieces: Where that vector lies, from `pieces`.
+            first: Position in it at which the part begins.
+            out: On the host, of the file's dtype; as many values as it holds are read.
+
+        Raises:
+            UserError: The file is gone, or shorter than it was.
+        """
+        target, width, at = _bytes_of(out), self.dtype.itemsize, 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for count, begin in pieces:
+                    if first < count and at < len(target):
+                        wanted = target[at : at + width * (count - first)]
+                        _fill(file, wanted, begin + width * first)
+                        at += len(wanted)
+                    first = max(first - count, 0)
+        except OSError as error:
+            raise UserError(f"the {self.what} {self.path} cannot be read ({error}): delete it or restore it") from None
+        assert at == len(target), "the part reaches beyond the vector"
+
+
+def _fill(file: FileIO, target: memoryview, offset: int) -> None:
+    file.seek(offset)
+    while target:
+        count = file.readinto(target)  # lets other threads run
+        if not count:
+            raise OSError("it ends too early")
+        target = target[count:]
