@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,19 +18,45 @@ from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import nulls, pca
+from mini_gpt_pl.geometry.leading import LeadingFiles
 from mini_gpt_pl.geometry.moments import decay_rate, is_trained
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.sketch import SketchedRows
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
 from mini_gpt_pl.logs import log_now, resume_tables
 
 TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
+# Of a run with a sketch: the rows that stand in for snapshots, and the directions that are kept.
+SKETCH_FOLDER, LEADING_FOLDER = "sketches", "directions"
 
 # The live metrics that are shown beside their null and their excess over it.
 CALIBRATED = ("pc1", "pc1_unit", "k95", "cos_theta0", "pc1_corrected", "persistence", "autocorrelation")
 
 _T = TypeVar("_T")
+
+
+class Rows(Protocol):
+    """The basis of a path, exact (`IncrementRows`) or as sketches (`SketchedRows`)."""
+
+    selection: ParameterSelection
+
+    def increment(self, weights: Vector) -> Vector:
+        """Make the next row."""
+        ...
+
+    def dots(self, new: Vector) -> Float[Tensor, "G n"]:
+        """Inner products of a new row with every row and with itself."""
+        ...
+
+    def push(self, row: Vector) -> None:
+        """Add a row."""
+        ...
+
+    def combine(self, coefficients: Float[Tensor, "G n"]) -> Vector:
+        """Give a direction as D values."""
+        ...
 
 
 class TrajectoryRecorder(Probe):
@@ -52,6 +78,10 @@ class TrajectoryRecorder(Probe):
         dtype: Of the stored increments; bfloat16 halves memory and disk, its rounding is fed back.
         keep_on: Where the rows stay, with the model or in host memory (D values per snapshot).
         write_snapshots: Without the files a run cannot be resumed, reheated against its own basis or replayed.
+        sketch: Keep a random projection of each group to this many values (on each rank that shares the weights) in
+            place of the rows. Inner products are then estimates, a cosine's error being 1/sqrt(sketch); gradients meet
+            directions that are kept beside it (`backbone/<name>/kept` says how well). Such a run can be resumed, not
+            replayed, and not reheated against its own basis. `dtype` plays no part.
 
     Raises:
         UserError: The pattern selects nothing, or a resumed run's snapshots are missing or of another model.
@@ -73,20 +103,26 @@ class TrajectoryRecorder(Probe):
         dtype: Literal["float32", "bfloat16"] = "float32",
         keep_on: Literal["model", "cpu"] = "model",
         write_snapshots: bool = True,
+        sketch: int | None = None,
     ) -> None:
         super().__init__(schedule)
+        if sketch is not None and sketch < 1:
+            raise UserError(f"TrajectoryRecorder: a sketch of {sketch} values holds nothing: give 1 or more, or null")
         self.pattern = pattern
         self.name = name
         self.dirpath = dirpath
         self.dtype = getattr(torch, dtype)
         self.keep_on = keep_on
         self.write_snapshots = write_snapshots
+        self.sketch = sketch
         self.trajectory: Trajectory | None = None
-        self._rows: IncrementRows | None = None
+        self._rows: Rows | None = None
+        self._leading: LeadingFiles | None = None
         self._folder: SnapshotFolder | None = None
         self._file: Path | None = None
         self._restored: dict[str, Any] | None = None
         self._survival = 1.0
+        self._writes = True  # this rank's rows go to disk: one copy of each
         self._device = torch.device("cpu")
         self._directions: tuple[int, Vector, Vector] | None = None
         self._decayed: Tensor | None = None
@@ -117,6 +153,8 @@ class TrajectoryRecorder(Probe):
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
         snapshots = 2 + sum(self.schedule.due(step) for step in range(1, steps))
+        if isinstance(self._rows, SketchedRows):
+            return Estimate(type(self).__name__, bytes=float(self._rows.bytes(snapshots)), passes=0.0)
         return Estimate(type(self).__name__, bytes=(4 + self.dtype.itemsize * (snapshots - 1)) * dim, passes=0.0)
 
     def decay(self, optimizer: Optimizer) -> float:
@@ -140,7 +178,7 @@ class TrajectoryRecorder(Probe):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.trajectory, self._rows, self._folder = None, None, None
+            self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
             self._directions, self._restored, self._survival = None, None, 1.0
 
     @override
@@ -148,14 +186,21 @@ class TrajectoryRecorder(Probe):
         # Not in setup: a module may make, and a strategy share out, its weights after that.
         selection = ParameterSelection.of(pl_module, self.pattern)
         root = Path(self.dirpath or trainer.default_root_dir)
-        self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection)
         self._file = root / TRAJECTORY_FILE
-        self._rows = IncrementRows(selection, self.dtype, torch.device("cpu") if self.keep_on == "cpu" else None)
+        device = torch.device("cpu") if self.keep_on == "cpu" else None
         self.trajectory = Trajectory.empty(selection)
+        if self.sketch is None:
+            self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection)
+            self._rows = IncrementRows(selection, self.dtype, device)
+            return
+        rows = self._rows = SketchedRows(selection, self.sketch, device)
+        self._folder = SnapshotFolder(root / SKETCH_FOLDER, rows.stored)
+        self._leading = LeadingFiles(root / LEADING_FOLDER, selection, rows.leading.count)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._device = pl_module.device
+        self._writes = trainer.is_global_zero if (shards := self.selection.shards) is None else shards.first_replica
         self.stepped(trainer)
         self._decayed = next((p for p in self.selection.parameters(pl_module) if p.requires_grad), None)
         if self._restored is not None:
@@ -192,7 +237,12 @@ class TrajectoryRecorder(Probe):
             return {}
         if self._folder is not None:
             self._folder.flush()  # a checkpoint must not point at snapshots that are not on disk yet
-        return {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
+        state = {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
+        if isinstance(self._rows, SketchedRows) and len(self.trajectory):
+            state["leading"] = self._rows.leading.coefficients.clone()
+            if self.write_snapshots and self._writes:
+                _need(self._leading).save(self.trajectory.steps[-1], self._rows.leading)
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -214,12 +264,20 @@ class TrajectoryRecorder(Probe):
             return
         rows.push(row)
         trajectory.append(step, products, self._survival)
-        if self.write_snapshots and _writes(trainer, rows.selection):
+        if self.write_snapshots and self._writes:
             folder.write(step, row)
         if trainer.is_global_zero:
             trajectory.save(_need(self._file))
         if len(trajectory) > 1:
-            log_now(trainer, live_metrics(trajectory, self.name), step)
+            log_now(trainer, live_metrics(trajectory, self.name) | self._kept(), step)
+
+    def _kept(self) -> dict[str, float]:
+        """How well the backbone is kept beside sketches."""
+        rows, trajectory = self._rows, _need(self.trajectory)
+        if not isinstance(rows, SketchedRows):
+            return {}
+        whole = _backbone(trajectory.gram(), pca.drifts(len(trajectory))[1:])
+        return {f"backbone/{self.name}/kept": rows.kept(whole.expand(len(trajectory.groups), -1))}
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of the interrupted run from its snapshot files."""
@@ -232,14 +290,12 @@ class TrajectoryRecorder(Probe):
         for step in trajectory.steps:
             row = folder.read(step)
             rows.push(Vector(row.values.to(device), row.selection))
-        if _writes(trainer, rows.selection):
+        if isinstance(rows, SketchedRows):
+            rows.leading.coefficients = state["leading"].clone()
+            _need(self._leading).load(trajectory.steps[-1], rows.leading, device)
+        if self._writes:
             folder.discard_after(trajectory.steps[-1])
         self.trajectory, self._survival = trajectory, state["survival"]
-
-
-def _writes(trainer: Trainer, selection: ParameterSelection) -> bool:
-    """Whether this rank's rows go to disk: one copy of each."""
-    return trainer.is_global_zero if selection.shards is None else selection.shards.first_replica
 
 
 def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
@@ -284,7 +340,7 @@ def _beside(name: str, value: float, null: float) -> dict[str, float]:
     return {name: value, f"{name}_null": null, f"{name}_excess": value - null}
 
 
-def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vector, Vector]:
+def backbone_vectors(trajectory: Trajectory, rows: Rows) -> tuple[Vector, Vector]:
     """Materialise each group's own backbone, and the whole selection's, as flat vectors."""
     n = len(trajectory)
     path = pca.drifts(n)[1:]
