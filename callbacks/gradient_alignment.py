@@ -15,7 +15,9 @@ from callbacks.measuring import NamesItsLosses, measuring
 from callbacks.probe import Deferred, DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
-from mini_gpt_pl.geometry.alignment import cosines, noise_floor
+from mini_gpt_pl.geometry.alignment import cosines, noise_floor, with_total
+from mini_gpt_pl.geometry.axes import BACKBONE, Axes
+from mini_gpt_pl.geometry.products import squared_norms
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now
 
@@ -73,9 +75,9 @@ class GradientAlignment(DeferringProbe):
         if not self.due(step, self.split_schedule, "split"):
             return
         with self.watch.running():
-            if (directions := self._directions()) is not None:
+            if (axes := self.recorder.axes()) is not None:
                 gradients = self._part_gradients(trainer, pl_module, batch)
-                self._defer(step, self._compare_parts(gradients, *directions))
+                self._defer(step, self._compare_parts(gradients, axes))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -83,11 +85,9 @@ class GradientAlignment(DeferringProbe):
         if not self.due(step):
             return
         with self.watch.running():
-            if (directions := self._directions()) is not None:
-                grad = self.recorder.selection.gradients(pl_module)
-                own, whole = directions
-                bias = torch.cat([grad.dots(own), grad.dots(whole).sum()[None]]) / loss_scale(trainer)
-                self._defer(step, {"gradient": _against(grad, own, whole), "bias": bias})
+            if (axes := self.recorder.axes()) is not None:
+                cosine, bias = _against(self.recorder.selection.gradients(pl_module), axes)
+                self._defer(step, {"gradient": cosine, "bias": bias / loss_scale(trainer)})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -107,9 +107,6 @@ class GradientAlignment(DeferringProbe):
             raise RuntimeError("the probe is used before Trainer.fit has set it up")
         return self._recorder
 
-    def _directions(self) -> tuple[Vector, Vector] | None:
-        return self.recorder.backbone()
-
     def _part_gradients(self, trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Vector]:
         selection = self.recorder.selection
         with measuring(trainer, module):
@@ -119,10 +116,8 @@ class GradientAlignment(DeferringProbe):
         reduce = trainer.strategy.reduce
         return {name: Vector(reduce(g.values, reduce_op="mean"), selection) for name, g in parts.items()}
 
-    def _compare_parts(
-        self, gradients: dict[str, Vector], own: Vector, whole: Vector
-    ) -> dict[str, Float[Tensor, " G1"]]:
-        found = {name: _against(grad, own, whole) for name, grad in gradients.items()}
+    def _compare_parts(self, gradients: dict[str, Vector], axes: Axes) -> dict[str, Float[Tensor, " G1"]]:
+        found = {name: _against(grad, axes)[0] for name, grad in gradients.items()}
         names = list(gradients)
         for i, first in enumerate(names):
             for second in names[i + 1 :]:
@@ -182,9 +177,12 @@ def part_gradients(module: LightningModule, batch: Any, selection: ParameterSele
     return parts
 
 
-def _against(grad: Vector, own: Vector, whole: Vector) -> Float[Tensor, " G1"]:
-    """Cosine per group with the group's own direction, then of the whole with the whole's."""
-    return torch.cat([cosines(grad, own)[:-1], cosines(grad, whole)[-1:]])
+def _against(grad: Vector, axes: Axes) -> tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]:
+    """Cosine and coordinate along the backbone: per group along its own, then of the whole along the whole's."""
+    row = grad.values[None]
+    along = axes.project(row)[0, list(axes).index(BACKBONE)]
+    length = with_total(squared_norms(row, axes.selection)[:, 0]).sqrt()
+    return torch.where(length == 0, 0.0, along / length), along
 
 
 def loss_scale(trainer: Trainer) -> float:

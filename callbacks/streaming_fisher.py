@@ -16,7 +16,8 @@ from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.alignment import with_total
-from mini_gpt_pl.geometry.axes import Axis
+from mini_gpt_pl.geometry.axes import BACKBONE
+from mini_gpt_pl.geometry.products import squared_norms
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now
 
@@ -71,7 +72,6 @@ class StreamingFisher(DeferringProbe):
         self._trainer: Trainer | None = None
         self._recorder: TrajectoryRecorder | None = None
         self._pending: list[_Window] = []
-        self._axis: tuple[int, Axis] | None = None
         # The open window: number of snapshots behind its direction, batch sizes, steps.
         self._snapshots, self._sizes, self._measured = 0, (0, 0), -1
         self._rows: list[Float[Tensor, "r G1"]] = []
@@ -140,15 +140,7 @@ class StreamingFisher(DeferringProbe):
         if (snapshots, sizes) != (self._snapshots, self._sizes):
             self._close()
             self._snapshots, self._sizes = snapshots, sizes
-        self._active = self.due(self._step) and self._direction() is not None
-
-    def _direction(self) -> Axis | None:
-        assert self._recorder is not None
-        if self._axis is None or self._axis[0] != self._snapshots:
-            if (directions := self._recorder.backbone()) is None:
-                return None
-            self._axis = (self._snapshots, Axis.of(*directions))
-        return self._axis[1]
+        self._active = self.due(self._step) and self._recorder.axes() is not None
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         """Take the gradient of the micro-batch that was just added to `.grad`, and with the last one the sum."""
@@ -168,10 +160,10 @@ class StreamingFisher(DeferringProbe):
             self._measured = self._step
 
     def _squares(self, vector: Vector, factor: float) -> Float[Tensor, "2 G1"]:
-        axis = self._direction()
-        assert axis is not None
-        norms = vector.dots(vector)
-        return torch.stack([with_total(norms), axis.project(vector).square()]) * factor**2
+        assert self._recorder is not None and (axes := self._recorder.axes()) is not None
+        row = vector.values[None]
+        norms = with_total(squared_norms(row, vector.selection)[:, 0])
+        return torch.stack([norms, axes.project(row)[0, list(axes).index(BACKBONE)].square()]) * factor**2
 
     # ---------------------------------------------------------------------------------------------- logging
 

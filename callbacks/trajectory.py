@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,25 +13,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from callbacks.backbone import backbone_coefficients, live_metrics
 from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import nulls, pca
+from mini_gpt_pl.geometry.axes import BACKBONE, Axes
+from mini_gpt_pl.geometry.leading import LeadingFiles
 from mini_gpt_pl.geometry.moments import decay_rate, is_trained
 from mini_gpt_pl.geometry.rows import IncrementRows, Place, memory_of
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.snapshots import SnapshotFolder
+from mini_gpt_pl.geometry.sketch import SketchedRows
+from mini_gpt_pl.geometry.snapshots import SnapshotFolder, StoredRow
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.logs import log_now, resume_tables
 
 TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
+# Of a run with a sketch: the rows that stand in for snapshots, and the directions that are kept.
+SKETCH_FOLDER, LEADING_FOLDER = "sketches", "directions"
 
-# The live metrics that are shown beside their null and their excess over it.
-CALIBRATED = (
-    *("pc1", "pc1_unit", "k95", "k99", "cos_theta0", "pc1_corrected", "participation"),
-    *("persistence", "autocorrelation", "coordinate", "residual", "fraction"),
-)
+# The basis of a path, exact or as sketches.
+Rows: TypeAlias = IncrementRows | SketchedRows
 
 _T = TypeVar("_T")
 
@@ -60,6 +62,10 @@ class TrajectoryRecorder(Probe):
         write_snapshots: Without the files a run cannot be resumed, reheated against its own basis or replayed.
         max_pending: With `disk`, rows that may wait in memory to be written; when there are more, training waits for
             the disk and says how long. Elsewhere it never does, as the rows are in memory anyway.
+        sketch: Keep a random projection of each group to this many values (on each rank that shares the weights) in
+            place of the rows. Inner products are then estimates, a cosine's error being 1/sqrt(sketch); gradients meet
+            directions that are kept beside it (`backbone/<name>/kept` says how well). Such a run can be resumed, not
+            replayed, and not reheated against its own basis. `dtype` plays no part.
 
     Raises:
         UserError: The pattern selects nothing, a resumed run's snapshots are missing or of another model, or rows are
@@ -83,10 +89,15 @@ class TrajectoryRecorder(Probe):
         keep_on: Place = "model",
         write_snapshots: bool = True,
         max_pending: int = 2,
+        sketch: int | None = None,
     ) -> None:
         super().__init__(schedule)
         if keep_on == "disk" and (not write_snapshots or max_pending < 1):
             raise UserError("keep_on disk keeps the rows in their files: set write_snapshots true and max_pending >= 1")
+        if sketch is not None and sketch < 1:
+            raise UserError(f"TrajectoryRecorder: a sketch of {sketch} values holds nothing: give 1 or more, or null")
+        if sketch is not None and keep_on == "disk":
+            raise UserError("TrajectoryRecorder: sketches are small and stay in memory: give keep_on model or cpu")
         self.pattern = pattern
         self.name = name
         self.dirpath = dirpath
@@ -94,14 +105,17 @@ class TrajectoryRecorder(Probe):
         self.keep_on = keep_on
         self.write_snapshots = write_snapshots
         self.max_pending = max_pending
+        self.sketch = sketch
         self.trajectory: Trajectory | None = None
-        self._rows: IncrementRows | None = None
+        self._rows: Rows | None = None
+        self._leading: LeadingFiles | None = None
         self._folder: SnapshotFolder | None = None
         self._file: Path | None = None
         self._restored: dict[str, Any] | None = None
         self._survival = 1.0
+        self._writes = True  # this rank's rows go to disk: one copy of each
         self._device = torch.device("cpu")
-        self._directions: tuple[int, Vector, Vector] | None = None
+        self._axes: tuple[int, Axes] | None = None
         self._decayed: Tensor | None = None
 
     @property
@@ -114,23 +128,30 @@ class TrajectoryRecorder(Probe):
         """The recorded weights and their order; known from `on_fit_start` on."""
         return _need(self._rows).selection
 
-    def backbone(self) -> tuple[Vector, Vector] | None:
-        """Directions of the snapshots so far: each group's own backbone, and that of the whole selection.
+    def axes(self) -> Axes | None:
+        """Directions of the snapshots so far, as `BACKBONE`: each group's own, and that of the whole selection.
 
         On the model's device, wherever the rows are kept. None until a second snapshot has been taken.
         """
         trajectory, rows = _need(self.trajectory), _need(self._rows)
         if len(trajectory) < 2:
             return None
-        if self._directions is None or self._directions[0] != len(trajectory):
-            self._directions = None  # makes room for the new ones
-            own, whole = backbone_vectors(trajectory, rows)
-            self._directions = (len(trajectory), own.to(self._device), whole.to(self._device))
-        return self._directions[1:]
+        if self._axes is None or self._axes[0] != len(trajectory):
+            self._axes = None  # makes room for the new ones
+            vectors = rows.combine_all(backbone_coefficients(trajectory)).to(self._device)
+            self._axes = (len(trajectory), Axes(vectors, {BACKBONE: (0, 1)}, rows.selection))
+        return self._axes[1]
+
+    def backbone(self) -> tuple[Vector, Vector] | None:
+        """The two vectors of `axes`."""
+        axes = self.axes()
+        return None if axes is None else (axes[BACKBONE].own, axes[BACKBONE].whole)
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
         snapshots = 2 + sum(self.schedule.due(step) for step in range(1, steps))
+        if isinstance(self._rows, SketchedRows):
+            return Estimate(type(self).__name__, bytes=float(self._rows.bytes(snapshots)), passes=0.0)
         found = memory_of(self.keep_on, snapshots, dim, self.dtype.itemsize, self.write_snapshots, self.max_pending)
         return Estimate(type(self).__name__, bytes=found.device, passes=0.0, host=found.host, disk=found.disk)
 
@@ -155,23 +176,30 @@ class TrajectoryRecorder(Probe):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.trajectory, self._rows, self._folder = None, None, None
-            self._directions, self._restored, self._survival = None, None, 1.0
+            self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
+            self._axes, self._restored, self._survival = None, None, 1.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: a module may make, and a strategy share out, its weights after that.
         selection = ParameterSelection.of(pl_module, self.pattern)
         root = Path(self.dirpath or trainer.default_root_dir)
-        limit = self.max_pending if self.keep_on == "disk" else None
-        self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection, limit)
         self._file = root / TRAJECTORY_FILE
-        self._rows = IncrementRows(selection, self.dtype, torch.device("cpu") if self.keep_on == "cpu" else None)
+        device = torch.device("cpu") if self.keep_on == "cpu" else None
         self.trajectory = Trajectory.empty(selection)
+        if self.sketch is None:
+            limit = self.max_pending if self.keep_on == "disk" else None
+            self._folder = SnapshotFolder(root / SNAPSHOT_FOLDER, selection, limit)
+            self._rows = IncrementRows(selection, self.dtype, device)
+            return
+        rows = self._rows = SketchedRows(selection, self.sketch, device)
+        self._folder = SnapshotFolder(root / SKETCH_FOLDER, rows.stored)
+        self._leading = LeadingFiles(root / LEADING_FOLDER, selection, rows.leading.count)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._device = pl_module.device
+        self._writes = trainer.is_global_zero if (shards := self.selection.shards) is None else shards.first_replica
         self.stepped(trainer)
         self._decayed = next((p for p in self.selection.parameters(pl_module) if p.requires_grad), None)
         if self._restored is not None:
@@ -210,7 +238,12 @@ class TrajectoryRecorder(Probe):
             # A checkpoint must not point at snapshots that are not on disk yet. It is a file itself, so that whoever
             # writes one waits for the disk anyway.
             self._folder.flush()
-        return {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
+        state = {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
+        if isinstance(self._rows, SketchedRows) and len(self.trajectory):
+            state["leading"] = self._rows.leading.coefficients.clone()
+            if self.write_snapshots and self._writes:
+                _need(self._leading).save(self.trajectory.steps[-1], self._rows.leading)
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,13 +266,20 @@ class TrajectoryRecorder(Probe):
         trajectory.append(step, products, self._survival)
         self._keep(trainer, step, row)
         if len(trajectory) > 1:
-            log_now(trainer, live_metrics(trajectory, self.name), step)
+            log_now(trainer, live_metrics(trajectory, self.name) | self._kept(), step)
+
+    def _kept(self) -> dict[str, float]:
+        """How well the backbone is kept beside sketches."""
+        rows, trajectory = self._rows, _need(self.trajectory)
+        if not isinstance(rows, SketchedRows):
+            return {}
+        return {f"backbone/{self.name}/kept": rows.kept(backbone_coefficients(trajectory)[1])}
 
     def _keep(self, trainer: Trainer, step: int, row: Vector) -> None:
         """Hand a row to the side thread, and the trajectory's file behind it, and keep what later rows need."""
-        rows, folder = _need(self._rows), _need(self._folder)
+        folder = _need(self._folder)
         waited = folder.waited
-        if self.write_snapshots and _writes(trainer, rows.selection):
+        if self.write_snapshots and self._writes:
             folder.write(step, row, self._survival)
         if trainer.is_global_zero:
             folder.write_trajectory(_need(self._file), _need(self.trajectory))
@@ -251,7 +291,14 @@ class TrajectoryRecorder(Probe):
         if self.keep_on == "disk" and trainer.world_size > 1:
             folder.flush()  # ranks that hold copies of the weights read the file of the one that writes
             trainer.strategy.barrier()
-        rows.push(row, folder.stored(step) if self.keep_on == "disk" else None)
+        self._push(row, folder.stored(step) if self.keep_on == "disk" else None)
+
+    def _push(self, row: Vector, stored: StoredRow | None) -> None:
+        if stored is None:
+            _need(self._rows).push(row)
+        else:
+            assert isinstance(self._rows, IncrementRows), "sketches stay in memory"
+            self._rows.push(row, stored)
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of the interrupted run from its snapshot files."""
@@ -264,58 +311,13 @@ class TrajectoryRecorder(Probe):
         for step in trajectory.steps:
             row = folder.read(step)
             kept = folder.stored(step) if self.keep_on == "disk" else None
-            rows.push(Vector(row.values.to(device), row.selection), kept)
-        if _writes(trainer, rows.selection):
+            self._push(Vector(row.values.to(device), row.selection), kept)
+        if isinstance(rows, SketchedRows):
+            rows.leading.coefficients = state["leading"].clone()
+            _need(self._leading).load(trajectory.steps[-1], rows.leading, device)
+        if self._writes:
             folder.discard_after(trajectory.steps[-1])
         self.trajectory, self._survival = trajectory, state["survival"]
-
-
-def _writes(trainer: Trainer, selection: ParameterSelection) -> bool:
-    """Whether this rank's rows go to disk: one copy of each."""
-    return trainer.is_global_zero if selection.shards is None else selection.shards.first_replica
-
-
-def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
-    """Describe the trajectory so far, per group and as a whole, beside what decay and chance would have given.
-
-    Args:
-        trajectory: At least two snapshots.
-        name: What the whole selection is called.
-    """
-    grams = torch.stack([trajectory.gram(), *trajectory.grams])
-    moved = pca.norms(grams, pca.drifts(len(trajectory))).amax(-1) > 0  # frozen so far: nothing has a direction yet
-    if not moved.any():
-        return {}
-    grams = grams[moved]
-    labels = [label for label, has in zip((name, *trajectory.groups), moved.tolist(), strict=True) if has]
-    both = torch.cat([grams, nulls.decaying_walk(grams, trajectory.survival)])  # one batch of eigenvalue problems
-    columns = {key: values.tolist() for key, values in nulls.statistics_of(both, trajectory.survival).items()}
-    updates = pca.latest_update_alignment(both).tolist()
-    metrics: dict[str, float] = {}
-    for own, label in enumerate(labels):
-        null = own + len(labels)
-        for key, values in columns.items():
-            found = _beside(key, values[own], values[null]) if key in CALIBRATED else {key: values[own]}
-            metrics |= {f"backbone/{label}/{part}": value for part, value in found.items() if value == value}
-        if updates[own] == updates[own]:  # the first increment has no past to be aligned with
-            beside = _beside("update", updates[own], updates[null])
-            metrics |= {f"alignment/{label}/{key}": value for key, value in beside.items()}
-    return metrics
-
-
-def _beside(name: str, value: float, null: float) -> dict[str, float]:
-    return {name: value, f"{name}_null": null, f"{name}_excess": value - null}
-
-
-def backbone_vectors(trajectory: Trajectory, rows: IncrementRows) -> tuple[Vector, Vector]:
-    """Materialise each group's own backbone, and the whole selection's, as flat vectors.
-
-    Zero for weights that have not moved (frozen, or before the first step).
-    """
-    found = pca.spectra(torch.stack([*trajectory.grams, trajectory.gram()]), pca.drifts(len(trajectory))[1:])
-    backbones = torch.where((found.moved > 0)[:, None], found.directions[:, 0], 0.0)
-    found = rows.combine_all([backbones[:-1], backbones[-1:].expand(len(trajectory.groups), -1)])
-    return found[0], found[1]
 
 
 def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:

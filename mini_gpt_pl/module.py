@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule, Trainer
@@ -166,8 +167,9 @@ class ProbedGPT(LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        on_their_way = self._sum_over_ranks(torch.stack([batch.lm_count, batch.probe_count]))
         scores = self._scores(batch)
-        counts = self._over_ranks(TargetCounts(batch.lm_count, batch.probe_count))
+        counts = TargetCounts(*on_their_way().unbind())
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         answered = (scores.hit & batch.probe_mask).sum() / counts.probe.clamp_min(1)
         loss = combine(terms, counts, self.lambda_now())
@@ -180,10 +182,23 @@ class ProbedGPT(LightningModule):
         return 1 if self._trainer is None else self.trainer.world_size
 
     def _over_ranks(self, counts: TargetCounts) -> TargetCounts:
+        return TargetCounts(*self._sum_over_ranks(torch.stack(counts))().unbind())
+
+    def _sum_over_ranks(self, values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> Callable[[], Tensor]:
+        """Send values; the result gives their sum over the ranks.
+
+        Not by the strategy's own reduction: it begins with a barrier, for which the host waits until the device has
+        nothing left to do.
+        """
         if self._ranks() == 1:
-            return counts
-        total = self.trainer.strategy.reduce(torch.stack(counts), reduce_op="sum")
-        return TargetCounts(total[0], total[1])
+            return lambda: values
+        work = dist.all_reduce(values, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return values
+
+        return finish
 
     @override
     def on_train_start(self) -> None:
@@ -216,7 +231,8 @@ class ProbedGPT(LightningModule):
     def _log_window(self, step: int) -> None:
         metrics = self._window.metrics()
         if self.trainer.world_size > 1:
-            metrics = {name: self.trainer.strategy.reduce(v, reduce_op="sum") for name, v in metrics.items()}
+            total = self._sum_over_ranks(torch.stack(list(metrics.values())))()
+            metrics = dict(zip(metrics, total.unbind(), strict=True))
         if self._grad_norm is not None:
             metrics["train/grad_norm"] = self._grad_norm
         rates = {"train/lr": self._lr_used, "train/probe_weight": self.probe_weight(step)}
@@ -413,7 +429,7 @@ class _Window:
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def metrics(self) -> dict[str, Tensor | float]:
+    def metrics(self) -> dict[str, Tensor]:
         return dict(self._sums)
 
 

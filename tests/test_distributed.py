@@ -15,6 +15,7 @@ from helpers import checkpoints, metrics, probes, quiet_trainer, same, tiny_gpt,
 from callbacks import TrajectoryRecorder
 from mini_gpt_pl.geometry.rows import Place
 from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.module import ProbedGPT
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
@@ -51,16 +52,39 @@ def train(
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
 
+def count_barriers(folder: Path) -> None:
+    """Write a line for each training step in which the ranks wait for one another on the host."""
+    step, barrier = ProbedGPT.training_step, torch.distributed.barrier
+    inside: list[bool] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if inside:
+            (folder / "barriers").write_text("one\n")
+        return barrier(*args, **kwargs)
+
+    def watched(self: ProbedGPT, batch: Any, batch_idx: int) -> torch.Tensor:
+        inside.append(True)
+        try:
+            return step(self, batch, batch_idx)
+        finally:
+            inside.pop()
+            (folder / "steps").touch()
+
+    torch.distributed.barrier = counted
+    ProbedGPT.training_step = watched  # type: ignore[method-assign]
+
+
 # Lightning starts this file again for the second rank.
 SCRIPT = """
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from test_distributed import train
+from test_distributed import count_barriers, train
 
 root = Path(sys.argv[1])
 two = {"strategy": "ddp", "devices": 2}
+count_barriers(root)
 train(root / "1", 2, 1, **two)
 train(root / "2", 2, 2, keep_on="disk", **two)  # the second rank reads what the first has written
 train(root / "1", 2, 1, resume=root / "1" / "checkpoints" / "000004.ckpt", **two)
@@ -100,6 +124,11 @@ def test_two_ranks_are_one_with_the_double_batch(tmp_path: Path, two_ranks: Path
     for step, row in metrics(tmp_path).items():
         for name, value in row.items():
             assert logged[step][name] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, name)
+
+
+def test_no_training_step_waits_on_the_host(two_ranks: Path) -> None:
+    """A barrier there would empty the device's queue at every step."""
+    assert (two_ranks / "steps").exists() and not (two_ranks / "barriers").exists()
 
 
 def test_probes_of_the_two_ranks_differ() -> None:

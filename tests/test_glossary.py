@@ -122,7 +122,7 @@ def reheated(probed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent.loc[2, "probe/p_ood"] = 1.0
     parent.to_csv(probed / "metrics.csv")
     folder = tmp_path_factory.mktemp("reheated")
-    trainer = quiet_trainer(folder, [recorder(2)], limit_val_batches=1.0)
+    trainer = quiet_trainer(folder, [recorder(2, sketch=64)], limit_val_batches=1.0)
     checkpoint = str(probed / f"checkpoints/{STEPS:06d}.ckpt")
     trainer.reheat(tiny_gpt(), tiny_stories(), checkpoint, steps=2, lr=5e-3, warmup=1, eval_every=1, threshold=0.0)
     return folder

@@ -106,9 +106,9 @@ class IncrementRows:
         Raises:
             ValueError: There are more columns than rows.
         """
-        return self.combine_all([coefficients])[0]
+        return Vector(self.combine_all([coefficients])[0], self.selection)
 
-    def combine_all(self, coefficients: Sequence[Float[Tensor, "G n"]]) -> list[Vector]:
+    def combine_all(self, coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "N D"]:
         """Make several directions in one pass over the rows; each as `combine` has it.
 
         Raises:
@@ -121,17 +121,17 @@ class IncrementRows:
         tensors = _in_kernels_reach(self.rows[:count])
         if tensors is not None:
             spans = [(span.start, span.stop) for span in self.selection.slices]
-            return [Vector(values, self.selection) for values in kernels.combine(tensors, weights, spans)]
+            return kernels.combine(tensors, weights, spans)
         assert self._rebuilt is not None
         size, device = self.selection.local_dim, self._rebuilt.device
-        found = [torch.zeros(size, dtype=torch.float32, device=device) for _ in coefficients]
+        found = torch.zeros(len(coefficients), size, dtype=torch.float32, device=device)
         for row, of_row in zip(self.rows, weights.unbind(-1), strict=False):
             if bool(of_row.any()):  # a row that no direction holds is not read
                 values = row[:size].to(device).float()
                 for out, of_group in zip(found, of_row.tolist(), strict=True):
                     for span, weight in zip(self.selection.slices, of_group, strict=True):
                         out[span].add_(values[span], alpha=weight)
-        return [Vector(out, self.selection) for out in found]
+        return found
 
 
 def inner_products(

@@ -1,0 +1,58 @@
+"""What a recorded path shows while it grows: its numbers beside their nulls, and its directions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mini_gpt_pl.geometry import nulls, pca
+from mini_gpt_pl.geometry.trajectory import Trajectory
+
+# The live metrics that are shown beside their null and their excess over it.
+CALIBRATED = (
+    *("pc1", "pc1_unit", "k95", "k99", "cos_theta0", "pc1_corrected", "participation"),
+    *("persistence", "autocorrelation", "coordinate", "residual", "fraction"),
+)
+
+
+def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
+    """Describe the trajectory so far, per group and as a whole, beside what decay and chance would have given.
+
+    Args:
+        trajectory: At least two snapshots.
+        name: What the whole selection is called.
+    """
+    grams = torch.stack([trajectory.gram(), *trajectory.grams])
+    moved = pca.norms(grams, pca.drifts(len(trajectory))).amax(-1) > 0  # frozen so far: nothing has a direction yet
+    if not moved.any():
+        return {}
+    grams = grams[moved]
+    labels = [label for label, has in zip((name, *trajectory.groups), moved.tolist(), strict=True) if has]
+    both = torch.cat([grams, nulls.decaying_walk(grams, trajectory.survival)])  # one batch of eigenvalue problems
+    columns = {key: values.tolist() for key, values in nulls.statistics_of(both, trajectory.survival).items()}
+    updates = pca.latest_update_alignment(both).tolist()
+    metrics: dict[str, float] = {}
+    for own, label in enumerate(labels):
+        null = own + len(labels)
+        for key, values in columns.items():
+            found = _beside(key, values[own], values[null]) if key in CALIBRATED else {key: values[own]}
+            metrics |= {f"backbone/{label}/{part}": value for part, value in found.items() if value == value}
+        if updates[own] == updates[own]:  # the first increment has no past to be aligned with
+            beside = _beside("update", updates[own], updates[null])
+            metrics |= {f"alignment/{label}/{key}": value for key, value in beside.items()}
+    return metrics
+
+
+def _beside(name: str, value: float, null: float) -> dict[str, float]:
+    return {name: value, f"{name}_null": null, f"{name}_excess": value - null}
+
+
+def backbone_coefficients(trajectory: Trajectory) -> tuple[Float[Tensor, "G n"], Float[Tensor, "G n"]]:
+    """Directions of the path so far as coefficients: each group's own v_b, and that of the whole for every group.
+
+    Zero for weights that have not moved (frozen, or before the first step).
+    """
+    found = pca.spectra(torch.stack([*trajectory.grams, trajectory.gram()]), pca.drifts(len(trajectory))[1:])
+    backbones = torch.where((found.moved > 0)[:, None], found.directions[:, 0], 0.0)
+    return backbones[:-1], backbones[-1:].expand(len(trajectory.groups), -1)
