@@ -44,8 +44,9 @@ from callbacks.fixed_gradients import FixedGradients, Kind
 from mini_gpt_pl.data.datamodule import Batch
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.axes import BACKBONE, Axes, path_coefficients
+from mini_gpt_pl.geometry.rows import IncrementRows
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import IncrementRows, Trajectory
+from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.gpt import TRUNK_PATTERN
 from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.objective import combine, count_targets, loss_terms

@@ -160,7 +160,9 @@ class StreamingFisher(DeferringProbe):
             self._measured = self._step
 
     def _squares(self, vector: Vector, factor: float) -> Float[Tensor, "2 G1"]:
-        assert self._recorder is not None and (axes := self._recorder.axes()) is not None
+        assert self._recorder is not None
+        axes = self._recorder.axes()
+        assert axes is not None
         row = vector.values[None]
         norms = with_total(squared_norms(row, vector.selection)[:, 0])
         return torch.stack([norms, axes.project(row)[0, list(axes).index(BACKBONE)].square()]) * factor**2

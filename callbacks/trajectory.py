@@ -36,6 +36,7 @@ SKETCH_FOLDER, LEADING_FOLDER = "sketches", "directions"
 Rows: TypeAlias = IncrementRows | SketchedRows
 
 _T = TypeVar("_T")
+_EARLY = "the recorder is used before Trainer.fit has set it up"
 
 
 class TrajectoryRecorder(Probe):
@@ -126,14 +127,20 @@ class TrajectoryRecorder(Probe):
     @property
     def selection(self) -> ParameterSelection:
         """The recorded weights and their order; known from `on_fit_start` on."""
-        return _need(self._rows).selection
+        return self._basis.selection
+
+    @property
+    def _basis(self) -> Rows:
+        if self._rows is None:
+            raise RuntimeError(_EARLY)
+        return self._rows
 
     def axes(self) -> Axes | None:
         """Directions of the snapshots so far, as `BACKBONE`: each group's own, and that of the whole selection.
 
         On the model's device, wherever the rows are kept. None until a second snapshot has been taken.
         """
-        trajectory, rows = _need(self.trajectory), _need(self._rows)
+        trajectory, rows = _need(self.trajectory), self._basis
         if len(trajectory) < 2:
             return None
         if self._axes is None or self._axes[0] != len(trajectory):
@@ -169,7 +176,7 @@ class TrajectoryRecorder(Probe):
 
         On the model's device, wherever the rows are kept.
         """
-        return _need(self._rows).combine(coefficients).to(self._device)
+        return self._basis.combine(coefficients).to(self._device)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -256,7 +263,7 @@ class TrajectoryRecorder(Probe):
             self._snapshot(trainer, pl_module)
 
     def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trajectory, rows = _need(self.trajectory), _need(self._rows)
+        trajectory, rows = _need(self.trajectory), self._basis
         step = trainer.global_step
         row = rows.increment(rows.selection.weights(pl_module))
         products = rows.dots(row).cpu()
@@ -295,14 +302,14 @@ class TrajectoryRecorder(Probe):
 
     def _push(self, row: Vector, stored: StoredRow | None) -> None:
         if stored is None:
-            _need(self._rows).push(row)
+            self._basis.push(row)
         else:
             assert isinstance(self._rows, IncrementRows), "sketches stay in memory"
             self._rows.push(row, stored)
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of the interrupted run from its snapshot files."""
-        state, rows, folder = _need(self._restored), _need(self._rows), _need(self._folder)
+        state, rows, folder = _need(self._restored), self._basis, _need(self._folder)
         self._restored = None
         resume_tables(trainer)
         trajectory = Trajectory.from_state(state["trajectory"])
@@ -334,5 +341,5 @@ def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:
 
 def _need(value: _T | None) -> _T:
     if value is None:
-        raise RuntimeError("the recorder is used before Trainer.fit has set it up")
+        raise RuntimeError(_EARLY)
     return value

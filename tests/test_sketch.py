@@ -415,7 +415,9 @@ def work(rank: int, folder: str) -> None:
             rows = follow(modules, 64)
             files = SnapshotFolder(Path(folder) / layout, rows.stored)
             if rows.selection.shards is not None and rows.selection.shards.first_replica:
-                files.write(0, Vector(rows._rows.rows[0], rows.stored))
+                first = rows._rows.rows[0]
+                assert isinstance(first, torch.Tensor)
+                files.write(0, Vector(first, rows.stored))
                 files.close()
             backbone = pca.pca(rows.grams.sum(0), pca.drifts(3)[1:]).backbone.expand(2, 3)
             direction = rows.combine(backbone)

@@ -211,8 +211,8 @@ def test_rows_on_disk_give_the_same_products_and_directions(
     assert torch.equal(on_disk.dots(new), in_memory.dots(new))
     wanted = [normal(2, 5, seed=3), normal(2, 5, seed=4)]
     for one, other in zip(in_memory.combine_all(wanted), on_disk.combine_all(wanted), strict=True):
-        assert torch.equal(one.values, other.values)
-    assert torch.equal(in_memory.combine(wanted[1]).values, in_memory.combine_all(wanted)[1].values)
+        assert torch.equal(one, other)
+    assert torch.equal(in_memory.combine(wanted[1]).values, in_memory.combine_all(wanted)[1])
 
 
 def test_rows_that_no_direction_holds_are_not_read(folder: SnapshotFolder) -> None:

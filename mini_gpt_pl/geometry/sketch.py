@@ -24,6 +24,7 @@ that of a sketch of R m values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,8 +35,8 @@ from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.leading import LeadingDirections
+from mini_gpt_pl.geometry.rows import IncrementRows
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import IncrementRows
 
 # Blocks that share a table of sign bits: one bit of a 32-bit word each.
 _BITS = 32
@@ -160,6 +161,7 @@ class SketchedRows:
         self.grams: Float[Tensor, "G n n"] = torch.zeros(len(selection.groups), 0, 0, dtype=torch.float64)
         self._rows = IncrementRows(self.sketch.selection, torch.float64)
         self._weights: Vector | None = None
+        self._place: torch.device | None = None
 
     @property
     def stored(self) -> ParameterSelection:
@@ -174,7 +176,8 @@ class SketchedRows:
         """Return the next sketched row for these weights: that of theta_0 at first, then that of the increment."""
         self._weights = weights if self.device is None else weights.to(self.device)
         sketched = self.sketch(weights)
-        return self._rows.increment(sketched if not len(self) else sketched.to(self._rows.rows[0].device))
+        self._place = sketched.values.device if self._place is None else self._place
+        return self._rows.increment(sketched.to(self._place))
 
     def dots(self, new: Vector) -> Float[Tensor, "G n"]:
         """Estimate the inner products of a new row with every row and with itself, per group, in float64.
@@ -188,6 +191,7 @@ class SketchedRows:
 
         Where the ranks share the weights, every rank must call it.
         """
+        self._place = row.values.device if self._place is None else self._place
         products = self.dots(row).cpu()
         n = len(self)
         self.grams = F.pad(self.grams, (0, 1, 0, 1))
