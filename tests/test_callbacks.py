@@ -187,7 +187,8 @@ def test_a_slow_disk_is_waited_for_only_where_rows_stay_on_it(
 
 
 def test_a_checkpoint_names_snapshots_that_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, free, found = snapshots.write_flat, threading.Event(), []
+    write, free = snapshots.write_flat, threading.Event()
+    found: list[tuple[list[int], list[int]]] = []
 
     def write_when_let(*arguments: Any) -> None:
         assert free.wait(30)
