@@ -20,7 +20,8 @@ _COLUMNS, _WARPS = 4096, 4
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit
+# The number of rows grows: kernels for numbers that 16 divides would be compiled in the middle of a run.
+@triton.jit(do_not_specialize=["rows", "width"])
 def _dot_rows(table, new, blocks, lows, highs, partial, dim, rows, width, KIND: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0).to(tl.int64)
     column = tl.load(blocks + program) * COLUMNS + tl.arange(0, COLUMNS)
@@ -33,7 +34,7 @@ def _dot_rows(table, new, blocks, lows, highs, partial, dim, rows, width, KIND: 
         tl.store(partial + program * width + row, tl.sum(value * against, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "G"])
 def _add_rows(  # type: ignore[no-untyped-def]
     table, weights, out, blocks, lows, highs, groups, dim, rows, G,
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr,

@@ -205,9 +205,10 @@ def memory_of(
 
     Let R = 4 D + (snapshots - 1) D itemsize be the bytes of all rows. The rebuilt weights, copies of them while a
     snapshot is taken, and the two directions of the past that probes ask for are 20 D on the model's device, and a row
-    on its way to the disk is 4 D on the host; there `model` adds R to the device. With `cpu` the host has R and 20 D,
-    the device a copy of the weights and the directions (12 D). With `disk` the device has the pending rows beside the
-    20 D, and the host one row more, and 4 MiB for each snapshot while they are read.
+    on its way to the disk is at most 8 D on the host, as page-locked memory comes in powers of two; there `model` adds
+    R to the device. With `cpu` the host has R and 24 D, the device a copy of the weights and the directions (12 D).
+    With `disk` the device has the pending rows beside the 20 D, and the host one row more, and 4 MiB for each snapshot
+    while they are read.
 
     Args:
         keep_on: Where the rows stay.
@@ -220,7 +221,7 @@ def memory_of(
     rows = (4 + itemsize * (snapshots - 1)) * dim
     files = rows if writes else 0
     if keep_on == "cpu":
-        return Memory(12 * dim, rows + 20 * dim, files)
+        return Memory(12 * dim, rows + 24 * dim, files)
     if keep_on == "disk":
-        return Memory((20 + 4 * max_pending) * dim, 8 * dim + (snapshots << 22), files)
-    return Memory(rows + 20 * dim, 4 * dim if writes else 0, files)
+        return Memory((20 + 4 * max_pending) * dim, 12 * dim + (snapshots << 22), files)
+    return Memory(rows + 20 * dim, 8 * dim if writes else 0, files)
