@@ -194,7 +194,7 @@ class Case:
     def build(self, rows: IncrementRows, trajectory: Trajectory) -> None:
         """Build the probe's directions, a switch among them."""
         segments = {"switch": (trajectory.steps[len(rows) // 2], trajectory.steps[-1])}
-        Axes.along(path_coefficients(trajectory, segments), rows.combine, self.selection)
+        Axes.along(path_coefficients(trajectory, segments), rows.combine_all, self.selection)
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:

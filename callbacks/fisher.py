@@ -241,7 +241,7 @@ class FisherProbe(DeferringProbe):
         for name, rule in self._rules.items():
             if (coefficients := rule(trajectory)) is not None:
                 found[name] = coefficients
-        return Axes.along(found, self._recorder.direction, self._recorder.selection)
+        return Axes.along(found, self._recorder.directions, self._recorder.selection)
 
     def _survey(self, trainer: Trainer, module: LightningModule, kind: Kind, axes: Mapping[str, Axis]) -> fisher.Survey:
         assert self._recorder is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -140,13 +141,13 @@ class TrajectoryRecorder(Probe):
 
         On the model's device, wherever the rows are kept. None until a second snapshot has been taken.
         """
-        trajectory, rows = _need(self.trajectory), self._basis
+        trajectory = _need(self.trajectory)
         if len(trajectory) < 2:
             return None
         if self._axes is None or self._axes[0] != len(trajectory):
             self._axes = None  # makes room for the new ones
-            vectors = rows.combine_all(backbone_coefficients(trajectory)).to(self._device)
-            self._axes = (len(trajectory), Axes(vectors, {BACKBONE: (0, 1)}, rows.selection))
+            vectors = self.directions(backbone_coefficients(trajectory))
+            self._axes = (len(trajectory), Axes(vectors, {BACKBONE: (0, 1)}, self.selection))
         return self._axes[1]
 
     def backbone(self) -> tuple[Vector, Vector] | None:
@@ -176,7 +177,11 @@ class TrajectoryRecorder(Probe):
 
         On the model's device, wherever the rows are kept.
         """
-        return self._basis.combine(coefficients).to(self._device)
+        return Vector(self.directions([coefficients])[0], self.selection)
+
+    def directions(self, coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "K D"]:
+        """Materialise several directions in one pass over the rows, each as `direction` has it."""
+        return self._basis.combine_all(coefficients).to(self._device)
 
     # ------------------------------------------------------------------------------------------------ hooks
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_benchmarks import given
 
-from benchmarks import fisher
+from benchmarks import evaluation, fisher
+from mini_gpt_pl.data.datamodule import EVALUATION_SETS
 from mini_gpt_pl.geometry.axes import Axes
 
 
@@ -51,3 +52,17 @@ def test_the_measured_quotients_are_those_of_the_losses() -> None:
     expected = (torch.stack(flat) @ unit.T).square().mean(0).tolist()
     assert isinstance(axes, Axes) and case.measure(axes) == pytest.approx(expected, rel=1e-3)
     assert case.measure_in_float32(axes, 2) == pytest.approx(expected, rel=1e-3)
+
+
+def test_evaluation_says_what_its_parts_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluation", "--repeats", "2", "--out", f"{tmp_path}/x.json", *given()])
+    evaluation.main()
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert set(found["ms"]) == {"evaluation", "lm", "probe_in", "probe_ood", "steps", "floor"}
+    assert all(len(values) == 2 and min(values) > 0 for values in found["repeats_ms"].values())
+    for whole, *parts in zip(*(found["repeats_ms"][name] for name in ("evaluation", *EVALUATION_SETS)), strict=True):
+        assert sum(parts) < whole
+    assert found["examples"] == 4 + 8 + 8 and 0 < found["computed"] <= found["positions"] == 20 * 64
+    assert "Lightning's share" in capsys.readouterr().out

@@ -225,18 +225,12 @@ def test_many_directions_are_those_one_by_one() -> None:
     assert not found.projections["none"][:, :2].any() and found.projections["none"][:, 2].all()
 
 
-def test_coefficients_become_directions_one_at_a_time() -> None:
+def test_coefficients_become_directions_in_one_pass() -> None:
     weights = bent_path(5, SMALL.dim, seed=9)
     rows, trajectory = record(SMALL, weights)
     coefficients = path_coefficients(trajectory, {"switch": (100, 300)})
-    asked: list[Tensor] = []
-
-    def direction(parts: Tensor) -> Vector:
-        asked.append(parts)
-        return rows.combine(parts)
-
-    axes = Axes.along(coefficients, direction, SMALL)
-    assert len(asked) == len(axes.rows) == 6  # backbone and pc2 twice: the groups' own, and the whole's
+    axes = Axes.along(coefficients, rows.combine_all, SMALL)
+    assert len(axes.rows) == 6  # backbone and pc2 twice: the groups' own, and the whole's
     assert torch.equal(axes["theta0"].own.values, weights[0].float())
     assert axes["switch"].own is axes["switch"].whole or axes.places["switch"][0] == axes.places["switch"][1]
     for name, found in coefficients.items():
@@ -244,7 +238,7 @@ def test_coefficients_become_directions_one_at_a_time() -> None:
         expected = Axis.of(rows.combine(found[:-1]), rows.combine(whole))
         torch.testing.assert_close(axes[name].lengths, expected.lengths)
         torch.testing.assert_close(axes[name].whole.values, expected.whole.values)
-    assert not Axes.along({}, direction, SMALL)
+    assert not Axes.along({}, rows.combine_all, SMALL)
 
 
 # ------------------------------------------------------------------------------------------------- many at once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,14 +93,14 @@ class Axes(Mapping[str, Axis]):
     def along(
         cls,
         coefficients: Mapping[str, Float[Tensor, "G1 n"]],
-        direction: Callable[[Float[Tensor, "G n"]], Vector],
+        directions: Callable[[Sequence[Float[Tensor, "G n"]]], Float[Tensor, "K D"]],
         selection: ParameterSelection,
     ) -> Axes:
-        """Materialise directions that are known by their coefficients, one after the other.
+        """Materialise directions that are known by their coefficients, all at once.
 
         Args:
             coefficients: By name; a row per group, then the whole's.
-            direction: Makes a vector of one set of coefficients per group.
+            directions: Makes vectors, each of one set of coefficients per group, in one pass over their parts.
             selection: Of its vectors.
         """
         wanted: list[Float[Tensor, "G n"]] = []
@@ -110,12 +110,7 @@ class Axes(Mapping[str, Axis]):
             first = len(wanted)
             wanted += [own] if bool((own == whole).all()) else [own, whole]
             places[name] = (first, len(wanted) - 1)
-        rows = torch.empty(0, selection.local_dim)
-        for row, parts in enumerate(wanted):
-            values = direction(parts).values
-            if row == 0:
-                rows = values.new_empty(len(wanted), len(values))
-            rows[row] = values
+        rows = directions(wanted) if wanted else torch.empty(0, selection.local_dim)
         return cls(rows, places, selection)
 
     def __getitem__(self, name: str) -> Axis:
