@@ -213,24 +213,41 @@ def time_all(arms: Mapping[str, Callable[[], Any]], repeats: int, device: torch.
     return times
 
 
-def compare(case: Case, axes: Axes, columns: int) -> tuple[dict[str, float], dict[str, Callable[[], Any]]]:
-    """Compare numbers with curvlinops, and say how to time it; nothing of both where it is missing."""
+def time_ours(case: Case, directions: Sequence[int], repeats: int) -> dict[str, list[float]]:
+    """Time the bare passes and the measurement along several numbers of directions."""
+    arms: dict[str, Callable[[], Any]] = {PASSES: case.passes}
+    for count in directions:
+        axes = case.directions(count)
+        arms[f"ours, {count}"] = partial(case.measure, axes)
+    arms[f"ours, {count}, spectrum"] = partial(case.measure, axes, spectrum=True)
+    return time_all(arms, repeats, case.device)
+
+
+def beside_peer(case: Case, axes: Axes, columns: int) -> tuple[float, dict[str, float]]:
+    """Time curvlinops once, after one loss for its caches, and compare its numbers with ours.
+
+    Returns:
+        Milliseconds, and relative differences by precision.
+
+    Raises:
+        ImportError: It is not installed.
+        OutOfMemoryError: The device does not hold what it needs.
+    """
     count = len(case.batches)
+    theirs: list[float] = []
 
-    def multiply() -> list[float]:
+    def multiply() -> None:
         with case.precision:
-            return case.peer(axes, count, columns)
+            theirs.extend(case.peer(axes, count, columns))
 
-    try:
-        theirs = multiply()
-    except ImportError as error:
-        print(f"curvlinops is left out: {error}")
-        return {}, {}
+    with case.precision:
+        case.peer(axes, 1, columns)
+    taken = milliseconds(multiply, case.device)
     few = min(_COMPARED, count)
-    return {
+    return taken, {
         "configured": difference(case.measure(axes), theirs),
         "float32": difference(case.measure_in_float32(axes, few), case.peer(axes, few, columns)),
-    }, {f"curvlinops, {len(axes)}": multiply}
+    }
 
 
 def main() -> None:
@@ -246,18 +263,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     options, rest = parser.parse_known_args()
     case = Case(rest, options.passes, options.kind)
-    arms: dict[str, Callable[[], Any]] = {PASSES: case.passes}
+    times = time_ours(case, options.directions, options.repeats)
     agreement: dict[str, dict[str, float]] = {}
-    for count in options.directions:
-        axes = case.directions(count)
-        arms[f"ours, {count}"] = partial(case.measure, axes)
-    arms[f"ours, {count}, spectrum"] = partial(case.measure, axes, spectrum=True)
-    times = time_all(arms, options.repeats, case.device)
     for count in options.peer_directions if options.kind == "batch_mean" else ():
-        found, peers = compare(case, case.directions(count), options.columns)
-        if found:
-            agreement[str(count)] = found
-        times |= time_all(peers, max(1, options.repeats - 2), case.device)
+        try:
+            taken, agreement[str(count)] = beside_peer(case, case.directions(count), options.columns)
+            times[f"curvlinops, {count}"] = [taken]
+        except (ImportError, torch.OutOfMemoryError) as error:
+            print(f"curvlinops of {count} directions is left out: {str(error).splitlines()[0]}")
     rows, trajectory = case.path(options.snapshots)
     times |= time_all({DIRECTIONS: lambda: case.build(rows, trajectory)}, options.repeats, case.device)
     result = report(times, agreement)
