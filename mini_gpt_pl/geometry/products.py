@@ -70,12 +70,19 @@ def _tiled(a: Float[Tensor, "M n"], whole: int) -> Float[Tensor, "M tiles _"]:
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Multiply float32 as float32: whatever training allows its own products (TF32, bfloat16, autocast)."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    # Where nothing has to be changed nothing is: a compiled model looks at these settings before each of its calls.
+    before = [(backend, backend.fp32_precision) for backend in backends if _rounds(backend.fp32_precision)]
     try:
-        for backend in backends:
+        for backend, _ in before:
             backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
+        for backend, precision in before:
             backend.fp32_precision = precision
+
+
+def _rounds(precision: str) -> bool:
+    """Whether a setting allows less than float32; "none" leaves it to the general one."""
+    full = ("none", "ieee")
+    return precision not in full or (precision == "none" and torch.backends.fp32_precision not in full)  # type: ignore[attr-defined]
