@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -119,6 +120,9 @@ class TrajectoryRecorder(Probe):
         self._device = torch.device("cpu")
         self._axes: tuple[int, Axes] | None = None
         self._decayed: Tensor | None = None
+        self._trainer: Trainer | None = None
+        self._side: ThreadPoolExecutor | None = None
+        self._coming: tuple[int, Future[dict[str, float]]] | None = None
 
     @property
     @override
@@ -189,7 +193,8 @@ class TrajectoryRecorder(Probe):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
-            self._axes, self._restored, self._survival = None, None, 1.0
+            self._axes, self._restored, self._survival, self._coming = None, None, 1.0, None
+            self._trainer = trainer
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,18 +232,33 @@ class TrajectoryRecorder(Probe):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.stepped(trainer) and self.due(trainer.global_step):
+        if not self.stepped(trainer):
+            return
+        self._tell()
+        if self.due(trainer.global_step):
             self._record(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         taken = _need(self.trajectory).steps
         if not taken or trainer.global_step > taken[-1]:
             self._record(trainer, pl_module)
-        _need(self._folder).close()
+        self._close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Log what is still being computed, write what is still to be written."""
+        self._tell()
+        if self._side is not None:
+            self._side.shutdown()
+            self._side = None
         if self._folder is not None:
             self._folder.close()
 
@@ -246,6 +266,7 @@ class TrajectoryRecorder(Probe):
     def state_dict(self) -> dict[str, Any]:
         if self.trajectory is None:
             return {}
+        self._tell()  # a resumed run does not say it again
         if self._folder is not None:
             # A checkpoint must not point at snapshots that are not on disk yet. It is a file itself, so that whoever
             # writes one waits for the disk anyway.
@@ -278,7 +299,22 @@ class TrajectoryRecorder(Probe):
         trajectory.append(step, products, self._survival)
         self._keep(trainer, step, row)
         if len(trajectory) > 1:
-            log_now(trainer, live_metrics(trajectory, self.name) | self._kept(), step)
+            self._describe(trainer, step)
+
+    def _describe(self, trainer: Trainer, step: int) -> None:
+        """Compute the numbers of a snapshot beside training, which goes on; they are logged after the next step."""
+        if self._side is None:
+            self._side = ThreadPoolExecutor(1, thread_name_prefix="backbone")
+        taken, kept = Trajectory.from_state(_need(self.trajectory).state_dict()), self._kept()
+        self._coming = (step, self._side.submit(lambda: live_metrics(taken, self.name) | kept))
+        if any(getattr(callback, "monitor", None) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._tell()  # a checkpoint of this very step may go by them
+
+    def _tell(self) -> None:
+        """Log the numbers of the last snapshot, once."""
+        if self._coming is not None and self._trainer is not None:
+            (step, found), self._coming = self._coming, None
+            log_now(self._trainer, found.result(), step)
 
     def _kept(self) -> dict[str, float]:
         """How well the backbone is kept beside sketches."""

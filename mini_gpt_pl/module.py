@@ -118,7 +118,11 @@ class ProbedGPT(LightningModule):
     def _probe_loss(self, batch: Batch) -> Tensor:
         """L_probe from the sequences that hold a probe: one in ten, at a tenth of a forward and backward pass."""
         asked = batch.probe_mask.any(-1, keepdim=True)
-        return self._named_terms(batch._replace(**pack(batch.targets.masked_fill(~asked, IGNORE))._asdict())).probe
+        few = batch._replace(**pack(batch.targets.masked_fill(~asked, IGNORE))._asdict())
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # a graph of its own, for so few rows, would take long to compile
+            return self._named_terms(few).probe
 
     def _named_terms(self, batch: Batch) -> LossTerms:
         scores = self._scores(batch)
