@@ -54,6 +54,11 @@ def test_few_dimensions_are_drawn_as_they_are() -> None:
     drawn = resampled.sampled_walk(H, 4, 20)
     assert bool((torch.linalg.matrix_rank(drawn, rtol=1e-9) == 4).all())
     torch.testing.assert_close(drawn[7].diag(), H.diag())
+    for dim in (4, N, 30):  # no direction is preferred, on either side of the number of steps
+        unit = resampled.sampled_walk(torch.eye(N, dtype=torch.float64), dim, 4000)
+        torch.testing.assert_close(
+            unit.square().mean(0)[N - 1, : N - 1].mean() * dim, torch.ones(()).double(), rtol=0.03, atol=0
+        )
 
 
 def test_many_dimensions_give_the_closed_forms() -> None:
