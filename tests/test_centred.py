@@ -211,7 +211,7 @@ def simulated(phi: float, dim: int, snapshots: int, keep: float, seed: int, push
 
 def test_persistence_finds_what_was_put_in_and_says_how_sure_it_is() -> None:
     for phi in (0.0, 0.4):
-        found = [innovations.persistence(simulated(phi, 60, 40, 0.9, s), [0.9**k for k in range(40)], 60)
+        found = [innovations.correlation(simulated(phi, 60, 40, 0.9, s), [0.9**k for k in range(40)], 60)
                  for s in range(0, 400, 2)]  # fmt: skip
         values, errors = np.array([f.value for f in found]), np.array([f.error for f in found])
         assert values.mean() == pytest.approx(phi, abs=0.01)
@@ -225,7 +225,7 @@ def test_persistence_finds_what_was_put_in_and_says_how_sure_it_is() -> None:
 def test_rest_against_decay_looks_persistent_but_not_tangentially() -> None:
     keep = [0.9**k for k in range(30)]
     resting = gram_of(torch.ones(30, 1, dtype=torch.float64) * normal(500) + 0.01 * normal(30, 500, seed=2))
-    assert innovations.persistence(resting, keep, 500).value > 0.95
-    assert innovations.persistence(resting, keep, 500, tangential=True).value < 0.1
-    nothing = innovations.persistence(torch.diag(torch.tensor([1.0, 0, 0, 0]).double()), [1.0] * 4, 5)
+    assert innovations.correlation(resting, keep, 500).value > 0.95
+    assert innovations.correlation(resting, keep, 500, tangential=True).value < 0.1
+    nothing = innovations.correlation(torch.diag(torch.tensor([1.0, 0, 0, 0]).double()), [1.0] * 4, 5)
     assert math.isnan(nothing.value) and math.isnan(nothing.chance)

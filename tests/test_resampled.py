@@ -71,6 +71,22 @@ def test_many_dimensions_give_the_closed_forms() -> None:
         torch.testing.assert_close(drawn[0], closed, rtol=1e-4, atol=1e-4 * float(H.diag().max()))
 
 
+def test_decaying_walks_keep_the_lengths_of_increments() -> None:
+    drawn = resampled.sampled_decaying_walk(H, KEEP, DIM, 50)
+    closed = nulls.decaying_walk(H, KEEP)
+    torch.testing.assert_close(drawn.diagonal(dim1=1, dim2=2), closed.diag().expand(50, -1))
+    many = resampled.sampled_decaying_walk(H, KEEP, 10**12, 2)
+    torch.testing.assert_close(many[0], closed, rtol=1e-4, atol=1e-4 * float(H.diag().max()))
+    cosines = drawn / drawn.diagonal(dim1=1, dim2=2).sqrt()[:, :, None] / drawn.diagonal(dim1=1, dim2=2).sqrt()[:, None]
+    expected = closed / closed.diag().sqrt()[:, None] / closed.diag().sqrt()
+    assert float((cosines.mean(0) - expected).abs().max()) < 5 / math.sqrt(50 * DIM)
+    assert float(cosines.std(0)[4, 2]) == pytest.approx(1 / math.sqrt(DIM), rel=0.4)
+    # Decay faster than the measured steps: no innovation, so theta_0 shrinks and nothing else happens.
+    short = torch.diag(torch.tensor([100.0, 0.01, 0.01], dtype=torch.float64))
+    null = resampled.sampled_decaying_walk(short, [1.0, 0.5, 0.25], 7, 3)
+    torch.testing.assert_close(null, nulls.decaying_walk(short, [1.0, 0.5, 0.25]).expand(3, 3, 3))
+
+
 def test_permuted_steps_are_the_measured_ones_in_other_orders() -> None:
     weights = bent_path(6, 30)
     d = weights.diff(dim=0)
@@ -92,7 +108,8 @@ def test_numbers_are_placed_among_their_nulls() -> None:
     found = resampled.place(H, KEEP, DIM, draws=60)
     drawn = resampled.ensembles(H, KEEP, DIM, draws=60)
     pc1 = found["pc1_centred"]
-    assert set(pc1.bands) == set(drawn) == {"walk", "decaying", "autoregressive", "permuted", "permuted_innovations"}
+    walks = {"walk", "decaying_walk", "innovation_walk", "autoregressive_walk"}
+    assert set(pc1.bands) == set(drawn) == walks | {"permuted", "permuted_innovations"}
     for name, grams in drawn.items():
         values = centred_statistics(grams, KEEP)["pc1_centred"]
         band = pc1.bands[name]
@@ -100,14 +117,14 @@ def test_numbers_are_placed_among_their_nulls() -> None:
         assert band.below == pytest.approx(float((values < pc1.value).double().mean()))
         assert pc1.excess(name) == pytest.approx(pc1.value - float(np.median(values)))
     persistent = found["autocorrelation_innovations"].bands
-    assert persistent["decaying"].below == 1.0  # the path has a drift
-    assert 0.01 < persistent["autoregressive"].below < 0.99  # and this null was given as much of one
+    assert persistent["innovation_walk"].below == 1.0  # the path has a drift
+    assert 0.01 < persistent["autoregressive_walk"].below < 0.99  # and this null was given as much of one
 
 
 def test_a_walk_lies_anywhere_among_walks() -> None:
     """Measured paths that are walks: the share of draws below them is uniform."""
     own = resampled.sampled_walk(H, DIM, 40, seed=11, survival=KEEP)
-    shares = [resampled.place(gram, KEEP, DIM, draws=50)["pc1_centred"].bands["decaying"].below for gram in own]
+    shares = [resampled.place(gram, KEEP, DIM, draws=50)["pc1_centred"].bands["innovation_walk"].below for gram in own]
     assert 0.35 < float(np.mean(shares)) < 0.65 and float(np.std(shares)) > 0.2
 
 

@@ -99,7 +99,7 @@ def centred_statistics(grams: Float[Tensor, "B n n"], survival: Sequence[float])
         out (NaN where nothing is left). Of uncentred PCA: `pc1`. How much is theta_0: `cos_theta0_centred`,
         `cos_theta0` (raw v_b), `cos_theta0_unit` (v_b of unit rows), their signs as in `pca`, and `energy_theta0`, the
         share of sum ||x_t||^2 along theta_0. Correlations at lag 1: `autocorrelation` of increments,
-        `autocorrelation_innovations`, `autocorrelation_tangential` (see `innovations.persistence`).
+        `autocorrelation_innovations`, `autocorrelation_tangential` (see `innovations.correlation`).
     """
     drifts = pca.drifts(grams.shape[-1])
     rows = centred(drifts)

@@ -109,7 +109,7 @@ def autoregressive_cosines(phi: Float[Tensor, "*batch"], n: int) -> Float[Tensor
 
 
 @dataclass(frozen=True)
-class Persistence:
+class Correlation:
     """Correlation of successive innovations beside what none would give.
 
     Args:
@@ -123,7 +123,7 @@ class Persistence:
     chance: float
 
 
-def persistence(gram: Gram, survival: Sequence[float], dim: int, *, tangential: bool = False) -> Persistence:
+def correlation(gram: Gram, survival: Sequence[float], dim: int, *, tangential: bool = False) -> Correlation:
     r"""Correlation of innovations at lag 1, with two errors: is there a drift that decay does not explain?
 
     `error` says how far another stretch of such a path would lie off, `chance` how far a walk lies from 0: the pairs of
@@ -145,12 +145,12 @@ def persistence(gram: Gram, survival: Sequence[float], dim: int, *, tangential: 
     pairs, scale = products.diagonal(1), lengths[:-1] * lengths[1:]
     total = float(scale.sum())
     if total == 0:
-        return Persistence(math.nan, math.nan, math.nan)
+        return Correlation(math.nan, math.nan, math.nan)
     value = float(pairs.sum()) / total
     scatter = float((pairs - value * scale).square().sum())  # of a ratio of sums, to first order
     count = len(pairs)
     error = math.sqrt(scatter * count / (count - 1)) / total if count > 2 else math.nan
-    return Persistence(value, error, float(scale.square().sum().sqrt()) / total / math.sqrt(dim))
+    return Correlation(value, error, float(scale.square().sum().sqrt()) / total / math.sqrt(dim))
 
 
 def tangential_innovations(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> Float[Tensor, "*batch n n"]:

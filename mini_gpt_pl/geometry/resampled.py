@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.geometry import innovations
+from mini_gpt_pl.geometry import innovations, nulls
 from mini_gpt_pl.geometry.centred import centred_statistics
 from mini_gpt_pl.geometry.pca import Gram
 
@@ -65,9 +65,44 @@ def sampled_walk(
     shares = [1.0] * len(gram) if survival is None else survival
     lengths = innovations.innovations(gram, shares).diagonal().clamp_min(0.0).sqrt()
     shape = innovations.autoregressive_cosines(torch.tensor(phi, dtype=torch.float64), len(gram))
-    factors = torch.linalg.cholesky(shape) @ _factors(len(gram), dim, draws, _rng(seed, 1))
-    factors = factors / factors.norm(dim=-1, keepdim=True) * lengths[:, None]
-    return innovations.path_of(factors @ factors.mT, shares)
+    mixed = torch.linalg.cholesky(shape) @ _factors(len(gram), dim, draws, _rng(seed, 1))
+    steps = _unit(mixed) * lengths[:, None]
+    return innovations.path_of(steps @ steps.mT, shares)
+
+
+def sampled_decaying_walk(
+    gram: Gram, survival: Sequence[float], dim: int, draws: int, seed: int = 0
+) -> Float[Tensor, "draws n n"]:
+    """Grams of `nulls.decaying_walk` in `dim` dimensions: innovations as long as the increments' lengths ask for.
+
+    The innovation's length is the positive root of ||(rho_k - 1) theta_{k-1} + a u_k|| = ||d_k||, u_k isotropic; zero
+    where decay alone is longer.
+
+    Args:
+        gram: H of the run.
+        survival: Share of theta_0 that decay alone leaves at each snapshot.
+        dim: Number of weights, D.
+        draws: Number of walks.
+        seed: Of the directions.
+    """
+    nulls.check_survival(gram, survival)
+    units = _unit(_factors(len(gram), dim, draws, _rng(seed, 1)))
+    square = gram.diagonal().clamp_min(0.0)
+    position = square[0].sqrt() * units[:, 0]
+    basis = [position]
+    for k, kept in enumerate(nulls.kept(survival), start=1):
+        pull = (kept - 1.0) * position
+        along = (pull * units[:, k]).sum(-1)
+        left = square[k] - pull.square().sum(-1)
+        length = torch.where(left > 0, (along.square() + left).clamp_min(0.0).sqrt() - along, 0.0)
+        basis.append(pull + length[:, None] * units[:, k])
+        position = position + basis[-1]
+    vectors = torch.stack(basis, 1)
+    return vectors @ vectors.mT
+
+
+def _unit(rows: Float[Tensor, "draws n k"]) -> Float[Tensor, "draws n k"]:
+    return rows / rows.norm(dim=-1, keepdim=True)
 
 
 def _factors(n: int, dim: int, draws: int, rng: np.random.Generator) -> Float[Tensor, "draws n k"]:
@@ -133,15 +168,17 @@ def ensembles(
         seed: Of the draws.
 
     Returns:
-        `walk` (increment lengths), `decaying` (innovation lengths under decay), `autoregressive` (the same with the
-        measured lag-1 correlation of innovations), `permuted` (increments in random order), `permuted_innovations`.
+        `walk`; `decaying_walk` (keeps the lengths of increments) and `innovation_walk` (those of innovations), which
+        can be far apart; `autoregressive_walk` (of innovations, under decay); `permuted` (increments) and
+        `permuted_innovations`.
     """
     own = innovations.innovations(gram, survival)
     phi = float(innovations.lag1(own))
     return {
         "walk": sampled_walk(gram, dim, draws, seed),
-        "decaying": sampled_walk(gram, dim, draws, seed, survival=survival),
-        "autoregressive": sampled_walk(gram, dim, draws, seed, survival=survival, phi=phi),
+        "decaying_walk": sampled_decaying_walk(gram, survival, dim, draws, seed),
+        "innovation_walk": sampled_walk(gram, dim, draws, seed, survival=survival),
+        "autoregressive_walk": sampled_walk(gram, dim, draws, seed, survival=survival, phi=phi),
         "permuted": permuted(gram, draws, seed),
         "permuted_innovations": permuted(gram, draws, seed, survival),
     }
@@ -153,7 +190,7 @@ def place(gram: Gram, survival: Sequence[float], dim: int, draws: int = 100, see
     Example:
         trajectory = run.trajectory
         found = place(trajectory.gram(group), trajectory.survival, trajectory.dim_of(group))
-        found["pc1_centred"].value, found["pc1_centred"].bands["decaying"]
+        found["pc1_centred"].value, found["pc1_centred"].bands["innovation_walk"]
 
     Args:
         gram: H of the run.
