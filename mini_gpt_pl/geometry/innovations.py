@@ -53,7 +53,7 @@ def path_of(innovation_gram: Float[Tensor, "*batch n n"], survival: Sequence[flo
     nulls.check_survival(innovation_gram, survival)
     rows = innovation_rows(survival)
     back = torch.linalg.solve_triangular(rows, torch.eye(len(rows), dtype=torch.float64), upper=False)
-    return pca.products(innovation_gram, back)
+    return pca.inner_products(innovation_gram, back)
 
 
 # ------------------------------------------------------------------------------------------------------- nulls
@@ -165,6 +165,6 @@ def tangential_innovations(gram: Float[Tensor, "*batch n n"], survival: Sequence
 
 def _resolved(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch n n"]) -> Float[Tensor, "*batch n n"]:
     """Inner products of rows, those that are rounding set to zero: pure decay has no innovations."""
-    found = pca.products(gram, rows)
+    found = pca.inner_products(gram, rows)
     real = found.diagonal(dim1=-2, dim2=-1) > pca.rounding(gram, rows)
     return torch.where(real[..., :, None] & real[..., None, :], found, 0.0)

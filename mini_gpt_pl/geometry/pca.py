@@ -57,7 +57,9 @@ def norms(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"])
     return (rows @ gram).mul(rows).sum(-1).clamp_min(0.0).sqrt()
 
 
-def products(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]) -> Float[Tensor, "*batch R R"]:
+def inner_products(
+    gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]
+) -> Float[Tensor, "*batch R R"]:
     """Inner products of vectors given by coefficients, symmetric to the last bit."""
     found = rows @ gram @ rows.mT
     return (found + found.mT) / 2
@@ -188,7 +190,7 @@ def _products(
     unit = lengths if normalise else torch.ones_like(lengths)
     scale = torch.where(lengths.square() > noise, 1.0 / unit, 0.0)
     rows = rows * scale[..., None]
-    return rows, products(grams, rows), noise * scale.square()
+    return rows, inner_products(grams, rows), noise * scale.square()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def part(gram: Float[Tensor, "*batch n n"], chosen: Sequence[int]) -> Float[Tens
         raise ValueError(f"expected ascending indices of snapshots, got {list(chosen)}")
     basis = pca.weights(gram.shape[-1])[list(chosen)]
     basis = torch.cat([basis[:1], basis.diff(dim=0)])
-    return pca.products(gram, basis)
+    return pca.inner_products(gram, basis)
 
 
 def window(trajectory: Trajectory, first: int = 0, last: int | None = None, every: int | None = None) -> Trajectory:
