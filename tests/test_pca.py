@@ -261,7 +261,7 @@ def test_shapes_are_checked_while_tests_run() -> None:
         record(SMALL, torch.ones(2, SMALL.dim, 1))
 
 
-@pytest.mark.parametrize("name", ["pca", "selection"])
+@pytest.mark.parametrize("name", ["pca", "centred", "selection"])
 def test_examples_in_the_docstrings_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(f"mini_gpt_pl.geometry.{name}"))
     assert outcome.attempted > 0 and outcome.failed == 0

@@ -49,11 +49,11 @@ class PowerLaw:
     points: int
 
 
-def power_law(steps: Sequence[int], values: Sequence[float], lo: int, hi: int | float) -> PowerLaw | None:
+def power_law(steps: Sequence[int | float], values: Sequence[float], lo: int, hi: int | float) -> PowerLaw | None:
     """Fit a power law by least squares of ln |y| on ln t over lo < t <= hi.
 
     Args:
-        steps: t, in optimizer steps.
+        steps: t, such as optimizer steps.
         values: y; those that are zero or not finite are left out.
         lo: Open end of the window.
         hi: Closed end of the window.

@@ -14,6 +14,7 @@ Without weight decay the second is the first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,23 +47,37 @@ def decaying_walk(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) 
     Raises:
         ValueError: There is not one share per snapshot.
     """
-    n = gram.shape[-1]
-    if len(survival) != n:
-        raise ValueError(f"expected one surviving share per snapshot, {n}, got {len(survival)}")
+    check_survival(gram, survival)
+    n, shares = gram.shape[-1], kept(survival)
     square = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
     # Coordinates over the orthonormal basis (theta_0 / ||theta_0||, e_1 / ||e_1||, ...): one row per vector.
     position = torch.zeros(*gram.shape[:-2], n, dtype=torch.float64)
     position[..., 0] = square[..., 0].sqrt()
     basis = [position]
     for k in range(1, n):
-        shrink = survival[k] / survival[k - 1] - 1.0 if survival[k - 1] > 0 else 0.0
-        increment = shrink * position
+        increment = (shares[k - 1] - 1.0) * position
         left = square[..., k] - increment.square().sum(-1)
         increment[..., k] = left.clamp_min(0.0).sqrt()
         position = position + increment
         basis.append(increment)
     coordinates = torch.stack(basis, -2)
     return coordinates @ coordinates.mT
+
+
+def check_survival(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> None:
+    """Refuse a decay that is not the path's.
+
+    Raises:
+        ValueError: There is not one share per snapshot.
+    """
+    if len(survival) != gram.shape[-1]:
+        raise ValueError(f"expected one surviving share per snapshot, {gram.shape[-1]}, got {len(survival)}")
+
+
+def kept(survival: Sequence[float]) -> Float[Tensor, " T"]:
+    """Shares rho_k = S_k / S_{k-1} of the weights that decay leaves over each interval; 1 once nothing was left."""
+    shares = [later / earlier if earlier > 0 else 1.0 for earlier, later in itertools.pairwise(survival)]
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def decay_corrected(survival: Sequence[float]) -> Rows:
@@ -141,11 +156,11 @@ def statistics_of(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> d
     n = grams.shape[-1]
     rows, corrected = pca.drifts(n)[1:], decay_corrected(survival)
     raw = pca.spectra(grams, rows)
-    found = _spectral(raw.energy, "") | _spectral(pca.energies(grams, rows, normalise=True), "_unit")
+    found = spectral(raw.energy, "") | spectral(pca.energies(grams, rows, normalise=True), "_unit")
     backbone = raw.directions[:, 0]
     along = torch.einsum("bn,bn->b", backbone, grams[:, 0])
     found["cos_theta0"] = along / grams[:, 0, 0].sqrt().clamp_min(1e-300)  # v_b has unit length
-    found["pc1_corrected"] = _first_share(pca.energies(grams, corrected))
+    found["pc1_corrected"] = first_share(pca.energies(grams, corrected))
     drift = found["drift"] = pca.norms(grams, rows[-1:])[:, 0]
     coordinate = found["coordinate"] = torch.einsum("bn,bnm,m->b", backbone, grams, rows[-1])
     found["residual"] = pca.norms(grams, rows[-1] - coordinate[:, None, None] * backbone[:, None])[:, 0]
@@ -159,18 +174,20 @@ def statistics_of(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> d
     return found
 
 
-def _spectral(energy: Float[Tensor, "B R"], suffix: str) -> dict[str, Float[Tensor, " B"]]:
-    """PC1, PC2, k95 and k99 of a spectrum."""
+def spectral(
+    energy: Float[Tensor, "B R"], suffix: str, percents: Sequence[int] = (95, 99)
+) -> dict[str, Float[Tensor, " B"]]:
+    """PC1, PC2 and the fewest components for each share (k95 for 95) of spectra of squared singular values."""
     ratios = energy / energy.sum(-1, keepdim=True)
     reached = torch.cumsum(ratios, -1)
     second = ratios[:, 1] if ratios.shape[1] > 1 else torch.zeros(len(ratios), dtype=torch.float64)
     found = {f"pc1{suffix}": ratios[:, 0], f"pc2{suffix}": second}
-    for percent in (95, 99):
+    for percent in percents:
         found[f"k{percent}{suffix}"] = (reached < percent / 100 - 1e-12).sum(-1).double() + 1.0
     return found
 
 
-def _first_share(energy: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
+def first_share(energy: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
     """Share of the first component, NaN where nothing is left (pure decay, corrected)."""
     total = energy.sum(-1)
     return torch.where(total > 0, energy[:, 0] / total.clamp_min(1e-300), torch.nan)

@@ -33,9 +33,13 @@ def drifts(n: int, anchor: int = 0) -> Rows:
                 [0., 1., 0.],
                 [0., 1., 1.]], dtype=torch.float64)
     """
-    path = torch.tril(torch.ones(n, n, dtype=torch.float64))
-    path[:, 0] = 0.0
+    path = weights(n)
     return path - path[anchor]
+
+
+def weights(n: int) -> Rows:
+    """Coefficients of the weights theta_t themselves, of all n snapshots: theta_0 plus the drift."""
+    return torch.tril(torch.ones(n, n, dtype=torch.float64))
 
 
 def theta0(n: int) -> Direction:
@@ -51,6 +55,23 @@ def inner(gram: Gram, u: Float[Tensor, "*batch n"], w: Direction) -> Float[Tenso
 def norms(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]) -> Float[Tensor, "*batch R"]:
     """Lengths of vectors given by coefficients, in one path or in several."""
     return (rows @ gram).mul(rows).sum(-1).clamp_min(0.0).sqrt()
+
+
+def inner_products(
+    gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]
+) -> Float[Tensor, "*batch R R"]:
+    """Inner products of vectors given by coefficients, symmetric to the last bit."""
+    found = rows @ gram @ rows.mT
+    return (found + found.mT) / 2
+
+
+def rounding(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]) -> Float[Tensor, "*batch R"]:
+    """Largest squared length that rounding alone can give each row.
+
+    Where a row's parts cancel (as in a corrected drift), float64 cannot tell a small length from zero.
+    """
+    reach = (rows.abs() @ gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()[..., None]).squeeze(-1)
+    return gram.shape[-1] * torch.finfo(torch.float64).eps * reach.square()
 
 
 def cosine(gram: Gram, u: Direction, w: Direction) -> float:
@@ -163,19 +184,13 @@ def energies(
 def _products(
     grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], normalise: bool
 ) -> tuple[Float[Tensor, "B R n"], Float[Tensor, "B R R"], Float[Tensor, "B R"]]:
-    """Rows without those whose length is rounding, their inner products, and the rounding of their squared lengths.
-
-    Where a row's parts cancel (as in a corrected drift), float64 cannot tell a small length from zero.
-    """
+    """Rows without those whose length is rounding, their inner products, and the rounding of their squared lengths."""
     rows = rows.expand(len(grams), *rows.shape[-2:])
-    lengths = norms(grams, rows)
-    reach = (rows.abs() @ grams.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()[..., None]).squeeze(-1)
-    noise = grams.shape[-1] * torch.finfo(torch.float64).eps * reach.square()
+    lengths, noise = norms(grams, rows), rounding(grams, rows)
     unit = lengths if normalise else torch.ones_like(lengths)
     scale = torch.where(lengths.square() > noise, 1.0 / unit, 0.0)
     rows = rows * scale[..., None]
-    products = rows @ grams @ rows.mT
-    return rows, (products + products.mT) / 2, noise * scale.square()
+    return rows, inner_products(grams, rows), noise * scale.square()
 
 
 @dataclass(frozen=True)
