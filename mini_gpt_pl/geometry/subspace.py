@@ -214,12 +214,19 @@ def own_directions(vector: Vector) -> Basis:
 def singular(weights: Vector, k: int) -> Basis:
     """Leading singular directions u_i v_i' of each weight matrix as it is: they follow the weights, not the path.
 
-    Weights of more than two axes count as matrices of their first; vectors have none.
+    Weights of more than two axes count as matrices of their first; vectors and zero matrices have none.
     """
     blocks = []
     for name, span, shape in _matrices(weights.selection):
-        u, _, vt = torch.linalg.svd(weights.values[span].double().view(shape), full_matrices=False)
-        blocks.append((name, span, _outer(u.T[:k], vt[:k])))
+        matrix = weights.values[span].double().view(shape)
+        wide = shape[0] <= shape[1]
+        # Through the smaller product: a decomposition of the matrix itself takes many times as long on a GPU.
+        squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+        kept = int((squares[-k:] > 1e-12 * squares[-1]).sum())
+        one = vectors.T.flip(0)[:kept]
+        other = one @ matrix if wide else one @ matrix.T
+        other = other / torch.linalg.vector_norm(other, dim=1, keepdim=True)
+        blocks.append((name, span, _outer(one, other) if wide else _outer(other, one)))
     return Basis.of(weights.selection, blocks)
 
 
