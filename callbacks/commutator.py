@@ -137,7 +137,7 @@ class CommutatorProbe(DeferringProbe):
     def estimate(self, steps: int, dim: int) -> Estimate:
         times = sum(self.schedule.due(step) for step in range(steps)) / max(steps, 1)
         # Two gradients whose graphs are kept, two passes over them, and two more gradients.
-        passes = (8 + 6 * self.optimizer_step) * self.samples
+        passes = (8 + 2 * self.optimizer_step) * self.samples
         return Estimate(type(self).__name__, bytes=10.0 * self.dtype.itemsize * dim, passes=passes * times)
 
     # ------------------------------------------------------------------------------------------------ hooks
@@ -218,7 +218,7 @@ class CommutatorProbe(DeferringProbe):
             stepped = commutator.finite(found, loss_a, loss_b, theta.values, self.eta)
             measured.add(found, stepped, theta, self.eta, bases, recorded, last)
             if steps is not None:
-                measured.add_steps(steps.order(loss_a, loss_b), found.bracket)
+                measured.add_steps(steps.order(loss_a, loss_b, found.grad_a, found.grad_b), found.bracket)
         return measured
 
     def _commutator(self, loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> commutator.Commutator:

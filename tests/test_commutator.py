@@ -301,7 +301,8 @@ def order(net: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None =
     batches = [normal(6, 4, seed=seed) for seed in (10, 11)]
     loss_a, loss_b = (twin.loss(partial(apart, net, batch)) for batch in batches)
     theta = twin.weights.values
-    found = OptimizerSteps(optimizer, net, selection, theta, clip).order(loss_a, loss_b)
+    grads = [commutator.gradient(loss, theta) for loss in (loss_a, loss_b)]
+    found = OptimizerSteps(optimizer, net, selection, theta, clip).order(loss_a, loss_b, *grads)
     eta = float(optimizer.param_groups[0]["lr"])
     return found, lengths("hessian", loss_a, loss_b, theta, eta), (loss_a, loss_b, theta)
 

@@ -10,7 +10,8 @@ otherwise in its averages. So the same two steps are also taken with both gradie
 is due to gradients that change along the steps, as the bracket of `commutator` is. For plain SGD without decay the
 frozen part is zero, and Delta / (||s_A|| ||s_B||) is the defect at eta = lr.
 
-Everything happens on copies of the weights and of the optimizer's state in the dtype of theta.
+Everything happens on copies of the weights and of the optimizer's state in the dtype of theta. An optimizer that
+rounds inside of its step (Muon orthogonalises in bfloat16) rounds there as well.
 """
 
 from __future__ import annotations
@@ -104,9 +105,15 @@ class OptimizerSteps:
             places.append(torch.cat([parameter.detach().reshape(-1) for parameter in moving]))
         return places
 
-    def order(self, loss_a: Loss, loss_b: Loss) -> TwoSteps:
-        """Take A then B, and B then A; four gradients."""
-        grad_a, grad_b = gradient(loss_a, self._theta), gradient(loss_b, self._theta)
+    def order(self, loss_a: Loss, loss_b: Loss, grad_a: Float[Tensor, " D"], grad_b: Float[Tensor, " D"]) -> TwoSteps:
+        """Take A then B, and B then A; two gradients beside those at theta.
+
+        Args:
+            loss_a: Of batch A.
+            loss_b: Of batch B.
+            grad_a: g_A at theta.
+            grad_b: g_B at theta.
+        """
 
         def pair(first: Tensor, second: Field) -> list[Tensor]:
             return self.path([lambda _: first, second])
