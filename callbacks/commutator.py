@@ -156,6 +156,11 @@ class CommutatorProbe(DeferringProbe):
         if self.directions:
             found = (c for c in trainer.callbacks if isinstance(c, TrajectoryRecorder))  # type: ignore[attr-defined]
             self._recorder = next(found, None)
+        if self._recorder is not None and self._recorder.sketch is not None:
+            raise UserError(
+                "CommutatorProbe: directions cannot be rebuilt from the recorder's sketches: give that sketch null, "
+                "or the probe directions 0"
+            )
         if self.other_run is not None and self._recorder is None:
             raise UserError("CommutatorProbe: other_run needs a TrajectoryRecorder, and directions of 1 or more")
 
@@ -241,7 +246,7 @@ class CommutatorProbe(DeferringProbe):
             return
         selection, trajectory, k = recorder.selection, recorder.trajectory, self.directions
         if _has_moved(trajectory):
-            yield "path", subspace.principal(trajectory, recorder.direction, selection, k)
+            yield "path", subspace.principal(trajectory, recorder.directions, selection, k)
         yield "theta0", subspace.own_directions(recorder.direction(_row(trajectory, 0)))
         if any(len(shape) >= 2 for shape in selection.shapes):
             yield "singular", subspace.singular(restrict(theta, selection), k)
@@ -262,7 +267,7 @@ class CommutatorProbe(DeferringProbe):
         pending, self._pending = self._pending, []
         if self._trainer is None or self._selection is None:
             return
-        recorded = None if self._recorder is None else self._recorder.selection
+        recorded = None if self._recorder is None else (self._recorder.name, self._recorder.selection)
         for measured in pending:
             log_now(self._trainer, measured.metrics(self.name, self._selection.dim, recorded), measured.step)
 

@@ -79,13 +79,13 @@ class Measured:
         cosine = torch.dot(found.curvature.double(), bracket.double()) / (curvature * size)
         self.steps.append(torch.stack([change / (a * b), memory / (a * b), curvature / (a * b), cosine]))
 
-    def metrics(self, name: str, dim: int, recorded: ParameterSelection | None) -> dict[str, float]:
+    def metrics(self, name: str, dim: int, recorded: tuple[str, ParameterSelection] | None) -> dict[str, float]:
         """Name everything; what is undefined is left out.
 
         Args:
             name: Of the weights that move.
             dim: Their number.
-            recorded: As in `add`.
+            recorded: As in `add`, and what the recorded weights together are called.
         """
         lengths = Lengths.stack(self.lengths)
         lengths = lengths.with_columns(lengths.columns.cpu())
@@ -101,7 +101,7 @@ class Measured:
             found |= alignment_metrics(torch.stack(self.aligned).cpu()[resolved])
         named = {f"commutator/{name}/{key}": value for key, value in found.items()}
         if recorded is not None:
-            named |= share_metrics(torch.stack(self.shares).cpu()[resolved], recorded, dim)
+            named |= share_metrics(torch.stack(self.shares).cpu()[resolved], *recorded, dim)
         return {key: value for key, value in named.items() if value == value}
 
 
@@ -150,13 +150,16 @@ def alignment_metrics(aligned: Float[Tensor, "K 2"]) -> dict[str, float]:
     }
 
 
-def share_metrics(shares: Float[Tensor, "K 2 G"], recorded: ParameterSelection, dim: int) -> dict[str, float]:
+def share_metrics(
+    shares: Float[Tensor, "K 2 G"], whole: str, recorded: ParameterSelection, dim: int
+) -> dict[str, float]:
     """Medians over the samples of each group's share of the bracket and of the gradients, and of the weights."""
     if not len(shares):
         return {}
-    middle = shares.quantile(0.5, dim=0).tolist()
+    middle = torch.cat([shares, shares.sum(-1, keepdim=True)], -1).quantile(0.5, dim=0).tolist()
+    labels, sizes = (*recorded.groups, whole), (*recorded.dims, recorded.dim)
     named: dict[str, float] = {}
-    for group, size, bracket, gradient in zip(recorded.groups, recorded.dims, *middle, strict=True):
+    for group, size, bracket, gradient in zip(labels, sizes, *middle, strict=True):
         prefix = f"commutator/{group}/"
         named |= {prefix + "share": bracket, prefix + "share_null": size / dim, prefix + "gradient_share": gradient}
     return named

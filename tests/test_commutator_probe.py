@@ -147,6 +147,8 @@ def test_projections_know_the_past_only(run: tuple[Path, Spy]) -> None:
         assert row[f"commutator/{group}/gradient_share"] == pytest.approx(
             squares / float(g_a @ g_a + g_b @ g_b), rel=1e-6
         )
+    together = sum(row[f"commutator/{group}/share"] for group in GROUPS)
+    assert row["commutator/trunk/share"] == pytest.approx(together, rel=1e-9)  # of one sample
     prefix = "commutator/all/on_path"
     assert row[prefix] == pytest.approx(math.sqrt(inside / total), rel=1e-3)
     assert row[f"{prefix}_null"] == pytest.approx(math.sqrt(expected / total), rel=1e-4)
@@ -278,6 +280,8 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
             CommutatorProbe(**settings)
     with one_line_error("'layers.0.weight' is not among those that move"):
         plain(tmp_path / "a", [plain_recorder(), everything(pattern=r"layers\.4")])
+    with one_line_error("cannot be rebuilt from the recorder's sketches"):
+        plain(tmp_path / "f", [TrajectoryRecorder(r"layers\.(?P<group>0)\.weight", sketch=8), everything()])
     with one_line_error("are frozen"):
         plain(tmp_path / "b", [everything(pattern="frozen")])
     with one_line_error("training batch of 8 cannot be cut into two of 5"):

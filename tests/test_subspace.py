@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, bent_path, flat_selection, normal, one_line_error, record
+from conftest import SMALL, basis_of, bent_path, flat_selection, normal, one_line_error, record
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,7 +52,7 @@ BASES = {
 
 def principal(weights: Tensor, k: int, centred: bool = True) -> Basis:
     rows, trajectory = record(WIDE, weights)
-    return subspace.principal(trajectory, rows.combine, WIDE, k, centred=centred)
+    return subspace.principal(trajectory, rows.combine_all, WIDE, k, centred=centred)
 
 
 # --------------------------------------------------------------------------------------------------- projecting
@@ -140,11 +140,11 @@ def test_another_run_is_read_from_its_files(tmp_path: Path) -> None:
     weights = bent_path(5, WIDE.dim).float()
     rows, trajectory = record(WIDE, weights)
     folder = SnapshotFolder(tmp_path, WIDE)
-    for step, row in zip(trajectory.steps, rows.rows, strict=True):
+    for step, row in zip(trajectory.steps, basis_of(weights), strict=True):
         folder.write(step, Vector(row, WIDE))
     folder.close()
     found = subspace.of_run(folder, trajectory, 2, torch.device("cpu"))
-    expected = subspace.principal(trajectory, rows.combine, WIDE, 2)
+    expected = subspace.principal(trajectory, rows.combine_all, WIDE, 2)
     torch.testing.assert_close(dense(found), dense(expected))
     with pytest.raises(FingerprintError):
         subspace.of_run(SnapshotFolder(tmp_path, ALL), trajectory, 2, torch.device("cpu"))

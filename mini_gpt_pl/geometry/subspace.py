@@ -25,8 +25,8 @@ from mini_gpt_pl.geometry.snapshots import SnapshotFolder, combine
 from mini_gpt_pl.geometry.subspace_nulls import Projection
 from mini_gpt_pl.geometry.trajectory import Trajectory
 
-Combine = Callable[[Float[Tensor, "G n"]], Vector]
-"""Turns coefficients over (theta_0, d_1, ...), one set per group, into a vector: `IncrementRows.combine`."""
+Combine = Callable[[Sequence[Float[Tensor, "G n"]]], Float[Tensor, "N D"]]
+"""Turns coefficients over (theta_0, d_1, ...), one set per group, into vectors: `IncrementRows.combine_all`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ def principal(
 
     Args:
         trajectory: Up to now; `Trajectory.until` for an earlier point.
-        combine_rows: Gives vectors from coefficients.
+        combine_rows: Gives vectors from coefficients; asked once.
         selection: Of the trajectory.
         k: Directions of each group.
         centred: Which PCA.
@@ -180,12 +180,10 @@ def principal(
     counts = torch.where(found.moved > 0, found.ranks, 0).clamp_max(k)
     top = found.directions[:, :k].clone()
     top[torch.arange(top.shape[1]) >= counts[:, None]] = 0.0
-    vectors = [combine_rows(top[:, j]) for j in range(int(counts.max()))]
+    vectors = combine_rows([top[:, j] for j in range(int(counts.max()))]) if counts.any() else top[:0]
     blocks = []
     for (group, span), count in zip(selection.items(), counts.tolist(), strict=True):
-        chosen = [vector.values[span] for vector in vectors[:count]]
-        if chosen:
-            blocks.append((group, span, torch.stack(chosen)))
+        blocks.append((group, span, vectors[:count, span]))
     return Basis.of(selection, blocks)
 
 
@@ -199,8 +197,10 @@ def of_run(
     """
     folder.selection.require(trajectory.fingerprint)
 
-    def read(coefficients: Float[Tensor, "G n"]) -> Vector:
-        return combine(trajectory.steps, folder.read, {"v": coefficients}, folder.selection, device)["v"]
+    def read(coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "N D"]:
+        named = {str(position): rows for position, rows in enumerate(coefficients)}
+        found = combine(trajectory.steps, folder.read, named, folder.selection, device)
+        return torch.stack([found[name].values for name in named])
 
     return principal(trajectory, read, folder.selection, k, centred=centred)
 
