@@ -88,17 +88,15 @@ def by_hessian(loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> Commut
 def by_differences(loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> Commutator:
     """Commutator from symmetric gradient differences: for losses without a second derivative.
 
-    H v is taken as (g(theta + h v) - g(theta - h v)) / 2h, with the h that balances the two errors: h ||v|| is the cube
-    root of the dtype's epsilon, times 1 + ||theta||. Six gradients.
+    H v is taken as (g(theta + h v) - g(theta - h v)) / 2h. The best h ||v|| is the cube root of the epsilon times
+    the length over which the gradient changes by itself, ||g|| ||v|| / ||H v||, which a first, one-sided difference
+    finds. Eight gradients.
     """
     grad_a, grad_b = gradient(loss_a, theta), gradient(loss_b, theta)
-    reach = _eps(theta) ** (1 / 3) * (1.0 + _length(theta))
-    steps = [reach / _length(along).clamp_min(torch.finfo(torch.float64).tiny) for along in (grad_a, grad_b)]
-    b_along_a = _slope(loss_b, theta, grad_a, steps[0])
-    a_along_b = _slope(loss_a, theta, grad_b, steps[1])
+    b_along_a, spoilt_b = _slope(loss_b, theta, grad_b, grad_a)
+    a_along_b, spoilt_a = _slope(loss_a, theta, grad_a, grad_b)
     lengths = _ROUNDING * (_length(b_along_a) + _length(a_along_b))
-    spoilt = _length(grad_b) / steps[0] + _length(grad_a) / steps[1]
-    return Commutator(grad_a, grad_b, b_along_a, a_along_b, _eps(theta) * (lengths + spoilt))
+    return Commutator(grad_a, grad_b, b_along_a, a_along_b, _eps(theta) * lengths + spoilt_a + spoilt_b)
 
 
 def finite(
@@ -277,10 +275,24 @@ class _Field:
         return torch.zeros_like(along) if product is None else product.detach()
 
 
-def _slope(loss: Loss, theta: Tensor, along: Tensor, step: Tensor) -> Tensor:
-    """H v by symmetric differences of gradients."""
-    move = step.to(along.dtype) * along
-    return (gradient(loss, theta + move) - gradient(loss, theta - move)) / (2 * step.to(along.dtype))
+def _slope(loss: Loss, theta: Tensor, grad: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    """H v by symmetric differences of gradients, and how much of it may be rounding.
+
+    Args:
+        loss: Whose H.
+        theta: Where.
+        grad: Its gradient there.
+        along: v.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    length, reach, eps = _length(along).clamp_min(tiny), 1.0 + _length(theta), _eps(theta)
+    first = (eps**0.5 * reach / length).to(theta.dtype)
+    rough = _length(gradient(loss, theta + first * along) - grad) / first  # about ||H v||
+    own = _length(grad) * length / rough.clamp_min(tiny)
+    step = (eps ** (1 / 3) * torch.minimum(own, reach) / length).clamp_min(tiny)
+    move = step.to(theta.dtype) * along
+    difference = gradient(loss, theta + move) - gradient(loss, theta - move)
+    return difference / (2 * step).to(theta.dtype), eps * _length(grad) / step
 
 
 def _length(vector: Tensor) -> Tensor:
