@@ -183,10 +183,6 @@ class TrajectoryRecorder(Probe):
         """Materialise several directions in one pass over the rows, each as `direction` has it."""
         return self._basis.combine_all(coefficients).to(self._device)
 
-    def directions(self, coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "N D"]:
-        """Materialise several directions in one pass over the rows, each as `direction` does."""
-        return self._basis.combine_all(coefficients).to(self._device)
-
     # ------------------------------------------------------------------------------------------------ hooks
 
     @override

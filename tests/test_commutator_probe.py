@@ -220,7 +220,9 @@ def everything(**settings: Any) -> CommutatorProbe:
 def test_halves_of_the_training_batch_where_nobody_draws(tmp_path: Path) -> None:
     """With two micro-batches a step: measured once a step, and training does not notice, in float32 either."""
     bare = plain(tmp_path / "bare", [], accumulate_grad_batches=2)
-    probed = plain(tmp_path / "probed", [plain_recorder(), everything()], accumulate_grad_batches=2)
+    probe = everything()
+    probed = plain(tmp_path / "probed", [plain_recorder(), probe], accumulate_grad_batches=2)
+    assert probe.answered == 4
     assert same(bare.state_dict(), probed.state_dict())
     narrow = plain(tmp_path / "narrow", [everything(dtype="float32", size=2)], accumulate_grad_batches=2)
     assert same(bare.state_dict(), narrow.state_dict())
@@ -247,6 +249,18 @@ def test_a_gradient_that_vanishes_has_no_defect(tmp_path: Path) -> None:
     assert row["commutator/all/resolved"] == 0.0 and row["commutator/all/norm_a"] == 0.0
     for name in ("defect", "defect_eta", "c", "relative", "bracket", "on_singular", "gradient_cosine", "step_cosine"):
         assert f"commutator/all/{name}" not in row
+
+
+def test_a_compiled_model_is_measured_as_plain_operations(tmp_path: Path) -> None:
+    """A compiled graph has no second derivative, and training goes on with it as if nothing had happened."""
+    found = []
+    for name, callbacks in (("bare", []), ("probed", [everything(samples=1, optimizer_step=False)])):
+        module = tiny_gpt()
+        module.gpt.compile(backend="aot_eager")
+        quiet_trainer(tmp_path / name, callbacks, max_steps=3).fit(module, datamodule=tiny_stories())
+        found.append(module.state_dict())
+    assert same(*found)
+    assert metrics(tmp_path / "probed")[2]["commutator/all/resolved"] == 1.0
 
 
 def test_a_resumed_run_measures_the_same(tmp_path: Path) -> None:
