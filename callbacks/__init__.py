@@ -2,6 +2,7 @@
 
 from callbacks.anatomy import OptimizerAnatomy
 from callbacks.calibrated import CalibratedProbe, View
+from callbacks.commutator import CommutatorProbe
 from callbacks.cost import CostControl
 from callbacks.data_wait import DataWait
 from callbacks.divergence import StopOnDivergence
@@ -17,6 +18,7 @@ from callbacks.wandb_run import WandbSegments
 
 __all__ = [
     "CalibratedProbe",
+    "CommutatorProbe",
     "CostControl",
     "DataWait",
     "FisherProbe",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -57,6 +58,29 @@ class SamplesItsLabels(Protocol):
         Returns:
             Mean negative log-likelihood of the drawn labels, a scalar with a graph, and their number.
         """
+        ...
+
+
+@runtime_checkable
+class DrawsBatches(Protocol):
+    """A module or a data module that can draw batches like those of training, as many as are asked for."""
+
+    def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Any:
+        """Draw a batch, independent of all others and of those of training.
+
+        Args:
+            generator: The one source of randomness.
+            size: Samples in it; None for as many as a training batch has.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesSamples(Protocol):
+    """A batch that can be cut, where that takes more than an index into its tensors."""
+
+    def take_samples(self, index: Tensor) -> Any:
+        """Return the batch of these samples."""
         ...
 
 

@@ -10,6 +10,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from callbacks.measuring import TakesSamples
+
 
 def take_sample(batch: Any, index: int) -> Any:
     """Cut one sample out of a batch: every tensor whose first dimension is the batch size keeps one entry of it.
@@ -18,6 +20,19 @@ def take_sample(batch: Any, index: int) -> Any:
     """
     size = first_length(batch)
     return map_tensors(batch, lambda leaf: leaf[index : index + 1] if leaf.ndim and len(leaf) == size else leaf)
+
+
+def take_samples(batch: Any, index: Tensor) -> Any:
+    """Cut several samples out of a batch: by its own `take_samples`, if it has one, else as `take_sample` does.
+
+    Args:
+        batch: Left as it is.
+        index: Of the samples, on any device.
+    """
+    if isinstance(batch, TakesSamples):
+        return batch.take_samples(index)
+    size = first_length(batch)
+    return map_tensors(batch, lambda leaf: leaf[index.to(leaf.device)] if leaf.ndim and len(leaf) == size else leaf)
 
 
 def first_length(batch: Any) -> int:

@@ -47,7 +47,8 @@ def score(
 ) -> Scores:
     """Score targets against the logits features @ table^T.
 
-    On a GPU with Triton in the fused way, whose derivative has no derivative of its own; else as plain operations.
+    On a GPU with Triton in the fused way, whose derivative has no derivative of its own; else, and in float64,
+    which the kernel does not know, as plain operations.
 
     Args:
         features: What the head sees.
@@ -55,7 +56,7 @@ def score(
         targets: Token ids, -100 where nothing is asked.
         vocab_size: Number of rows of the table that are tokens; the others only pad it.
     """
-    if not features.is_cuda or score_in_place is None:
+    if not features.is_cuda or score_in_place is None or features.dtype == torch.float64:
         return score_logits(F.linear(features, table), targets, vocab_size)
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")

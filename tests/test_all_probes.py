@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from callbacks import (
     CalibratedProbe,
+    CommutatorProbe,
     CostControl,
     DataWait,
     FisherProbe,
@@ -44,8 +45,11 @@ class Own(CalibratedProbe):
         self.memory["gradient"] = seen.gradient
 
 
-def every_probe() -> list[Callback]:
+def every_probe(whole_weights: bool = True) -> list[Callback]:
+    """All of them; some need all of the weights on each rank."""
+    whole = CommutatorProbe(Schedule(every=4), samples=2, size=2, optimizer_step=True)
     return [
+        *([whole] if whole_weights else []),
         *probes(every=2),
         SwitchingProbe(prominence=0.0),
         StreamingFisher(Schedule(every=1)),
@@ -84,7 +88,18 @@ def test_all_probes_together_leave_training_alone(tmp_path: Path, accumulate: in
     assert same(bare, probed)
     assert torch.equal(bare_rng, probed_rng)
     families = {name.split("/")[0] for row in metrics(tmp_path / "probed").values() for name in row}
-    assert families >= {"backbone", "alignment", "fisher", "anatomy", "overhead", "own", "probe", "val", "train"}
+    assert families >= {
+        "backbone",
+        "alignment",
+        "fisher",
+        "anatomy",
+        "overhead",
+        "own",
+        "probe",
+        "val",
+        "train",
+        "commutator",
+    }
 
 
 def test_a_loss_scaler_changes_neither_training_nor_what_is_measured(tmp_path: Path) -> None:
@@ -104,7 +119,7 @@ def test_a_loss_scaler_changes_neither_training_nor_what_is_measured(tmp_path: P
 
 def train_ranks(folder: Path, kind: str, watched: bool) -> None:
     """Five steps of two micro-batches on two ranks (or one, with twice the batch), in float64, with every probe."""
-    callbacks = every_probe() if watched else []
+    callbacks = every_probe(whole_weights=kind != "fsdp") if watched else []
     settings: dict[str, Any] = {"precision": "64-true"}
     module = tiny_gpt()
     if kind == "ddp":
@@ -152,7 +167,7 @@ def test_all_probes_on_two_ranks(two_ranks: Path, kind: str) -> None:
     # On weights that ranks share, each rank samples coordinates of its own for these.
     sampled = ("coherence", "snr", "preconditioner", "update_size", "momentum_variance", "amplification")
     drawn = ("_null", "_null_sd", "_excess")  # each rank draws for the coordinates that it holds
-    families = ("backbone/", "alignment/", "anatomy/", "switching/", "fisher/trunk/streaming/", "own/")
+    families = ("backbone/", "alignment/", "anatomy/", "switching/", "fisher/trunk/streaming/", "own/", "commutator/")
     compared = 0
     for step, row in ranks.items():
         for name, value in row.items():

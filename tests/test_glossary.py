@@ -33,6 +33,7 @@ from rich.console import Console
 from torch.optim import SGD, Adagrad, Optimizer
 
 from callbacks import (
+    CommutatorProbe,
     CostControl,
     DataWait,
     FisherProbe,
@@ -60,6 +61,7 @@ GEOMETRY = (
     "OptimizerAnatomy",
     "SwitchingProbe",
     "ReheatProbe",
+    "CommutatorProbe",
 )
 
 
@@ -81,6 +83,7 @@ def every_probe() -> list[Callback]:
         SwitchingProbe("score", prominence=0.05, reach=1),
         StreamingFisher(Schedule(every=1)),
         OptimizerAnatomy(Schedule(every=1), counterfactual_beta2=[0.5], split=True),
+        CommutatorProbe(Schedule(every=STEPS // 2), samples=1, size=2, optimizer_step=True),
         CostControl(max_overhead=1000.0, warmup=1),  # a budget that thins nothing, whatever the clock says
         DataWait(warmup=1),
     ]

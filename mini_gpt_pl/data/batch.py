@@ -41,6 +41,11 @@ class Batch(NamedTuple):
         """Count and pack the targets of a batch that is an optimizer batch of its own."""
         return cls(tokens, targets, probe_mask, *count_targets(targets, probe_mask), *pack(targets))
 
+    def take_samples(self, index: Int[Tensor, " n"]) -> Batch:
+        """The batch of some of its sequences, counted and packed anew."""
+        index = index.to(self.tokens.device)
+        return Batch.of(self.tokens[index], self.targets[index], self.probe_mask[index])
+
     @property
     def packing(self) -> Packing:
         """The positions that have to be computed."""

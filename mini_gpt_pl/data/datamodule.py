@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from mini_gpt_pl.data.batch import Batch
+from mini_gpt_pl.data.batch import Batch, collate
 from mini_gpt_pl.data.corpus import CorpusConfig, Split, TokenizedStories, load_texts, require_rows, tokenize
 from mini_gpt_pl.data.evaluation import FixedExamples
 from mini_gpt_pl.data.probe import Probe, ProbeConfig, Stream, choose_codewords, sample_rng
@@ -141,6 +141,18 @@ class ProbedStories(LightningDataModule):
         if self.start is not None:
             self._stream.load_state_dict(self.start)
         return self._stream
+
+    def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Batch:
+        """Draw training stories with replacement, their crops, codewords and gaps drawn too; needs `setup("fit")`.
+
+        Args:
+            generator: The one source of randomness.
+            size: Stories; None for `batch_size`.
+        """
+        if self._train is None:
+            raise RuntimeError("call setup('fit') before draw_batch()")
+        drawn = generator.integers(len(self._train), size=size or self.batch_size)
+        return collate([self.probe.training_example(self._train[int(index)], generator) for index in drawn])
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop the training stream's workers."""
