@@ -60,8 +60,9 @@ class Stopwatch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._begun is not None, "the run ended before the clock started"
         steps, seconds = trainer.global_step - self._begun[0], _now() - self._begun[1] - self._paused
-        file = Path(trainer.default_root_dir) / STOPWATCH_FILE
-        file.write_text(json.dumps({"steps": steps, "seconds": seconds, "ms_per_step": 1e3 * seconds / steps}))
+        found = {"steps": steps, "seconds": seconds, "ms_per_step": 1e3 * seconds / steps}
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / STOPWATCH_FILE).write_text(json.dumps(found))
 
 
 def _now() -> float:
