@@ -482,6 +482,6 @@ def main(args: Sequence[str]) -> None:
         UserError: Something in it, or in a file that it names, is not as it should be.
     """
     _quiet()
-    args = with_run_config(args)
-    sys.argv = sys.argv[:1]  # Lightning warns when arguments come both ways
-    run_cli(args)
+    # The command line stays in sys.argv, from which a strategy starts the other ranks.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    run_cli(with_run_config(args))

@@ -21,8 +21,8 @@ from mini_gpt_pl.geometry import pca
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 
-# Values of a group combined at a time.
-_CHUNK = 1 << 22
+# Values of a group combined at a time: few enough for a CPU's cache, enough to keep a GPU busy.
+_CPU_VALUES, _GPU_VALUES = 1 << 14, 1 << 24
 # Eigenvalues below this share of the largest are rounding.
 _RANK = 1e-12
 
@@ -71,8 +71,9 @@ class LeadingDirections:
             self._mix(span, mix.float().to(self.values.device), weights.values, self.theta0.values)
 
     def _mix(self, span: slice, mix: Float[Tensor, "K K1"], weights: Tensor, theta0: Tensor) -> None:
-        for lo in range(span.start, span.stop, _CHUNK):
-            part = slice(lo, min(lo + _CHUNK, span.stop))
+        step = _CPU_VALUES if theta0.device.type == "cpu" else _GPU_VALUES
+        for lo in range(span.start, span.stop, step):
+            part = slice(lo, min(lo + step, span.stop))
             drift = weights[part].float() - theta0[part]
             self.values[:, part] = mix[:, :-1] @ self.values[:, part] + mix[:, -1:] * drift
 
