@@ -20,7 +20,7 @@ OperationName = Literal["add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy"]
 class Examples(NamedTuple):
     """Token sequences and their classes; as a batch, or as a whole set.
 
-    Args:
+    Attributes:
         tokens: Token ids.
         labels: Class of each sequence.
     """
