@@ -267,7 +267,8 @@ def markdown() -> str:
 
 def _logged_by(family: Mapping[str, Any]) -> str:
     module, _, name = family["source"].rpartition(".")
-    page = "callbacks" if module.startswith("callbacks") else "model"
+    pages = {"callbacks": "callbacks", "mini_gpt_pl.grokking": "grokking"}
+    page = next((page for package, page in pages.items() if module.startswith(package)), "model")
     source = f"[`{name}`](reference/{page}.md#{family['source']})"
     return f"Logged by {source} {family['when']}. Cost: {family['cost']}."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -56,14 +56,17 @@ class Outcome:
     Args:
         state: `finished`, or `diverged` when its loss was no longer finite.
         step: Optimizer steps taken.
+        milestones: Step of each milestone that the run watched for, None for one that it did not reach.
     """
 
     state: Literal["finished", "diverged"]
     step: int
+    milestones: dict[str, int | None] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Record it in a run folder."""
-        (folder / OUTCOME).write_text(json.dumps(asdict(self)) + "\n")
+        told = {name: value for name, value in asdict(self).items() if value != {}}
+        (folder / OUTCOME).write_text(json.dumps(told) + "\n")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class Run:
         if found is not None and "parent" in found:
             found["parent"] = str((self.path / found["parent"]).resolve())
         return found
+
+    @property
+    def task(self) -> str:
+        """What was trained; a configuration that does not say is one of stories."""
+        return str(self.settings.get("task", "stories"))
 
     @property
     def is_reheated(self) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,17 +29,17 @@ from typing_extensions import override
 from callbacks.divergence import StopOnDivergence
 from callbacks.progress import LiveNumbers
 from callbacks.wandb_run import WandbSegments
-from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.logs import MetricsCSV, resume_tables
-from mini_gpt_pl.module import ADAMW, ProbedGPT, read_checkpoint
+from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs import CHECKPOINTS, CONFIG, METRICS, OUTCOME, PRODUCTS, Outcome, Run
+from mini_gpt_pl.tasks import TASKS, TaskName, task_named
 from mini_gpt_pl.trainer import GeometryTrainer
 
 # What a run's configuration gives to a later command on one of its checkpoints.
-_SHARED = ("seed_everything", "trainer", "model", "data")
+_SHARED = ("task", "seed_everything", "trainer", "model", "data")
 _TRAINING = ("fit", "reheat")
 # What belongs to the command that began a run, not to the one that goes on with it.
 _OF_ONE_COMMAND = ("run_dir", "overwrite", "resume")
@@ -78,9 +78,17 @@ class RunConfig(SaveConfigCallback):
 class ProbedCLI(LightningCLI):
     """LightningCLI with a run folder, one CSV for every run, `reheat`, and errors of one line.
 
+    Args:
+        task: Name of what is trained.
+        settings: Of `LightningCLI`, but for the classes of model and data.
+
     Raises:
         UserError: For anything on the command line, or in a file that it names, that is not as it should be.
     """
+
+    def __init__(self, task: TaskName, **settings: Any) -> None:
+        self.task = task
+        super().__init__(TASKS[task].model_class, TASKS[task].data_class, **settings)
 
     checkpoint: dict[str, Any] | None = None
     """Counters and callback states of `--ckpt_path`, without its weights."""
@@ -99,17 +107,23 @@ class ProbedCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder for everything the run writes.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace a run that run_dir already holds.")
+        parser.add_argument("--task", type=TaskName, default=self.task, help="What is trained, on which data.")
+        task = TASKS[self.task]
         # The module's own default is a function, which a kept configuration could not name.
-        parser.set_defaults({"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": dict(ADAMW)}})
-        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
-        parser.link_arguments("data.context", "model.context", apply_on="instantiate")
+        parser.set_defaults({"model.optimizer": task.optimizer})
+        for name in task.from_data:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        for option in task.from_seed:
+            parser.link_arguments("seed_everything", option, compute_fn=_fixed_seed)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command = next((arg for arg in args if arg in self.subcommands()), None)
+        if command in TASKS[self.task].without:
+            raise UserError(f"{command} is for stories, and this is the task {self.task}: it has no {command}")
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            command = next((arg for arg in args if arg in self.subcommands()), None)
             known = self._subcommand_parsers[command]._option_string_actions if command else ()
             raise UserError(_one_line_usage(str(error), command, list(known))) from None
 
@@ -199,11 +213,13 @@ class ProbedCLI(LightningCLI):
         stopped = next(c for c in self.trainer.callbacks if isinstance(c, StopOnDivergence))  # type: ignore[attr-defined]
         diverged = stopped.step is not None
         if not self.trainer.interrupted:
-            Outcome("diverged" if diverged else "finished", self.trainer.global_step).write(run.path)
+            state: Literal["finished", "diverged"] = "diverged" if diverged else "finished"
+            Outcome(state, self.trainer.global_step, _milestones(self.trainer)).write(run.path)
         figures = draw_all(run)
         console = table_console()
         print_summary(run, console)
         _print_reheat(run, console)
+        _print_milestones(run, console)
         _print_time(self.trainer, console)
         _print_products(run, figures, console)
         if diverged:
@@ -220,6 +236,12 @@ class ProbedCLI(LightningCLI):
         text = self.trainer.predict(**kwargs)
         if self.trainer.is_global_zero:
             print(text)
+
+
+def _fixed_seed(seed: bool | int) -> int:
+    if isinstance(seed, bool):
+        raise UserError("--seed_everything: this task needs a number, which its split, batches and weights come from")
+    return seed
 
 
 # ------------------------------------------------------------------------------------------------ run folders
@@ -324,6 +346,25 @@ def _print_reheat(run: Run, console: Console) -> None:
         )
 
 
+def _milestones(trainer: Trainer) -> dict[str, int | None]:
+    """What the callbacks watched for, by name, and the step at which it came."""
+    found: dict[str, int | None] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        found |= getattr(callback, "milestones", {})
+    return found
+
+
+def _print_milestones(run: Run, console: Console) -> None:
+    outcome = run.outcome
+    if outcome is None or not outcome.milestones:
+        return
+    steps = [f"{name} {step}" for name, step in outcome.milestones.items() if step is not None]
+    missed = [name for name, step in outcome.milestones.items() if step is None]
+    told = [f"reached: {', '.join(steps)}"] if steps else []
+    told += [f"not within {outcome.step} steps: {', '.join(missed)}"] if missed else []
+    console.print(f"milestones {'; '.join(told)}", highlight=False)
+
+
 def _print_time(trainer: Trainer, console: Console) -> None:
     timer = next(c for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
     console.print(
@@ -393,6 +434,7 @@ def _one_line_usage(message: str, command: str | None, known: list[str]) -> str:
     for pattern, plain in (
         (r"Type typing\.Callable\[.*\] expects a function or a callable class: ", ""),
         (r"\.* Got value: Namespace\(.*", ""),
+        (r"Call to compute_fn of link .* failed: ", ""),
         (r"(\w+ a )?typing\.Literal\[(.*?)\]", r"expected one of \2"),
         (r"Expected a <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1"),
         (r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1"),
@@ -418,8 +460,7 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
     raises = {"exit_on_error": False}
     try:
         return ProbedCLI(
-            ProbedGPT,
-            ProbedStories,
+            task_named(args),
             save_config_callback=RunConfig,
             trainer_class=GeometryTrainer,
             trainer_defaults={

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import one_line_error
 from helpers import (
     DECAY,
@@ -30,6 +31,7 @@ from helpers import (
 )
 from lightning.pytorch import Callback
 from rich.console import Console
+from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer
 
 from callbacks import (
@@ -46,6 +48,11 @@ from callbacks import (
 from callbacks.fixed_gradients import Kind
 from mini_gpt_pl import glossary
 from mini_gpt_pl.glossary import Metric
+from mini_gpt_pl.grokking.data import ModularArithmetic
+from mini_gpt_pl.grokking.encoder import EncoderSize
+from mini_gpt_pl.grokking.milestones import Evaluation
+from mini_gpt_pl.grokking.module import ResidueClassifier
+from mini_gpt_pl.grokking.operations import Examples
 from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.runs import Run
 
@@ -131,6 +138,24 @@ def reheated(probed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def generalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs, and a module that knows all answers from its second evaluation on."""
+    folder = tmp_path_factory.mktemp("generalised")
+    evaluation = Evaluation(Schedule(every=1))
+    trainer = quiet_trainer(folder, [evaluation], max_steps=4)
+    trainer.fit(Knowing(EncoderSize(1, 2, 8, 16), 11, 11), datamodule=ModularArithmetic(modulus=11, batch_size=8))
+    return folder
+
+
+class Knowing(ResidueClassifier):
+    """It answers everything right from step 2 on."""
+
+    def score(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        loss, accuracy = super().score(examples)
+        return loss, accuracy if self.trainer.global_step < 2 else torch.ones(())
+
+
 def names(folder: Path) -> set[str]:
     return {name for row in metrics(folder).values() for name in row}
 
@@ -138,8 +163,10 @@ def names(folder: Path) -> set[str]:
 # ------------------------------------------------------------------------------------------- names and entries
 
 
-def test_every_logged_name_has_an_entry_and_every_entry_a_logged_name(probed: Path, reheated: Path) -> None:
-    logged = names(probed) | names(reheated)
+def test_every_logged_name_has_an_entry_and_every_entry_a_logged_name(
+    probed: Path, reheated: Path, generalised: Path
+) -> None:
+    logged = names(probed) | names(reheated) | names(generalised)
     assert len(logged) > 300
     found = {name: glossary.find(name) for name in logged}
     assert [name for name, metric in found.items() if metric is None] == []
@@ -149,10 +176,10 @@ def test_every_logged_name_has_an_entry_and_every_entry_a_logged_name(probed: Pa
     assert [metric.name for metric in glossary.metrics() if metric.name not in used] == []
 
 
-def test_every_choice_of_a_placeholder_is_logged(probed: Path, reheated: Path) -> None:
+def test_every_choice_of_a_placeholder_is_logged(probed: Path, reheated: Path, generalised: Path) -> None:
     """`quantity: pc1|k95` must not promise a null that nobody logs."""
     seen: dict[str, set[tuple[str, str]]] = {}
-    for name in names(probed) | names(reheated):
+    for name in names(probed) | names(reheated) | names(generalised):
         metric = glossary.find(name)
         assert metric is not None
         seen.setdefault(metric.name, set()).update((metric.match(name) or {}).items())

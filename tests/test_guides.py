@@ -17,6 +17,7 @@ import ast
 import contextlib
 import importlib.util
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -35,9 +36,8 @@ from matplotlib.image import imread
 
 import cli
 from mini_gpt_pl import trainer_cli
-from mini_gpt_pl.data.datamodule import ProbedStories
-from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.report import concept_figures
+from mini_gpt_pl.tasks import TASKS, TaskName, task_named
 from mini_gpt_pl.trainer import GeometryTrainer
 
 ROOT = Path(cli.__file__).resolve().parent
@@ -127,7 +127,7 @@ class _Parsed(Exception):
 
 
 @cache
-def parser() -> ArgumentParser:
+def parser(task: TaskName = "stories") -> ArgumentParser:
     """The parser of the commands that train or evaluate."""
 
     class Stopped(trainer_cli.ProbedCLI):
@@ -136,8 +136,7 @@ def parser() -> ArgumentParser:
 
     with pytest.raises(_Parsed) as caught:
         Stopped(
-            ProbedGPT,
-            ProbedStories,
+            task,
             save_config_callback=trainer_cli.RunConfig,
             trainer_class=GeometryTrainer,
             auto_configure_optimizers=False,
@@ -188,7 +187,7 @@ def _parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         _parse_plain(cli.main, ["cli.py", *args], monkeypatch)
         return
     assert args[0] in _TRAINER, f"no command {args[0]}"
-    parser().parse_args(args)
+    parser(task_named(args)).parse_args(args)
     raise _Parsed
 
 
@@ -211,8 +210,8 @@ def _parse_plain(main: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
 def options() -> frozenset[str]:
     """Every option of every command."""
     found: set[str] = set()
-    for name in _TRAINER:
-        found |= set(parser()._subcommands_action._name_parser_map[name]._option_string_actions)  # type: ignore[union-attr]
+    for task, name in itertools.product(TASKS, _TRAINER):
+        found |= set(parser(task)._subcommands_action._name_parser_map[name]._option_string_actions)  # type: ignore[union-attr]
     for file in [*(ROOT / "mini_gpt_pl").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         found |= set(re.findall(r"add(?:_argument)?\(\s*\"(--\w+)\"", file.read_text()))
     return frozenset(found)

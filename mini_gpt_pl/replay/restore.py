@@ -37,6 +37,8 @@ def restore(run: Run, overrides: Sequence[str] = ()) -> tuple[ProbedGPT, ProbedS
         raise UserError(
             f"{run.path / CONFIG} configures no {' and no '.join(missing)}: it is of no run of this project"
         )
+    if run.task != "stories":
+        raise UserError(f"{run.path} is a run of the task {run.task}: replay reads runs of stories")
     parser = _parser()
     # Nothing is trained here, so that an optimizer which is not installed, or was only a default, does no harm.
     model = {option: value for option, value in run.config["model"].items() if option != "optimizer"}

@@ -1,0 +1,69 @@
+"""Three seeds of `configs/grokking/smoke.yaml`, trained to the end, once for all that is asked of such runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from mini_gpt_pl import trainer_cli
+from mini_gpt_pl.runs import Outcome, Run
+
+CONFIG = Path(cli.__file__).resolve().parent / "configs" / "grokking" / "smoke.yaml"
+SEEDS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def grokked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
+    """A run folder for each seed: evaluations and attention snapshots every 100 steps, checkpoints every 500."""
+    root = tmp_path_factory.mktemp("grokked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_cli, "draw_all", lambda run: [])
+        for seed in SEEDS:
+            cli.run(f"fit -c {CONFIG} --seed_everything {seed} --run_dir {root}/{seed} --trainer.accelerator cpu")
+    return {seed: Run(root / str(seed)) for seed in SEEDS}
+
+
+def outcome(run: Run) -> Outcome:
+    found = run.outcome
+    assert found is not None
+    return found
+
+
+def milestone(run: Run, name: str) -> int:
+    step = outcome(run).milestones[name]
+    assert step is not None, name
+    return step
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_it_memorises_first_and_generalises_late(grokked: dict[int, Run], seed: int) -> None:
+    run = grokked[seed]
+    assert milestone(run, "train_99") <= 600
+    assert 1000 <= milestone(run, "test_90") <= 2500
+    accuracy = run.series("eval/test_accuracy")
+    assert accuracy[milestone(run, "train_99")] < 0.05  # a plateau lies between
+    assert milestone(run, "test_50") - milestone(run, "train_99") >= 500
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_it_ends_a_while_behind_its_grok_step(grokked: dict[int, Run], seed: int) -> None:
+    run = grokked[seed]
+    assert outcome(run).step == milestone(run, "test_98_thrice") + 200
+    order = [milestone(run, name) for name in ("test_50", "test_90", "test_95", "test_98", "test_98_thrice")]
+    assert order == sorted(order) and order[-1] >= order[-2] + 200
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_its_path_is_recorded_matrix_by_matrix(grokked: dict[int, Run], seed: int) -> None:
+    run = grokked[seed]
+    assert run.trajectory.groups == tuple(f"blocks.0.attn.w_{m}" for m in "qkvo")
+    assert run.trajectory.steps == list(range(0, outcome(run).step + 1, 100))
+    assert run.trajectory.survival[-1] == pytest.approx((1 - 3e-3) ** outcome(run).step, rel=1e-9)
+
+
+def test_seeds_share_neither_weights_nor_split(grokked: dict[int, Run]) -> None:
+    grams = [run.trajectory.grams[:, 0, 0] for run in grokked.values()]
+    assert not torch.equal(grams[0], grams[1]) and not torch.equal(grams[1], grams[2])
