@@ -35,10 +35,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from mini_gpt_pl.geometry.rows import IncrementRows
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.sketch import SketchedRows, cosine_error
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.trajectory import IncrementRows
 from mini_gpt_pl.gpt import GPT, TRUNK_PATTERN, GPTSize
 
 VOCABULARY, CONTEXT = 50304, 2048
@@ -224,7 +224,7 @@ def _shared(rank: int, store: str, width: int, layers: int, sketch: int, file: P
     small = torch.zeros(layers * 52, dtype=torch.float64)
     latency = seconds_of(lambda: reduce(small), torch.device("cpu"), rounds=50)
     found = {
-        "row_bytes": rows.rows[-1].nbytes,
+        "row_bytes": rows.increment(weights).values.nbytes,
         "whole_bytes": _BYTES * selection.dim,
         "sketched_bytes": sketched.bytes(3) - sketched.sketch.table_bytes,
         "predicted_sketched_bytes": sketch_bytes(selection.local_dim, layers, sketch, 3)["memory"],

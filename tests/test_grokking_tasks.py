@@ -11,8 +11,9 @@ from conftest import one_line_error
 from hypothesis import given
 from hypothesis import strategies as st
 
+from callbacks.measuring import DrawsBatches
 from mini_gpt_pl.grokking.data import MarkerSums, ModularArithmetic, ResidueData
-from mini_gpt_pl.grokking.draws import BLOCK, Purpose, generator
+from mini_gpt_pl.grokking.draws import BLOCK, generator
 from mini_gpt_pl.grokking.markers import MarkerTask
 from mini_gpt_pl.grokking.operations import OPERATIONS, OperationName, all_pairs, split_pairs
 
@@ -111,8 +112,22 @@ def test_a_batch_is_a_function_of_seed_and_step(make: object) -> None:
         assert all(map(torch.equal, again.batch(step), forwards[step]))
     for a, b in itertools.combinations(steps, 2):
         assert not torch.equal(forwards[a].tokens, forwards[b].tokens)
-    other = data.batches(Purpose.PROBE)
-    assert not torch.equal(other.batch(0).tokens, forwards[0].tokens)
+
+
+@pytest.mark.parametrize("make", [small, lambda: MarkerSums(batch_size=4, eval_examples=4)], ids=["pairs", "markers"])
+def test_a_probe_draws_batches_of_its_own_like_those_of_training(make: object) -> None:
+    data = make()  # type: ignore[operator]
+    assert isinstance(data, ResidueData) and isinstance(data, DrawsBatches)
+    data.setup()
+    stream = data.batches()
+    drawn = [data.draw_batch(np.random.Generator(np.random.Philox(key=key))) for key in (1, 1, 2)]
+    assert all(map(torch.equal, drawn[0], drawn[1])) and not torch.equal(drawn[0].tokens, drawn[2].tokens)
+    assert drawn[0].tokens.shape == stream.batch(0).tokens.shape
+    assert len(data.draw_batch(np.random.Generator(np.random.Philox(key=1)), 3).labels) == 3
+    if isinstance(data, ModularArithmetic):
+        train = {tuple(pair) for pair in data.sets["train"].tokens.tolist()}
+        assert {tuple(pair) for pair in drawn[0].tokens.tolist()} <= train
+    assert all(map(torch.equal, data.batches().batch(0), stream.batch(0)))
 
 
 def test_pairs_are_drawn_uniformly_with_replacement_from_the_training_pairs() -> None:

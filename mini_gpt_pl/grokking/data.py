@@ -43,10 +43,16 @@ class ResidueData(LightningDataModule, ABC):
         """Make the whole sets on the host."""
 
     @abstractmethod
-    def batches(self, purpose: Purpose = Purpose.TRAIN) -> BatchStream:
-        """Batches without end, on the device, those of each purpose independent of the others'. Needs `setup`.
+    def batches(self) -> BatchStream:
+        """The training batches without end, on the device. Needs `setup`."""
 
-        A probe that wants batches like those of training, and not the same ones, takes those of `Purpose.PROBE`.
+    @abstractmethod
+    def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Examples:
+        """Draw a batch like those of training, and independent of them, for whatever measures. Needs `setup`.
+
+        Args:
+            generator: The one source of randomness.
+            size: Examples in it; None for as many as a training batch has.
         """
 
     @override
@@ -152,17 +158,24 @@ class ModularArithmetic(ResidueData):
         }
 
     @override
-    def batches(self, purpose: Purpose = Purpose.TRAIN) -> BatchStream:
+    def batches(self) -> BatchStream:
         train = self.sets["train"]
         size, count = len(train.labels), self.batch_size
 
         def block(number: int) -> Examples:
             if count is None:
                 return Examples(train.tokens.expand(BLOCK, -1, -1), train.labels.expand(BLOCK, -1))
-            drawn = to_device(with_replacement(size, count, self.seed, purpose, number), self.device)
+            drawn = to_device(with_replacement(size, count, self.seed, Purpose.TRAIN, number), self.device)
             return Examples(train.tokens[drawn], train.labels[drawn])
 
         return BatchStream(block, {"pairs": size, "batch_size": count or size, "seed": self.seed})
+
+    @override
+    def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Examples:
+        train = self.sets["train"]
+        pairs = len(train.labels)
+        drawn = to_device(torch.from_numpy(generator.integers(0, pairs, size or self.batch_size or pairs)), self.device)
+        return Examples(train.tokens[drawn], train.labels[drawn])
 
 
 class MarkerSums(ResidueData):
@@ -209,14 +222,19 @@ class MarkerSums(ResidueData):
         }
 
     @override
-    def batches(self, purpose: Purpose = Purpose.TRAIN) -> BatchStream:
+    def batches(self) -> BatchStream:
         def block(number: int) -> Examples:
             steps = range(number * BLOCK, (number + 1) * BLOCK)
-            made = [self.task.batch(self.batch_size, step, generator(self.seed, purpose, step)) for step in steps]
+            made = [self.task.batch(self.batch_size, step, generator(self.seed, Purpose.TRAIN, step)) for step in steps]
             tokens, labels = zip(*made, strict=True)
             return self._moved(_examples(np.stack(tokens), np.stack(labels)))
 
         return BatchStream(block, {"batch_size": self.batch_size, "seed": self.seed})
+
+    @override
+    def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Examples:
+        step = 0 if self.trainer is None else self.trainer.global_step
+        return self._moved(_examples(*self.task.batch(size or self.batch_size, step, generator)))
 
 
 def _examples(tokens: np.ndarray, labels: np.ndarray) -> Examples:

@@ -22,8 +22,6 @@ class Purpose(IntEnum):
     SPLIT = 0
     TRAIN = 1
     EVALUATION = 2
-    PROBE = 3
-    """For whatever measures: its batches are not those of training."""
 
 
 def generator(seed: int, purpose: int, index: int) -> np.random.Generator:
