@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the files' increments")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor cores to use")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only_training", action="store_true", help="leave out what reads a finished run's files")
     parser.add_argument("--svd", action="store_true", help="NumPy's decomposition of one block too")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--job", choices=("read", "pca"), help=argparse.SUPPRESS)
@@ -282,13 +283,11 @@ def main() -> None:
     if needed > 0.9 * free:
         parser.error(f"{needed / 1e9:.1f} GB of snapshots do not fit on {options.folder}: choose another --folder")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = measure(options, selection, SnapshotFolder(Path(folder), selection))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        measure(options, selection, SnapshotFolder(Path(folder), selection))
 
 
 def measure(options: argparse.Namespace, selection: ParameterSelection, files: SnapshotFolder) -> dict[str, Any]:
-    """Collect and print every part's result."""
+    """Collect, print and write every part's result as soon as it is known."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -301,15 +300,17 @@ def measure(options: argparse.Namespace, selection: ParameterSelection, files: S
     def tell(name: str, found: Any) -> None:
         result[name] = found
         print(f"{name}: {json.dumps(found, default=float)}", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
 
     make(files, options.snapshots, getattr(torch, options.dtype))
-    tell("from_files", from_disk(files.path, options.threads, options.repeats))
-    trajectory = rebuild(files.path)
-    trajectory.save(files.root / "trajectory.safetensors")
-    load = lambda: components(Trajectory.load(files.root / "trajectory.safetensors"))  # noqa: E731
-    tell("from_gram_file_ms", 1e3 * clock(load, torch.device("cpu"), options.repeats))
-    if options.svd:
-        tell("svd_of_one_block", svd_of_one_block(files, range(options.snapshots)))
+    if not options.only_training:
+        tell("from_files", from_disk(files.path, options.threads, options.repeats))
+        rebuild(files.path).save(files.root / "trajectory.safetensors")
+        load = lambda: components(Trajectory.load(files.root / "trajectory.safetensors"))  # noqa: E731
+        tell("from_gram_file_ms", 1e3 * clock(load, torch.device("cpu"), options.repeats))
+        if options.svd:
+            tell("svd_of_one_block", svd_of_one_block(files, range(options.snapshots)))
     tell("gram_row", gram_row(selection, options.snapshots - 1, device, options.repeats))
     for place in get_args(rows.Place):
         takes = rows.memory_of(place, options.snapshots, selection.dim)._asdict()
