@@ -1,0 +1,187 @@
+"""The tables of docs/speed.md, from the committed results: what the page says is what was measured.
+
+    python -m benchmarks.page            # puts the tables of all results into the page
+    python -m benchmarks.page --check    # says whether they are there
+
+A table stands between two comments that name its result, as `<!-- throughput_h100 -->` and `<!-- /throughput_h100 -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+
+Found = Mapping[str, Any]
+Rows = Iterable[Sequence[str]]
+
+_ARMS = {
+    "transformers": "Hugging Face's GPT-2 of the same shape, compiled, plain loop",
+    "plain": "this model as plain operations on every position, compiled, plain loop (nanoGPT's tricks)",
+    "packed": "this model as it trains, plain loop",
+    "lightning": "the same under Lightning, data and logging included, no probe",
+    "probes": "the same with the `standard` probes live",
+}
+
+
+def table(head: Sequence[str], rows: Rows) -> str:
+    """Lay out a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def throughput(found: Found) -> str:
+    """Milliseconds a step, tokens a second, and our speed with probes over each arm's."""
+    ms, speed, over = found["ms_per_step"], found["tokens_per_second"], found["probes_over"]
+    rows = [
+        [_ARMS[arm], f"{ms[arm]:.2f}", f"{round(speed[arm], -3):,.0f}", f"{over[arm]:.2f}" if arm in over else ""]
+        for arm in ms
+    ]
+    caption = f"{found['share_computed']:.0%} of {found['positions_per_step']:,} positions are computed.".replace(
+        "%", " %"
+    )
+    return table(["arm", "ms a step", "tokens/s", "probes over it"], rows) + "\n\n" + caption
+
+
+def overhead(found: Found) -> str:
+    """What each preset adds, and each probe in it by its own clock."""
+    presets = list(found["over_none"])
+    probes = dict.fromkeys(name for preset in presets for name in found["shares"][preset])
+    apart = ("fraction", "data_wait", "stretch")
+    rows = [["whole run against the run without", *(f"{found['over_none'][preset]:+.1%}" for preset in presets)]]
+    for probe in probes:
+        if probe not in apart:
+            shares = (found["shares"][preset].get(probe) for preset in presets)
+            rows.append([f"`{probe}`", *("" if share is None else f"{share:.2%}" for share in shares)])
+    steps = ["ms a step", *(f"{found['ms_per_step'][preset]:.2f}" for preset in presets)]
+    none = f"Without probes: {found['ms_per_step']['none']:.2f} ms a step."
+    return table(["", *(f"`{preset}`" for preset in presets)], [*rows, steps]) + "\n\n" + none
+
+
+def fisher(found: Found) -> str:
+    """Time of each arm, and over that of the bare passes."""
+    rows = [[name, f"{ms:,.0f}", f"{found['over_passes'][name]:.3f}"] for name, ms in found["ms"].items()]
+    differences = found["difference_from_curvlinops"].values()
+    worst = max((value for by_precision in differences for value in by_precision.values()), default=None)
+    caption = "" if worst is None else f"\n\nQuotients differ from those of curvlinops by {worst:.1e} at most."
+    return table([f"arm, M = {found['passes']}", "ms", "over the passes"], rows) + caption
+
+
+def evaluation(found: Found) -> str:
+    """Time of a whole evaluation, of its parts, and of the bare forward passes."""
+    rows = [[name, f"{ms:,.0f}"] for name, ms in found["ms"].items()]
+    caption = f"{found['examples']:,} examples; Lightning's share is {found['lightning_share']:.1%}."
+    return table(["", "ms"], rows) + "\n\n" + caption
+
+
+def data(found: Found) -> str:
+    """Rates of tokenizing and of batches."""
+    tokens, positions = found["tokens_per_second"], found["positions_per_second"]
+    threads, consumed = tokens["threads"], found["consumed"]
+    rows = [
+        [f"tokenizing: {name}", f"{rate / 1e6:.2f} M tokens/s", f"{rate / threads:.2f} of tiktoken's threads"]
+        for name, rate in tokens.items()
+    ]
+    rows += [
+        [f"batches: {name}", f"{rate / 1e6:.2f} M positions/s", f"{rate / consumed:.1f} of what training takes"]
+        for name, rate in positions.items()
+    ]
+    wait = "" if found["data_wait"] is None else f" Waiting for data: {found['data_wait']:.2%} of training time."
+    return table(["", "rate", "beside"], rows) + f"\n\n{found['cores']} cores.{wait}"
+
+
+def startup(found: Found) -> str:
+    """Seconds of each part of a start."""
+    arms = [name for name in ("first_run", "cached", "with_compile") if name in found]
+    rows = [[part, *(f"{found[arm][part]:.1f}" for arm in arms)] for part in found["cached"]]
+    rows.append(["together", *(f"{sum(found[arm].values()):.1f}" for arm in arms)])
+    helps = ", ".join(f"`cli.py {command}` {seconds:.1f} s" for command, seconds in found["help"].items())
+    return table(["seconds", *(arm.replace("_", " ") for arm in arms)], rows) + f"\n\n{helps}."
+
+
+def trajectory(found: Found) -> str:
+    """Principal components from files, the Gram row, and what a snapshot makes training wait for."""
+    lines: list[Sequence[str]] = []
+    for source in ("from the disk", "from the page cache"):
+        if "from_files" in found:
+            read = found["from_files"][source]
+            beside = f"{read['ratio']:.2f} of reading once, {read['pca_peak_gb']:.2f} GB at the peak"
+            lines.append([f"components of every block and the whole, {source}", f"{read['pca_s']:.2f} s", beside])
+    if "from_gram_file_ms" in found:
+        lines.append(["the same from the Gram file", f"{found['from_gram_file_ms']:.1f} ms", ""])
+    if "svd_of_one_block" in found:
+        lines.append(["NumPy's decomposition of one block", f"{found['svd_of_one_block']['seconds']:.1f} s", ""])
+    row = found["gram_row"]
+    lines.append(["Gram row of one more snapshot", f"{row['row_ms']:.2f} ms",
+                  f"{row['floor_ms']:.2f} ms to copy as many bytes"])  # fmt: skip
+    for place in ("model", "cpu", "disk"):
+        took = found[place]
+        lines.append([f"handing a snapshot over, `keep_on: {place}`", f"{took['handing_over_ms']:.2f} ms",
+                      f"{took['direct_write_ms']:.0f} ms to write it on the spot"])  # fmt: skip
+    return table([f"{found['snapshots']} snapshots of {found['dim']:,} weights", "", "beside"], lines)
+
+
+def ranks(found: Found) -> str:
+    """Milliseconds a step, tokens a second, and how many times the speed of one rank."""
+    ms, speed, times = found["ms_per_step"], found["tokens_per_second"], found["times"]
+    rows = [
+        [f"`{arm}`", f"{ms[arm]:.2f}", f"{round(speed[arm], -3):,.0f}", f"{times[arm]:.2f}" if arm in times else ""]
+        for arm in ms
+    ]
+    return table(["arm", "ms a step", "tokens/s", "times one rank"], rows)
+
+
+TABLES: dict[str, Callable[[Found], str]] = {
+    "throughput_h100": throughput,
+    "overhead_h100": overhead,
+    "overhead_cpu": overhead,
+    "fisher_h100": fisher,
+    "evaluation_h100": evaluation,
+    "data_h100": data,
+    "startup_h100": startup,
+    "trajectory_h100": trajectory,
+    "trajectory_cpu": trajectory,
+    "ranks_h200": ranks,
+}
+"""By the result's file name, without its suffix."""
+
+
+def fill(page: str, results: Path = RESULTS) -> str:
+    """Put the table of each result between its comments.
+
+    Raises:
+        ValueError: A result has no place on the page, or the page a place without a result.
+    """
+    places = set(re.findall(r"<!-- (\w+) -->", page))
+    have = {name for name in TABLES if (results / f"{name}.json").is_file()}
+    if places != have:
+        raise ValueError(f"results without a place on the page, or places without a result: {sorted(places ^ have)}")
+    for name in have:
+        found = json.loads((results / f"{name}.json").read_text())
+        body = f"<!-- {name} -->\n{TABLES[name](found)}\n<!-- /{name} -->"
+        before, _, rest = page.partition(f"<!-- {name} -->")
+        page = before + body + rest.partition(f"<!-- /{name} -->")[2]
+    return page
+
+
+def main() -> None:
+    """Fill the page, or say whether it is as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something would change")
+    options = parser.parse_args()
+    page = PAGE.read_text()
+    filled = fill(page)
+    if options.check:
+        sys.exit(int(filled != page))
+    PAGE.write_text(filled)
+
+
+if __name__ == "__main__":
+    main()
