@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 # Before anything imports the package: jaxtyping rewrites modules as they load. The model is left out, as the checks
 # break the graph that `torch.compile` makes of it.
-install_import_hook(["mini_gpt_pl.geometry", "mini_gpt_pl.objective"], "beartype.beartype")
+install_import_hook(["mini_gpt_pl.geometry", "mini_gpt_pl.objective", "mini_gpt_pl.grokking"], "beartype.beartype")
 
 from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402

@@ -24,6 +24,10 @@ class TiedNorm(Callback):
     Between the steps at which the other run recorded its norm, the logarithm is interpolated linearly (as under
     constant decay); before the first, from this run's initial norm; after the last, the norm stays.
 
+    Where the other run decayed all parameters at one rate, this is that decay over again, at the rate that keeps the
+    norm: the two differ by rounding and by the interpolation. It says that nothing of decay but the norm mattered;
+    scale apart from decay would take a model whose norm does not matter.
+
     The optimizer decays nothing, so the decaying walk of `TrajectoryRecorder` is here the walk without decay. The model
     is to be trained by one optimizer.
 
