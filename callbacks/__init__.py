@@ -1,4 +1,4 @@
-"""Lightning callbacks that watch the geometry of training: Lightning on the outside, geometry on the inside."""
+"""Lightning callbacks that watch, or change, the geometry of training: Lightning outside, geometry inside."""
 
 from callbacks.anatomy import OptimizerAnatomy
 from callbacks.bases import BasisSource
