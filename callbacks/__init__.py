@@ -1,6 +1,7 @@
-"""Lightning callbacks that watch the geometry of training: Lightning on the outside, geometry on the inside."""
+"""Lightning callbacks that watch, or change, the geometry of training: Lightning outside, geometry inside."""
 
 from callbacks.anatomy import OptimizerAnatomy
+from callbacks.bases import BasisSource
 from callbacks.calibrated import CalibratedProbe, View
 from callbacks.commutator import CommutatorProbe
 from callbacks.cost import CostControl
@@ -8,6 +9,8 @@ from callbacks.data_wait import DataWait
 from callbacks.divergence import StopOnDivergence
 from callbacks.fisher import FisherProbe
 from callbacks.gradient_alignment import GradientAlignment
+from callbacks.intervention import SubspaceIntervention
+from callbacks.kick import Kick
 from callbacks.pictures import GeometryPictures
 from callbacks.progress import LiveNumbers
 from callbacks.schedule import Schedule, StepRange
@@ -17,6 +20,7 @@ from callbacks.trajectory import TrajectoryRecorder
 from callbacks.wandb_run import WandbSegments
 
 __all__ = [
+    "BasisSource",
     "CalibratedProbe",
     "CommutatorProbe",
     "CostControl",
@@ -24,12 +28,14 @@ __all__ = [
     "FisherProbe",
     "GeometryPictures",
     "GradientAlignment",
+    "Kick",
     "LiveNumbers",
     "OptimizerAnatomy",
     "Schedule",
     "StepRange",
     "StopOnDivergence",
     "StreamingFisher",
+    "SubspaceIntervention",
     "SwitchingProbe",
     "TrajectoryRecorder",
     "View",

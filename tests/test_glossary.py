@@ -35,14 +35,17 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer
 
 from callbacks import (
+    BasisSource,
     CommutatorProbe,
     CostControl,
     DataWait,
     FisherProbe,
     GradientAlignment,
+    Kick,
     OptimizerAnatomy,
     Schedule,
     StreamingFisher,
+    SubspaceIntervention,
     SwitchingProbe,
 )
 from callbacks.fixed_gradients import Kind
@@ -69,6 +72,8 @@ GEOMETRY = (
     "SwitchingProbe",
     "ReheatProbe",
     "CommutatorProbe",
+    "SubspaceIntervention",
+    "Kick",
 )
 
 
@@ -142,8 +147,9 @@ def reheated(probed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs, and a module that knows all answers from its second evaluation on."""
     folder = tmp_path_factory.mktemp("generalised")
-    evaluation = Evaluation(Schedule(every=1))
-    trainer = quiet_trainer(folder, [evaluation], max_steps=4)
+    some = BasisSource("rank_one", pattern=r"(?P<group>attn)\.w_q\.weight", k=1)
+    changes: list[Callback] = [SubspaceIntervention(orthogonal=0.9, basis=some), Kick("gaussian", length=1e-3)]
+    trainer = quiet_trainer(folder, [Evaluation(Schedule(every=1)), *changes], max_steps=4)
     trainer.fit(Knowing(EncoderSize(1, 2, 8, 16), 11, 11), datamodule=ModularArithmetic(modulus=11, batch_size=8))
     return folder
 

@@ -75,6 +75,22 @@ def rebuild(
     return Trajectory(selection.fingerprint, selection.groups, selection.dims, list(steps), grams, left)
 
 
+def recorded_selection(folder: Path) -> ParameterSelection:
+    """Read off the snapshots which weights were recorded, in which groups.
+
+    Args:
+        folder: What the recorder calls `snapshots`.
+
+    Raises:
+        UserError: There are no snapshots, or they are too old to know the groups.
+    """
+    part = _parts(folder)[0]
+    steps = steps_in(part)
+    if not steps:
+        raise UserError(f"there are no snapshots in {folder}: give the folder of a run that has kept them")
+    return _selection(FlatFile.open(file_of(part, steps[0]), f"snapshot of step {steps[0]}"), None)
+
+
 def gram_of_files(files: Sequence[FlatFile], selection: ParameterSelection) -> Float[Tensor, "G n n"]:
     """Inner products of vectors in files, group by group, each value being read once.
 

@@ -1,0 +1,188 @@
+"""The arms as configured, through the command line, and the table that their runs are read by."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import one_line_error
+
+import cli
+from mini_gpt_pl import trainer_cli
+from mini_gpt_pl.module import read_checkpoint
+from mini_gpt_pl.report import interventions
+from mini_gpt_pl.report.interventions import Ended, arms_below, survival, tables
+from mini_gpt_pl.runs import Run
+from mini_gpt_pl.sweep.grid import read_sweep
+
+ROOT = Path(cli.__file__).resolve().parent
+FOLDER = ROOT / "configs" / "grokking" / "interventions"
+ARMS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "base")
+TINY = f"-c {ROOT}/configs/grokking/smoke.yaml -c {ROOT}/configs/grokking/tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Baselines of two seeds, and every arm changed from step 4 on."""
+    lab = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_cli, "draw_all", lambda run: [])
+        for seed in (1, 6):
+            fit(lab / f"runs/interventions/baseline/seed_everything-{seed}", f"--seed_everything {seed}")
+        patch.chdir(lab)
+        for arm in ARMS:
+            fit(lab / f"arms/{arm}_seed_everything-1", f"-c {changed(lab, arm)} --seed_everything 1")
+    return lab
+
+
+def fit(folder: Path, options: str) -> None:
+    # Progress is of the terminal, and a checkpoint at the end is enough.
+    cli.run(f"fit {TINY} {options} --trainer.max_steps 20 --run_dir {folder}")
+
+
+def changed(lab: Path, arm: str) -> Path:
+    """An arm's own file, beginning at step 4."""
+    config = yaml.safe_load((FOLDER / f"{arm}.yaml").read_text())
+    for callback in config["trainer"].get("callbacks+", []):
+        assert callback["init_args"].pop("start") == 400
+        callback["init_args"]["start"] = 4
+        basis = callback["init_args"].get("basis") or {}
+        if "until" in basis:
+            assert basis.pop("until") == 400
+            basis["until"] = 10
+    file = lab / f"{arm}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def weights(lab: Path, arm: str, step: int = 20) -> dict[str, torch.Tensor]:
+    run = Run(lab / f"arms/{arm}_seed_everything-1")
+    found: dict[str, torch.Tensor] = read_checkpoint(run.checkpoints[step])["state_dict"]
+    return found
+
+
+def test_every_arm_trains_and_says_what_it_changed(lab: Path) -> None:
+    bare = weights(lab, "none")
+    for arm in (arm for arm in ARMS if arm != "none"):
+        assert not all(torch.equal(bare[name], value) for name, value in weights(lab, arm).items()), arm
+        logged = Run(lab / f"arms/{arm}_seed_everything-1").metrics.filter(regex="^intervention/").dropna(how="all")
+        assert len(logged) > 0 or arm == "decay_off", arm
+        assert logged.index.min() >= 4 or arm == "decay_off"
+
+
+def test_the_control_is_the_baseline_bit_for_bit(lab: Path) -> None:
+    base = read_checkpoint(Run(lab / "runs/interventions/baseline/seed_everything-1").checkpoints[20])["state_dict"]
+    assert all(torch.equal(base[name], value) for name, value in weights(lab, "none").items())
+
+
+def test_matched_arms_kick_equally_far(lab: Path) -> None:
+    for pair in (("kick", "kick_random"), ("sustained_500", "sustained_500_random")):
+        runs = (Run(lab / f"arms/{arm}_seed_everything-1") for arm in pair)
+        first, second = (float(run.series("intervention/kick/length").iloc[0]) for run in runs)
+        assert first == second > 0
+
+
+def test_adam_tells_suppression_and_amplification_hardly_apart(lab: Path) -> None:
+    """From step 4 on, with the second moments of the first steps still in memory: nearer to one another than to none."""
+
+    def far(one: str, other: str) -> float:
+        a, b = weights(lab, one), weights(lab, other)
+        return math.sqrt(sum(float((a[name] - b[name]).square().sum()) for name in a))
+
+    assert far("isotropic_s100", "pca_s100") < far("isotropic_s100", "none")
+
+
+def test_decay_is_what_was_asked_for_and_the_recorder_knows(lab: Path) -> None:
+    survival = {arm: Run(lab / f"arms/{arm}_seed_everything-1").trajectory.survival for arm in ("none", "decay_off")}
+    assert survival["none"][-1] == pytest.approx((1 - 3e-3) ** 20, rel=1e-9)
+    assert survival["decay_off"][-1] == pytest.approx((1 - 3e-3) ** 4, rel=1e-9)
+
+
+def test_a_resumed_arm_is_the_whole_one(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_cli, "draw_all", lambda run: [])
+    monkeypatch.chdir(lab)
+    for arm in ("decay_span_s100", "update_s075"):
+        cli.run(f"fit {TINY} -c {arm}.yaml --seed_everything 1 --trainer.max_steps 20 --run_dir {tmp_path}/{arm}")
+        cli.run(f"fit --ckpt_path {tmp_path}/{arm}/checkpoints/000020.ckpt --trainer.max_steps 40")
+        cli.run(f"fit {TINY} -c {arm}.yaml --seed_everything 1 --run_dir {tmp_path}/{arm}_whole --trainer.max_steps 40")
+        cut, whole = (read_checkpoint(tmp_path / name / "checkpoints/000040.ckpt") for name in (arm, f"{arm}_whole"))
+        assert all(torch.equal(cut["state_dict"][name], value) for name, value in whole["state_dict"].items()), arm
+
+
+def test_the_sweep_holds_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = read_sweep(ROOT / "configs/sweeps/grokking_interventions.yaml")
+    assert sorted(Path(value).stem for value in sweep.values["config"]) == ARMS
+    assert len(sweep.points) == 5 * len(ARMS)
+    assert sweep.points[0].name == "none_seed_everything-1"
+    seeds = read_sweep(ROOT / "configs/sweeps/grokking_baselines.yaml").values["seed_everything"]
+    assert set(sweep.values["seed_everything"]) < set(seeds) and 6 in seeds
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+
+def write_run(folder: Path, seed: int, at: int | None, stopped: int, train: Sequence[float] = (0.2, 1.0, 0.9)) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"seed_everything: {seed}\n")
+    outcome = {"state": "finished", "step": stopped, "milestones": {"train_99": 300, "test_90": at}}
+    (folder / "outcome.json").write_text(json.dumps(outcome))
+    rows = {"step": [100, 300, stopped], "eval/train_accuracy": train, "eval/weight_norm": [30.0, 25.0, 20.0]}
+    pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    for seed, at in ((1, 1000), (2, 1100), (3, 1200)):
+        write_run(tmp_path / f"none_seed_everything-{seed}", seed, at, at + 100)
+    for seed, late in ((1, 1500), (2, 1200), (3, None)):
+        write_run(tmp_path / f"late_seed_everything-{seed}", seed, late, 3000 if late is None else late + 100)
+    for seed in (1, 2):
+        write_run(tmp_path / f"never_seed_everything-{seed}", seed, None, 3000, train=(0.1, 1.0, 0.02))
+    (tmp_path / "going_seed_everything-1").mkdir()
+    (tmp_path / "going_seed_everything-1/config.yaml").write_text("seed_everything: 1\n")
+    return tmp_path
+
+
+def test_runs_are_censored_at_their_cap(ended: Path) -> None:
+    shown, curves = tables(arms_below(ended))
+    rows = {row["arm"]: row for row in shown.frame.to_dict("records")}
+    assert list(rows) == ["late", "never", "none"]
+    assert rows["none"]["median step"] == "1100" and rows["none"]["delay"] == "+0 (+0 to +0)"
+    assert rows["late"]["generalised"] == "2" and rows["late"]["median step"] == "1500"
+    assert rows["late"]["delay"] == "+500 (+100 to > +1800)"
+    assert rows["late"]["not yet at 1200"] == "67%"
+    assert rows["never"]["median step"] == "> 3000" and rows["never"]["delay"].startswith("> +2000 (+1900")
+    assert rows["never"]["train accuracy, lowest"] == "0.020"
+    assert any("1 runs that have not ended" in note for note in shown.notes)
+    late = curves.frame[curves.frame["arm"] == "late"]
+    assert late["not yet"].tolist() == ["67%", "33%", "33%"] and late["at risk"].tolist() == ["3", "2", "1"]
+
+
+def test_the_command_writes_tables_and_a_figure(
+    ended: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path_factory.mktemp("tables")
+    interventions.main([str(ended), "--out", str(out), "--draw", "none", "late"])
+    assert {path.name for path in out.iterdir()} >= {"interventions.csv", "interventions.md", "interventions.png"}
+    assert "late" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        interventions.main([str(ended), "--out", str(out), "--control", "nobody"])
+    assert "--control" in capsys.readouterr().err
+
+
+def test_a_milestone_that_nobody_watched_for(ended: Path) -> None:
+    with one_line_error("no milestone"):
+        Ended.of(Run(ended / "none_seed_everything-1"), "test_91")
+
+
+def test_survival_of_nobody_stopped(ended: Path) -> None:
+    runs = [Ended.of(run, "test_90") for run in arms_below(ended)["none"]]
+    lived = survival([run for run in runs if run is not None])
+    assert lived.median == 1100 and float(lived.surviving[-1]) == 0.0
