@@ -36,7 +36,7 @@ class SubspaceIntervention(Callback):
     the first changed step on. It does so in the optimizer's settings, so that a recorder's nulls know; those of a path
     whose span decays leave that out.
 
-    Logged under `intervention/<name>/` at changed steps, every `log_every_n_steps`: parallel = |P x| / |x| before the
+    Logged under `intervention/<name>/` at the first changed step of every `log_every_n_steps`: parallel = |P x| / |x| before the
     change, parallel_null, what random directions in the same blocks hold, and change = |x' - x| / |x|.
 
     Args:
@@ -45,7 +45,7 @@ class SubspaceIntervention(Callback):
         basis: Where the directions come from; null where the gains are the same and decay is not restricted.
         space: What is changed.
         others: Whether weights outside of the basis are `orthogonal` to it, as in the original, or `untouched`.
-        decay: What is decayed: `all` as configured, `span` the parallel part of the weights, `off` nothing.
+        decay: What is decayed: `all` as configured, `span` the parallel part of the weights, `none` nothing.
         start: Steps to take before the first changed one.
         every: Change every n-th step from there.
         name: In metric names.
@@ -66,7 +66,7 @@ class SubspaceIntervention(Callback):
         basis: BasisSource | None = None,
         space: Literal["gradient", "update"] = "gradient",
         others: Literal["orthogonal", "untouched"] = "orthogonal",
-        decay: Literal["all", "span", "off"] = "all",
+        decay: Literal["all", "span", "none"] = "all",
         start: int = 0,
         every: int = 1,
         name: str = "subspace",
@@ -203,11 +203,15 @@ class SubspaceIntervention(Callback):
             self._span = basis.parallel(weights)
         if (step - self.start) % self.every != 0 or self._steering.is_identity:
             return
-        self._telling = logging_due(trainer, step + 1)
+        self._telling = self._telling_due(trainer, step + 1)
         if self.space == "update":
             self._before = self._weights(optimizer)
             return
         self._steer({name: p.grad for name, p in self._named.items() if p.grad is not None})
+
+    def _telling_due(self, trainer: Trainer, step: int) -> bool:
+        """Whether the trainer has logged since the last changed step: changed steps need not be logged ones."""
+        return any(logging_due(trainer, past) for past in range(step - self.every + 1, step + 1))
 
     def _weights(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, float]]:
         """Copies of the weights that are about to move, and the share of each that decay is about to take."""

@@ -158,6 +158,13 @@ def test_every_nth_step(tmp_path: Path) -> None:
     assert still == [False, True, False, True, False, True]
 
 
+def test_changed_steps_are_told_between_those_of_the_log(tmp_path: Path) -> None:
+    """Steps 2, 5, 8, ... are changed, and 4, 8, 12 are logged: told are the first changed ones from there on."""
+    change = SubspaceIntervention(0.5, 0.5, start=1, every=3)
+    train(tmp_path, [change], steps=14, log_every_n_steps=4)
+    assert [step for step, row in metrics(tmp_path).items() if "intervention/subspace/change" in row] == [5, 8, 14]
+
+
 def test_other_weights_can_be_left_alone(tmp_path: Path, source: BasisSource) -> None:
     bare = train(tmp_path / "bare", [], steps=1)
     inside = SubspaceIntervention(1.0, 0.0, source, others="untouched")
@@ -211,7 +218,7 @@ def test_adam_does_not_see_a_scale(tmp_path: Path, source: BasisSource) -> None:
 def test_full_strength_erases_what_is_outside(tmp_path: Path, source: BasisSource) -> None:
     """Weights without gradient shrink as decay says, by 1 - lr wd a step; without decay they stay."""
     kept = train(tmp_path / "kept", [SubspaceIntervention(1.0, 0.0, source)], adamw, steps=20)
-    off = train(tmp_path / "off", [SubspaceIntervention(1.0, 0.0, source, decay="off")], adamw, steps=20)
+    off = train(tmp_path / "off", [SubspaceIntervention(1.0, 0.0, source, decay="none")], adamw, steps=20)
     for name in ("first.bias", "second.bias"):
         assert torch.allclose(kept.weights[20][name], 0.99**20 * kept.weights[0][name], rtol=1e-5)
         assert torch.equal(off.weights[20][name], off.weights[0][name])
@@ -225,8 +232,8 @@ def test_adam_leaves_the_subspace_and_a_projected_update_does_not(tmp_path: Path
         moved = flat(diary.weights[5]) - flat(diary.weights[0])
         return float((moved - p @ moved).norm() / moved.norm()), flat(diary.weights[5])
 
-    assert outside("gradient", "gradient", "off")[0] > 0.3
-    assert outside("update", "update", "off")[0] < 1e-5
+    assert outside("gradient", "gradient", "none")[0] > 0.3
+    assert outside("update", "update", "none")[0] < 1e-5
     assert outside("span", "update", "span")[0] < 1e-5
     # With decay, what is outside is what decay leaves.
     _, end = outside("all", "update", "all")
@@ -237,7 +244,7 @@ def test_adam_leaves_the_subspace_and_a_projected_update_does_not(tmp_path: Path
 def test_decay_in_the_span_is_of_the_parallel_part(tmp_path: Path, source: BasisSource) -> None:
     """With a gradient of zero, decay and Adam's memory of the first step are all that moves."""
     diary = train(tmp_path, [SubspaceIntervention(0.0, 0.0, source, decay="span", start=1)], adamw, steps=4)
-    frozen = train(tmp_path / "off", [SubspaceIntervention(0.0, 0.0, source, decay="off", start=1)], adamw, steps=4)
+    frozen = train(tmp_path / "off", [SubspaceIntervention(0.0, 0.0, source, decay="none", start=1)], adamw, steps=4)
     p, start = projection(source, Own()), flat(diary.weights[1])
     assert same(diary.weights[:2], frozen.weights[:2])
     theta = start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import torch
 import yaml
 from conftest import one_line_error
 
+import callbacks
 import cli
+from callbacks import BasisSource
 from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.report import interventions
@@ -24,19 +25,47 @@ from mini_gpt_pl.sweep.grid import read_sweep
 ROOT = Path(cli.__file__).resolve().parent
 FOLDER = ROOT / "configs" / "grokking" / "interventions"
 ARMS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "base")
+# Each way through the code; the others differ in numbers.
+RUN = (
+    *("none", "pca_s075", "penalty_s050", "scale_s075", "blocks_s075", "rank_one_s075", "theta0_s075", "other_s075"),
+    *(
+        "past_s075",
+        "isotropic_s100",
+        "inside_s100",
+        "decay_off",
+        "decay_span_s100",
+        "update_s075",
+        "kick",
+        "kick_random",
+    ),
+)
 TINY = f"-c {ROOT}/configs/grokking/smoke.yaml -c {ROOT}/configs/grokking/tiny.yaml"
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_begins_once_all_have_memorised(arm: str) -> None:
+    """And can be made: a run of hours must not fail on its last arm."""
+    given = yaml.safe_load((FOLDER / f"{arm}.yaml").read_text())["trainer"].get("callbacks+", [])
+    assert len(given) == (arm != "none")
+    for callback in given:
+        settings = callback["init_args"]
+        if "basis" in settings:
+            assert "{seed}" in settings["basis"].get("run", "{seed}") or arm.startswith("other")
+            settings["basis"] = BasisSource(**settings["basis"])
+        made = getattr(callbacks, callback["class_path"].removeprefix("callbacks."))(**settings)
+        assert made.start == 400
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Baselines of two seeds, and every arm changed from step 4 on."""
+    """Baselines of two seeds, and arms of every kind, changed from step 4 on."""
     lab = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_cli, "draw_all", lambda run: [])
         for seed in (1, 6):
             fit(lab / f"runs/interventions/baseline/seed_everything-{seed}", f"--seed_everything {seed}")
         patch.chdir(lab)
-        for arm in ARMS:
+        for arm in RUN:
             fit(lab / f"arms/{arm}_seed_everything-1", f"-c {changed(lab, arm)} --seed_everything 1")
     return lab
 
@@ -67,9 +96,9 @@ def weights(lab: Path, arm: str, step: int = 20) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_every_arm_trains_and_says_what_it_changed(lab: Path) -> None:
+def test_arms_train_and_say_what_they_changed(lab: Path) -> None:
     bare = weights(lab, "none")
-    for arm in (arm for arm in ARMS if arm != "none"):
+    for arm in RUN[1:]:
         assert not all(torch.equal(bare[name], value) for name, value in weights(lab, arm).items()), arm
         logged = Run(lab / f"arms/{arm}_seed_everything-1").metrics.filter(regex="^intervention/").dropna(how="all")
         assert len(logged) > 0 or arm == "decay_off", arm
@@ -82,20 +111,9 @@ def test_the_control_is_the_baseline_bit_for_bit(lab: Path) -> None:
 
 
 def test_matched_arms_kick_equally_far(lab: Path) -> None:
-    for pair in (("kick", "kick_random"), ("sustained_500", "sustained_500_random")):
-        runs = (Run(lab / f"arms/{arm}_seed_everything-1") for arm in pair)
-        first, second = (float(run.series("intervention/kick/length").iloc[0]) for run in runs)
-        assert first == second > 0
-
-
-def test_adam_tells_suppression_and_amplification_hardly_apart(lab: Path) -> None:
-    """From step 4 on, with the second moments of the first steps still in memory: nearer to one another than to none."""
-
-    def far(one: str, other: str) -> float:
-        a, b = weights(lab, one), weights(lab, other)
-        return math.sqrt(sum(float((a[name] - b[name]).square().sum()) for name in a))
-
-    assert far("isotropic_s100", "pca_s100") < far("isotropic_s100", "none")
+    runs = (Run(lab / f"arms/{arm}_seed_everything-1") for arm in ("kick", "kick_random"))
+    first, second = (float(run.series("intervention/kick/length").iloc[0]) for run in runs)
+    assert first == second > 0
 
 
 def test_decay_is_what_was_asked_for_and_the_recorder_knows(lab: Path) -> None:
