@@ -164,7 +164,7 @@ class ModularArithmetic(ResidueData):
 
         def block(number: int) -> Examples:
             if count is None:
-                return Examples(train.tokens.expand(BLOCK, -1, -1), train.labels.expand(BLOCK, -1))
+                return Examples(train.tokens.expand(BLOCK, -1, -1), train.labels.expand(BLOCK, *train.labels.shape))
             drawn = to_device(with_replacement(size, count, self.seed, Purpose.TRAIN, number), self.device)
             return Examples(train.tokens[drawn], train.labels[drawn])
 
