@@ -211,8 +211,8 @@ def test_the_command_line_trains_two_tasks_and_resumes_exactly(tmp_path: Path, m
     monkeypatch.setattr(trainer_cli, "draw_all", lambda run: [])
     monkeypatch.chdir(tmp_path)
     files = f"-c {CONFIGS}/multitask.yaml -c {CONFIGS}/multitask_small.yaml"
-    tiny = "--model.size.d_model 16 --model.size.d_ff 32 --data.modulus 11 --data.batch_size 32 --trainer.log_every_n_steps 5"
-    often = "--trainer.callbacks.every_n_train_steps 5"
+    tiny = "--model.size.d_model 16 --model.size.d_ff 32 --data.modulus 11 --data.batch_size 32"
+    often = "--trainer.log_every_n_steps 5 --trainer.callbacks.every_n_train_steps 5"
     cli.run(f"fit {files} {tiny} {often} --run_dir whole --trainer.max_steps 10")
     cli.run(f"fit {files} {tiny} {often} --run_dir cut --trainer.max_steps 5")
     cli.run("fit --ckpt_path cut/checkpoints/000005.ckpt --trainer.max_steps 10")
