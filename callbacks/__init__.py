@@ -1,6 +1,7 @@
 """Lightning callbacks that watch, or change, the geometry of training: Lightning outside, geometry inside."""
 
 from callbacks.anatomy import OptimizerAnatomy
+from callbacks.attention import AttentionProbe
 from callbacks.bases import BasisSource
 from callbacks.calibrated import CalibratedProbe, View
 from callbacks.commutator import CommutatorProbe
@@ -13,6 +14,7 @@ from callbacks.intervention import SubspaceIntervention
 from callbacks.kick import Kick
 from callbacks.pictures import GeometryPictures
 from callbacks.progress import LiveNumbers
+from callbacks.routing import RoutingProbe
 from callbacks.schedule import Schedule, StepRange
 from callbacks.streaming_fisher import StreamingFisher
 from callbacks.switching import SwitchingProbe
@@ -20,6 +22,7 @@ from callbacks.trajectory import TrajectoryRecorder
 from callbacks.wandb_run import WandbSegments
 
 __all__ = [
+    "AttentionProbe",
     "BasisSource",
     "CalibratedProbe",
     "CommutatorProbe",
@@ -31,6 +34,7 @@ __all__ = [
     "Kick",
     "LiveNumbers",
     "OptimizerAnatomy",
+    "RoutingProbe",
     "Schedule",
     "StepRange",
     "StopOnDivergence",

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.commutator_metrics import Measured
-from callbacks.measuring import KnowsItsLoss, NamesItsLosses, measuring, training_loss
+from callbacks.measuring import KnowsItsLoss, NamesItsLosses, measuring, named_loss, training_loss
 from callbacks.pairs import BatchPairs
 from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
@@ -72,6 +72,8 @@ class CommutatorProbe(DeferringProbe):
             gradients frozen), step_curvature (the rest), and step_cosine of the rest with the bracket.
         directions: Of each group or matrix in a basis; 0 projects on none.
         other_run: Folder of a finished run of the same model, with its snapshots, for the basis `other`.
+        losses: Names of two of the module's `named_losses`: batch A is taken with the first, B with the second, such
+            as those of two tasks. Beside it belongs what each gives with itself. None for the training loss of both.
         seed: Of the pairs and of the random directions.
 
     Raises:
@@ -95,6 +97,7 @@ class CommutatorProbe(DeferringProbe):
         optimizer_step: bool = False,
         directions: int = 2,
         other_run: str | None = None,
+        losses: tuple[str, str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(schedule)
@@ -115,6 +118,7 @@ class CommutatorProbe(DeferringProbe):
         self.optimizer_step = optimizer_step
         self.directions = directions
         self.other_run = other_run
+        self.losses = losses
         self.seed = seed
         self._reset()
 
@@ -153,6 +157,8 @@ class CommutatorProbe(DeferringProbe):
                 f"CommutatorProbe: {type(pl_module).__name__} has no batch_loss(batch), the training loss of one "
                 "batch: add it"
             )
+        if self.losses is not None and not isinstance(pl_module, NamesItsLosses):
+            raise UserError(f"CommutatorProbe: {type(pl_module).__name__} has no named_losses(batch) to choose from")
         if self.directions:
             found = (c for c in trainer.callbacks if isinstance(c, TrajectoryRecorder))  # type: ignore[attr-defined]
             self._recorder = next(found, None)
@@ -218,13 +224,17 @@ class CommutatorProbe(DeferringProbe):
         measured = Measured(step)
         for sample in range(self.samples):
             pair = self._pairs(step, sample, batch)
-            loss_a, loss_b = (free.loss(partial(training_loss, module, part)) for part in pair)
+            loss_a, loss_b = (free.loss(partial(self._loss, module, part, which)) for which, part in enumerate(pair))
             found = self._commutator(loss_a, loss_b, theta.values)
             stepped = commutator.finite(found, loss_a, loss_b, theta.values, self.eta)
             measured.add(found, stepped, theta, self.eta, bases, recorded, last)
             if steps is not None:
                 measured.add_steps(steps.order(loss_a, loss_b, found.grad_a, found.grad_b), found.bracket)
         return measured
+
+    def _loss(self, module: LightningModule, batch: Any, which: int) -> Tensor:
+        """Loss of batch A (0) or B (1)."""
+        return training_loss(module, batch) if self.losses is None else named_loss(module, batch, self.losses[which])
 
     def _commutator(self, loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> commutator.Commutator:
         way = commutator.by_hessian if self.method == "hessian" else commutator.by_differences

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,6 +76,38 @@ class DrawsBatches(Protocol):
 
 
 @runtime_checkable
+class DrawsKinds(Protocol):
+    """A module or a data module whose examples are of several kinds, each to be looked at by itself."""
+
+    def draw_kinds(self, generator: np.random.Generator, size: int) -> Mapping[str, Any]:
+        """Draw a batch of each kind, by name: training and test examples, easy and hard ones.
+
+        Args:
+            generator: The one source of randomness.
+            size: Samples in each; fewer where there are not as many.
+        """
+        ...
+
+
+@runtime_checkable
+class ShowsItsAttention(Protocol):
+    """A module that can give the attention weights that its output is made of."""
+
+    def attention(self, batch: Any) -> Sequence[Tensor]:
+        """Return a tensor (B, heads, T, T) for each layer, whose rows sum to 1."""
+        ...
+
+
+@runtime_checkable
+class ChangesItsAttention(Protocol):
+    """A module that can answer with other attention weights than its own."""
+
+    def accuracy_through(self, batch: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the share of right answers with `change` behind the softmax of every layer; changes nothing."""
+        ...
+
+
+@runtime_checkable
 class TakesSamples(Protocol):
     """A batch that can be cut, where that takes more than an index into its tensors."""
 
@@ -98,6 +130,19 @@ def training_loss(module: LightningModule, batch: Any) -> Tensor:
         f"{type(module).__name__} has no batch_loss(batch) that returns the training loss of one batch, "
         "which measuring its gradients needs: add one"
     )
+
+
+def named_loss(module: LightningModule, batch: Any, name: str) -> Tensor:
+    """One part of the loss of one batch, by its name.
+
+    Raises:
+        UserError: The module has no part of that name.
+    """
+    assert isinstance(module, NamesItsLosses)
+    losses = module.named_losses(batch)
+    if name not in losses:
+        raise UserError(f"{type(module).__name__} has no loss {name!r}: its named_losses are {', '.join(losses)}")
+    return losses[name]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from mini_gpt_pl.errors import UserError
 
-TaskName = Literal["stories", "operations", "markers"]
+TaskName = Literal["stories", "operations", "multitask", "markers"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ def _at(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
+_FROM_DATA = ("vocab_size", "classes", "length", "causal")
 _ENCODER = {
     "model": "mini_gpt_pl.grokking.module.ResidueClassifier",
-    "from_data": ("vocab_size", "classes", "length", "causal"),
+    "from_data": _FROM_DATA,
     "from_seed": ("model.seed", "data.seed"),
     "without": ("predict", "reheat"),
 }
@@ -70,6 +71,14 @@ TASKS: Mapping[TaskName, Task] = {
         "mini_gpt_pl.module.ProbedGPT", "mini_gpt_pl.data.datamodule.ProbedStories", ("vocab_size", "context")
     ),
     "operations": Task(data="mini_gpt_pl.grokking.data.ModularArithmetic", **_ENCODER),  # type: ignore[arg-type]
+    "multitask": Task(
+        **{
+            **_ENCODER,
+            "model": "mini_gpt_pl.grokking.multitask.MultiTaskClassifier",
+            "from_data": (*_FROM_DATA, "tasks"),
+        },  # type: ignore[arg-type]
+        data="mini_gpt_pl.grokking.multitask.MultiTaskArithmetic",
+    ),
     "markers": Task(data="mini_gpt_pl.grokking.data.MarkerSums", **_ENCODER),  # type: ignore[arg-type]
 }
 

@@ -64,16 +64,21 @@ class FreeWeights:
         Args:
             evaluate: Computes a scalar of one batch with the module, such as `lambda: module.batch_loss(batch)`.
         """
+        value = self.value(evaluate)
+        return lambda theta: value(theta).reshape(())
+
+    def value(self, evaluate: Callable[[], Tensor]) -> Callable[[Float[Tensor, " D"]], Tensor]:
+        """Turn any tensor that the module gives into a function of its weights, as `loss` does a scalar."""
         call = _Call(self._module, evaluate)
 
-        def at(theta: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+        def at(theta: Float[Tensor, " D"]) -> Tensor:
             parts = theta.split(self.selection.sizes)
             shaped = zip(self._raw, parts, self.selection.shapes, strict=True)
             tensors = {f"module.{raw}": part.view(shape) for raw, part, shape in shaped}
             tensors |= {f"module.{raw}": tensor for raw, tensor in self._fixed.items()}
             with _twice_differentiable(theta.device):
-                value: Tensor = functional_call(call, tensors, ())
-            return value.reshape(())
+                found: Tensor = functional_call(call, tensors, ())
+            return found
 
         return at
 

@@ -55,6 +55,20 @@ class ResidueData(LightningDataModule, ABC):
             size: Examples in it; None for as many as a training batch has.
         """
 
+    def draw_kinds(self, generator: np.random.Generator, size: int) -> dict[str, Examples]:
+        """Draw examples of each whole set, without replacement, for whatever measures. Needs `setup`.
+
+        Args:
+            generator: The one source of randomness.
+            size: Examples from each set; all of it where there are fewer.
+        """
+        found = {}
+        for name, examples in self.sets.items():
+            count = len(examples.labels)
+            drawn = to_device(torch.from_numpy(generator.permutation(count)[:size]), self.device)
+            found[name] = Examples(examples.tokens[drawn], examples.labels[drawn])
+        return found
+
     @override
     def setup(self, stage: str | None = None) -> None:
         """Put the whole sets on the device; a second call does nothing.
@@ -164,7 +178,7 @@ class ModularArithmetic(ResidueData):
 
         def block(number: int) -> Examples:
             if count is None:
-                return Examples(train.tokens.expand(BLOCK, -1, -1), train.labels.expand(BLOCK, -1))
+                return Examples(train.tokens.expand(BLOCK, -1, -1), train.labels.expand(BLOCK, *train.labels.shape))
             drawn = to_device(with_replacement(size, count, self.seed, Purpose.TRAIN, number), self.device)
             return Examples(train.tokens[drawn], train.labels[drawn])
 

@@ -9,6 +9,8 @@ that the output is made of.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.concentration import Change
 
 ATTENTION_PATTERN: str = r"(?P<group>blocks\.\d+\.attn\.w_[qkvo])\.weight"
 """The four attention matrices of every block, each a group of its own; for `re.search` on full parameter names."""
@@ -60,6 +63,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = size.n_head
         self.causal = causal
+        self.change: Change | None = None  # set by `Encoder.attending` alone
         self.w_q = nn.Linear(size.d_model, size.d_model)
         self.w_k = nn.Linear(size.d_model, size.d_model)
         self.w_v = nn.Linear(size.d_model, size.d_model)
@@ -72,7 +76,8 @@ class Attention(nn.Module):
         if self.causal and (count := scores.shape[-2]) > 1:
             later = torch.ones(count, scores.shape[-1], dtype=torch.bool, device=x.device)
             scores = scores.masked_fill(later.triu(1 + scores.shape[-1] - count), -torch.inf)
-        return scores.softmax(-1)
+        weights = scores.softmax(-1)
+        return weights if self.change is None else self.change(weights)
 
     def forward(self, x: Float[Tensor, "B T d"], queries: Float[Tensor, "B Q d"]) -> Float[Tensor, "B Q d"]:
         """Mix the values of all positions for each query."""
@@ -191,6 +196,18 @@ class Encoder(nn.Module):
             found.append(block.attn.weights(normed, normed))
             x = block(x, slice(None))
         return found
+
+    @contextmanager
+    def attending(self, change: Change) -> Iterator[None]:
+        """Put a function behind the softmax of every block for a while."""
+        layers = [block.attn for block in self.blocks if isinstance(block, Block)]
+        for layer in layers:
+            layer.change = change
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.change = None
 
     def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
         embedded: Tensor = self.embedding(tokens) + self.position

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.concentration import Change
 from mini_gpt_pl.grokking.encoder import Encoder, EncoderSize
 from mini_gpt_pl.grokking.operations import Examples
 from mini_gpt_pl.logs import log_now, logging_due
@@ -141,6 +142,15 @@ class ResidueClassifier(LightningModule):
         logits = self(examples.tokens)
         right = logits.argmax(-1) == examples.labels
         return F.cross_entropy(logits, examples.labels), right.float().mean()
+
+    def attention(self, batch: Examples) -> list[Float[Tensor, "B nh T T"]]:
+        """Attention weights of every block for one batch."""
+        return self.encoder.attention(batch.tokens)
+
+    def accuracy_through(self, batch: Examples, change: Change) -> Float[Tensor, ""]:
+        """Share of right answers with every block's attention weights replaced by a function of them."""
+        with self.encoder.attending(change):
+            return self.score(batch)[1]
 
     def evaluate(self, sets: dict[str, Examples]) -> dict[str, Tensor]:
         """Loss and accuracy on each whole set, and ||theta|| of all parameters, under the names that are logged."""

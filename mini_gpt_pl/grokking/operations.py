@@ -22,11 +22,11 @@ class Examples(NamedTuple):
 
     Attributes:
         tokens: Token ids.
-        labels: Class of each sequence.
+        labels: Class of each sequence; for several tasks at once, a column for each.
     """
 
     tokens: Int[Tensor, "B T"]
-    labels: Int[Tensor, " B"]
+    labels: Int[Tensor, "B ..."]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,16 @@ def all_pairs(operation: OperationName, modulus: int) -> Examples:
     Raises:
         UserError: The modulus is below 3.
     """
+    return pairs_from(operation, modulus, OPERATIONS[operation].first)
+
+
+def pairs_from(operation: OperationName, modulus: int, first: int) -> Examples:
+    """Every ordered pair of residues from `first` on, as in `all_pairs`."""
     if modulus < 3:
         raise UserError(f"--data.modulus={modulus}: give 3 or more")
-    chosen = OPERATIONS[operation]
-    residues = torch.arange(chosen.first, modulus)
+    residues = torch.arange(first, modulus)
     tokens = torch.cartesian_prod(residues, residues)  # (N, 2)
-    return Examples(tokens, chosen.function(tokens[:, 0], tokens[:, 1]) % modulus)
+    return Examples(tokens, OPERATIONS[operation].function(tokens[:, 0], tokens[:, 1]) % modulus)
 
 
 def split_pairs(
