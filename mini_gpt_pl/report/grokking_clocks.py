@@ -127,7 +127,8 @@ def discrimination(runs: Sequence[GrokkingRun]) -> Table:
         "First and last step at which a clock strikes, and in how many runs. 10 ×: above ten times the median of the "
         "first three records; the last three clocks are placebos, which only happen early.",
         "AUC: chance that a run that generalises has its onset before one that does not; 0.5 says nothing, and a clock "
-        "that warns is above it. p under exchange of whole units (operations); no p can be smaller than the next column.",
+        "that warns is above it. p under exchange of whole units (operations); with so few units it cannot be below "
+        "the next column.",
         "A clock with a large lead need not know more: r is its correlation over runs with the step of generalisation, "
         "with and without the placebo's part; a clock that strikes at one step in all runs has none.",
     ]

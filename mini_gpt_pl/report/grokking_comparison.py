@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from mini_gpt_pl.report.grokking_claims import claims_table
 from mini_gpt_pl.report.grokking_clocks import discrimination
 from mini_gpt_pl.report.grokking_defects import defect_at_grok, last_defects, projections
 from mini_gpt_pl.report.grokking_onsets import onsets, rates
@@ -41,7 +42,15 @@ def grokking_comparison(runs: Sequence[Run]) -> list[Table]:
     known = grokking_runs(runs)
     if not known:
         return []
-    tables = [overview(known), pc1(known), fixed_windows(known), persistence(known), onsets(known), rates(known)]
+    tables = [
+        claims_table(runs),
+        overview(known),
+        pc1(known),
+        fixed_windows(known),
+        persistence(known),
+        onsets(known),
+        rates(known),
+    ]
     tables += [discrimination(known), defect_at_grok(known), last_defects(known), projections(known)]
     return [table for table in tables if not table.frame.empty]
 
@@ -115,7 +124,8 @@ def _pc1_table(name: str, title: str, runs: Sequence[GrokkingRun], window: Windo
 
 _WINDOWS_NOTE = (
     "Mean over the seeds ± their standard deviation. All runs are cut at the same steps, the medians over the runs "
-    "that generalise: a share depends on the length of a path before anything else. Windows of a few snapshots say little."
+    "that generalise: a share depends on the length of a path before anything else. Windows of a few snapshots say "
+    "little."
 )
 
 

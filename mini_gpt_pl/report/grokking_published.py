@@ -36,8 +36,8 @@ def of_seed(values: Sequence[float], seed: int | None) -> float | None:
 PC1_NOTE = (
     "Published: centred PCA of one matrix, snapshots every 100 steps from step 0 to the stop (result files). The "
     "operations that do not generalise have 2,001 snapshots over 200,000 steps there, the others 26 to 40, and the "
-    "abstract's 68 to 83 % is the range of layer 0 alone. Without decay: snapshots every 500 of 50,000 steps, mean of the "
-    "four matrices."
+    "abstract's 68 to 83 % is the range of layer 0 alone. Without decay: snapshots every 500 of 50,000 steps, mean of "
+    "the four matrices."
 )
 ONSET_NOTE = (
     "Published defects were differences of float32 weights: the first ones, which set the baseline, are rounding "
