@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import centred, innovations, nulls, windows
@@ -45,7 +48,7 @@ def learning(run: Run) -> Figure:
     for part in axes:
         for window in one.phases[1:]:
             part.axvline(window.last, color=NULL, lw=0.6, ls=":")
-        part.legend(loc="center left")
+        part.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes[-1].set_xlabel("step")
     return figure
 
@@ -67,7 +70,7 @@ def growing_pc1(run: Run) -> Figure:
     survival = trajectory.survival
     for axes, group in zip(grid, groups, strict=False):
         gram = trajectory.gram(group)
-        curves = {
+        curves: dict[str, tuple[Float[Tensor, "n n"], dict[str, Any]]] = {
             "measured": (gram, {"color": BACKBONE, "lw": 1.6}),
             "walk": (nulls.walk(gram), {"color": GREY, "ls": ":"}),
             "decay, ‖d‖": (nulls.decaying_walk(gram, survival), {"color": NULL, "ls": "--", "lw": 0.9}),
@@ -118,7 +121,7 @@ def _points(axes: Axes, found: Mapping[str, Mapping[str, float]], labels: Sequen
     colours = dict(zip(_MARKERS, (BACKBONE, GREY, NULL, RESIDUAL, PC2), strict=True))
     for name, marker in _MARKERS.items():
         heights = [labels.index(label) for label in found]
-        style = {"mfc": "none"} if name != "measured" else {}
+        style: dict[str, Any] = {"mfc": "none"} if name != "measured" else {}
         values = [one[name] for one in found.values()]
         axes.plot(
             values, heights, ls="", marker=marker, ms=5, color=colours[name], label=NULLS.get(name, name), **style
@@ -155,7 +158,7 @@ def curves(runs: Sequence[Run]) -> Figure:
         axes.set_title(title)
         if title != "test accuracy":
             axes.set_yscale("log")
-    grid[0].legend()
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     for axes in grid[2:]:
         axes.set_xlabel("step")
     return figure

@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.scaling import scaling
 from mini_gpt_pl.report.grokking_clocks import ONSET, clock_steps, leads, sign
 from mini_gpt_pl.report.grokking_published import ONSET_NOTE, ONSETS, RATES, Onsets, of_seed
 from mini_gpt_pl.report.grokking_runs import GrokkingRun, reached, run_cells, setting_note
@@ -72,7 +74,7 @@ def rates(runs: Sequence[GrokkingRun]) -> Table:
         t90 = [run.steps["t90"] for run in chosen]
         lead = [value for value in leads(own, t90) if math.isfinite(value)]
         paper = RATES.get(rate) if not any(run.differs for run in chosen) else None
-        ours = {
+        ours: dict[str, Sequence[float | None]] = {
             "t90": t90,
             "onset": own,
             "train 99 %": [run.steps["train_99"] for run in chosen],
@@ -89,9 +91,28 @@ def rates(runs: Sequence[GrokkingRun]) -> Table:
         cells["lead > 0"] = word(f"{sum(value > 0 for value in lead)} of {len(chosen)}")
         cells["lead > 0, paper"] = word("-" if paper is None else f"{paper.ahead} of {paper.runs}")
         rows.append(cells)
-    notes = [
-        f"No power law is fitted: that takes four rates at least, and there are {len(found)}."
-        if len(found) < 4
-        else None
-    ]
+    notes = [_power_law([run for run in runs if run.decay and run.groks and run.name])]
     return tabulate("grokking_rates", "Onset and generalisation by learning rate", rows, notes)
+
+
+def _power_law(runs: Sequence[GrokkingRun]) -> str:
+    """Say what a log-log fit of lead against generalisation gives, or why there is none."""
+    pairs = [(run, lead) for run in runs for lead in leads([clock_steps(run)[ONSET]], [run.steps["t90"]])]
+    ahead = [(run, lead) for run, lead in pairs if lead > 0]
+    try:
+        fit = scaling(
+            [run.steps["t90"] or 0 for run, _ in ahead], [lead for _, lead in ahead], [r.rate for r, _ in ahead]
+        )
+    except UserError as error:
+        return f"No power law: {error}."
+    within = [f"{plain(rate)}: {_exponent(value)}" for rate, value in fit.within.items()]
+    behind = len(pairs) - len(ahead)
+    return (
+        f"Lead against t90 has the exponent {fit.whole.exponent:.2f} over {len(within)} rates, within each "
+        f"{', '.join(within)}; {behind} runs without a positive lead are not in it, which chooses the answer. Where the "
+        "onset is a constant c, the slope is T / (T - c) > 1 whatever the dynamics."
+    )
+
+
+def _exponent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -105,7 +105,7 @@ class GrokkingRun:
     def seed(self) -> int | None:
         """Of weights, split and batches."""
         found = self.facts["seed"]
-        return None if found is None else int(found)  # type: ignore[call-overload,no-any-return]
+        return None if found is None else int(found)  # type: ignore[call-overload]
 
     @property
     def unit(self) -> str:
