@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,15 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.report.comparison import comparison_tables, require_comparable
+from mini_gpt_pl.report.comparison import require_comparable
+from mini_gpt_pl.report.contents import contents_of
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.findings import findings
 from mini_gpt_pl.report.headline import Headline, headline
 from mini_gpt_pl.report.plotting import STYLE, lay_out, render, save
 from mini_gpt_pl.report.progress import Steps
-from mini_gpt_pl.report.sections import (
-    COMPARISON_SECTIONS,
-    MORE,
-    RUN_FIGURES,
-    RUN_SECTIONS,
-    Plate,
-    Section,
-    Subject,
-    claimed,
-)
+from mini_gpt_pl.report.sections import MORE, Plate, Section, Subject, claimed
 from mini_gpt_pl.report.sheet import NULLS
-from mini_gpt_pl.report.tables import Table, require_reportable, run_tables, write_tables
+from mini_gpt_pl.report.tables import Table, require_reportable, write_tables
 from mini_gpt_pl.runs import Run
 
 # Vector graphics stay sharp, but one with thousands of points would be most of the page.
@@ -129,11 +120,11 @@ def assemble(runs: Sequence[Run], folder: Path, page: Mapping[str, Any], steps: 
     for run in runs:
         require_reportable(run)
     if len(runs) == 1:
-        steps.expect(2 + sum(len(section.plates) for section in RUN_SECTIONS))
+        steps.expect(2 + sum(len(section.plates) for section in contents_of(runs).of_run))
         content = _of_one(runs[0], folder, steps)
     else:
         require_comparable(runs)
-        steps.expect(1 + len(runs) + sum(len(section.plates) for section in COMPARISON_SECTIONS))
+        steps.expect(1 + len(runs) + sum(len(section.plates) for section in contents_of(runs).of_runs))
         content = _of_several(runs, folder, steps)
     return _template().render(**page, **content, nulls=NULLS, style=_asset("page.css"))
 
@@ -142,29 +133,31 @@ def _of_one(run: Run, folder: Path, steps: Steps) -> dict[str, Any]:
     steps.begin("headline")
     single = headline(run)
     steps.begin("tables")
-    tables = run_tables(run)
+    contents = contents_of([run])
+    tables = contents.run_tables(run)
     write_tables(tables, folder / "tables")
     return {
         "single": single,
         "findings": [],
-        "sections": _parts(RUN_SECTIONS, run, tables, folder, steps),
+        "sections": _parts(contents.of_run, run, tables, folder, steps),
         "entries": [],
     }
 
 
 def _of_several(runs: Sequence[Run], folder: Path, steps: Steps) -> dict[str, Any]:
     steps.begin("tables")
-    tables = comparison_tables(runs)
+    contents = contents_of(runs)
+    tables = contents.comparison(runs)
     write_tables(tables, folder / "tables")
-    parts = _parts(COMPARISON_SECTIONS, runs, tables, folder, steps)
+    parts = _parts(contents.of_runs, runs, tables, folder, steps)
     entries = []
     for number, (run, label) in enumerate(names(runs).items(), 1):
         steps.begin(f"run {label}")
         anchor = f"run-{number}"
-        plate = Plate("backbone", RUN_FIGURES["backbone"], f"{label}: backbone and residual, with p_ood behind.")
-        drawn = _draw(plate, run, folder, f"{anchor}-backbone")
+        plate = replace(contents.entry, caption=f"{label}: {contents.entry.caption}")
+        drawn = _draw(plate, run, folder, f"{anchor}-{plate.name}")
         entries.append(Entry(anchor, label, headline(run), (drawn,) if drawn else ()))
-    return {"single": None, "findings": findings(runs), "sections": parts, "entries": entries}
+    return {"single": None, "findings": contents.findings(runs), "sections": parts, "entries": entries}
 
 
 def _parts(

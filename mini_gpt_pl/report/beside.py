@@ -88,7 +88,12 @@ def notes_of_runs(settings: Mapping[str, Setting | None], keys: Sequence[str]) -
 
 
 def setting_of(run: Run) -> Setting:
-    """Find the main run of the paper that a run is to be compared with: its seed if it has one of the two."""
+    """Find the main run of the paper that a run is to be compared with: its seed if it has one of the two.
+
+    A run of another task has none: nothing is published for the name that its setting has then.
+    """
+    if run.task != "stories":
+        return Setting(run.task, ())
     found = facts(run)
     differs = differences(found, PAPER)
     if run.reheated is not None:

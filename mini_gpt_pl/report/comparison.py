@@ -44,7 +44,9 @@ def require_comparable(runs: Sequence[Run]) -> None:
 def _differ(a: Run, b: Run) -> str | None:
     """Say what keeps two runs from being compared; None if nothing does."""
     one, other = facts(a), facts(b)
-    for key in ("model", "tokenizer", "context"):
+    if a.task != b.task:
+        return f"their tasks are {a.task} and {b.task}"
+    for key in ("model", "tokenizer", "context", "modulus"):
         if None not in (one[key], other[key]) and one[key] != other[key]:
             return f"{key} {one[key]} and {other[key]}"
     if a.trajectory.fingerprint != b.trajectory.fingerprint:

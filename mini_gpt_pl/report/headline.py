@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
+from mini_gpt_pl.report.grokking_runs import TEST, grokking_runs
 from mini_gpt_pl.report.learning_tables import fit_of
 from mini_gpt_pl.report.settings import facts, optimizer_label, plain, progress
 from mini_gpt_pl.runs import METRICS, Run
@@ -92,6 +93,7 @@ def _sentence(run: Run) -> str:
     parts = [
         optimizer_label(known, beta2=True) if known["optimizer"] else None,
         known["model"],
+        None if known["operation"] is None else f"{known['operation']} modulo {known['modulus']}",
         f"seed {known['seed']}" if known["seed"] is not None else None,
         state(run),
     ]
@@ -128,10 +130,10 @@ def _spacing(steps: list[int]) -> str:
 
 
 def _learned(run: Run) -> tuple[str, ...]:
-    """Best and last validation loss and p_ood."""
+    """Best and last validation loss and p_ood, or when a run of the second task memorised and generalised."""
     if not (run.path / METRICS).is_file():
         return ()
-    said = []
+    said = [*_generalised(run)]
     loss, retrieved = run.series("val/loss"), run.series("probe/p_ood")
     if len(loss):
         fit = fit_of(run)
@@ -146,3 +148,16 @@ def _learned(run: Run) -> tuple[str, ...]:
             f"and is {retrieved.iloc[-1]:.3f} at the end."
         )
     return tuple(said)
+
+
+def _generalised(run: Run) -> Iterator[str]:
+    for one in grokking_runs([run]):
+        memorised, t90, end = one.steps["train_99"], one.steps["t90"], one.series(TEST)
+        yield (
+            f"99 % of the training set {_reached(memorised)}, 90 % of the test set {_reached(t90)}; the last "
+            f"evaluation, at step {int(end.index[-1]):,}, has {end.iloc[-1]:.1%}."
+        )
+
+
+def _reached(step: int | None) -> str:
+    return "were never reached" if step is None else f"were reached at step {step:,}"

@@ -59,7 +59,8 @@ class Section(Generic[Subject]):
         )
 
 
-def _plates(functions: Mapping[str, Callable[[Subject], Figure]], **captions: str) -> tuple[Plate[Subject], ...]:
+def plates(functions: Mapping[str, Callable[[Subject], Figure]], **captions: str) -> tuple[Plate[Subject], ...]:
+    """Figures by name, each with its caption."""
     return tuple(Plate(name, functions[name], caption) for name, caption in captions.items())
 
 
@@ -69,7 +70,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "What it learned",
         "Loss in nats per token on training batches and on held-out stories, and the share of codewords that the model "
         "retrieves exactly at short and at long gaps.",
-        _plates(
+        plates(
             RUN_FIGURES,
             learning="Loss and key retrieval; the star marks the lowest validation loss; what lies behind it is "
             "shaded where the loss has risen again, which is over-fitting.",
@@ -81,7 +82,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Every number against its nulls",
         "The single numbers of the whole path beside those of two walks with the same step lengths, in random "
         "directions and under weight decay.",
-        _plates(
+        plates(
             RUN_FIGURES,
             against_nulls="Each calibrated number as measured and as both walks have it, and its excess over the "
             "decaying walk; bars are 95 % intervals of the excess, where there is one.",
@@ -93,7 +94,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Backbone and residual",
         "The drift x(t) from the initial weights, split along the first direction of the whole run, v_b, whose sign is "
         "such that the last coordinate is positive, and across it.",
-        _plates(
+        plates(
             RUN_FIGURES,
             backbone="Coordinate and residual of the whole trunk with p_ood behind (paper, Figure 1), the decaying "
             "walk's dotted, and the distance that weight decay alone goes.",
@@ -107,7 +108,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "How many directions",
         "Shares of the principal components of the drift, uncentred, for raw rows and for rows of unit length, whole "
         "and block by block.",
-        _plates(
+        plates(
             RUN_FIGURES,
             spectrum="Share of each component, whole trunk, blocks and both walks.",
             blocks="Share of the first component in each block, beside both walks' in the same block.",
@@ -119,7 +120,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Where updates go",
         "Cosines of the updates between snapshots with the backbone and with one another; a direction that was fitted "
         "to an update aligns with it by chance.",
-        _plates(
+        plates(
             RUN_FIGURES,
             alignment="Updates and gradients against the backbone (paper, Figure 2): with the whole run's direction "
             "and with that of their past; the band is what both walks show against their own whole-run direction.",
@@ -131,7 +132,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "growth",
         "Growth and turning",
         "Power laws of coordinate and residual, and how the first direction of a window of snapshots turns.",
-        _plates(
+        plates(
             RUN_FIGURES,
             growth="Left: |a| and ||r|| with their exponents. Right: a window's first direction with that of the early "
             "phase, of the late phase and of the window before. The decaying walk is dotted.",
@@ -143,7 +144,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Gradients",
         "Cosines of single-batch gradients with the backbone, beside those of isotropic noise, and their signed bias "
         "along it.",
-        _plates(
+        plates(
             RUN_FIGURES,
             gradients="|cos| of batch gradients of the objective and of its two parts; isotropic noise is dotted.",
             signed_bias="Signed projection of gradients on each block's own backbone at the replayed checkpoints, "
@@ -156,7 +157,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Fisher curvature",
         "Rayleigh quotients of the second moment of batch-mean gradients along named directions, over the mean across "
         "all directions, and the anisotropy along the backbone; bars are standard errors.",
-        _plates(
+        plates(
             RUN_FIGURES,
             fisher="Curvature along the backbone and other directions; 1 is a random direction (paper, Figure 3).",
         ),
@@ -167,7 +168,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Switches of the probe",
         "Displacements between a peak of p_ood and the trough after it, beside stretches of the same length in which "
         "nothing switched.",
-        _plates(
+        plates(
             RUN_FIGURES,
             switching="Peaks and troughs; below, |cos| of each switch with the backbone (filled) and the mean over its "
             "controls (open).",
@@ -178,7 +179,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "logit-lens",
         "Where in the network the key is",
         "Exact-match accuracy when the final norm and the head read the residual stream after each block.",
-        _plates(RUN_FIGURES, logit_lens="Accuracy after each block at peaks (solid) and troughs (dashed) of p_ood."),
+        plates(RUN_FIGURES, logit_lens="Accuracy after each block at peaks (solid) and troughs (dashed) of p_ood."),
         ("logit_lens*",),
     ),
     Section(
@@ -186,7 +187,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Reheating",
         "p_ood after a late checkpoint is started again at a higher learning rate; G is the highest value minus that "
         "of the checkpoint.",
-        _plates(RUN_FIGURES, reheating="p_ood at the end of the parent (grey) and in this run (paper, Figure 4)."),
+        plates(RUN_FIGURES, reheating="p_ood at the end of the parent (grey) and in this run (paper, Figure 4)."),
         ("table11*", "reheat*"),
     ),
 )
@@ -196,7 +197,7 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "runs",
         "The runs side by side",
         "Loss, retrieval, and the path along and across each run's own backbone.",
-        _plates(
+        plates(
             COMPARISON_FIGURES,
             overview="All runs from scratch by name, the decaying walk of each dotted; a run that diverged is clipped.",
         ),
@@ -207,7 +208,7 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "Optimizers",
         "Runs that differ in their optimizer and its settings; under plain weight decay and small gradients a path is "
         "a straight line towards zero, and cos(v_b, theta_0) tells.",
-        _plates(
+        plates(
             COMPARISON_FIGURES,
             optimizers="PC1 beside both walks', validation loss, p_ood, and cos(v_b, theta_0) of the path so far, each "
             "run to its own end.",
@@ -218,7 +219,7 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "matched",
         "At equal loss",
         "The same numbers at the same validation loss rather than at the same step.",
-        _plates(
+        plates(
             COMPARISON_FIGURES,
             matched_loss="p_ood and PC1 of the path so far against validation loss, which falls to the right, of each "
             "run to its lowest one; runs that diverged are left out.",
@@ -229,7 +230,7 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "beta2",
         "The memory of the second moment, beta2",
         "Runs that differ in beta2 only: PC1 beside its null, and the excess over it.",
-        _plates(
+        plates(
             COMPARISON_FIGURES,
             beta2_pc1="PC1 by beta2, raw and with unit rows; on the right its excess over the decaying walk.",
             beta2_curves="Coordinate, residual, loss and p_ood by beta2; a run that diverged is clipped.",
@@ -240,14 +241,14 @@ COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "seeds",
         "Seeds",
         "Runs that differ in their seed only: what one run's interval cannot know.",
-        _plates(COMPARISON_FIGURES, seeds="Coordinate, residual, backbone fraction and p_ood of each seed."),
+        plates(COMPARISON_FIGURES, seeds="Coordinate, residual, backbone fraction and p_ood of each seed."),
         ("seeds*",),
     ),
     Section(
         "reheating",
         "Reheating",
         "p_ood after a late checkpoint is started again; G is the highest value minus that of the checkpoint.",
-        _plates(
+        plates(
             COMPARISON_FIGURES,
             reheating="The ends of the parents (grey) and reheated runs by learning rate, a star at each maximum, "
             "controls dashed.",

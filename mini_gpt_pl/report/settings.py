@@ -52,6 +52,9 @@ def facts(run: Run) -> dict[str, Any]:
         "lambda": _probe_weight(_mapping(model, "probe_weight")),
         "share of probe sequences": probe.get("p_probe"),
         "corpus": _mapping(data, "corpus").get("name"),
+        "operation": data.get("operation"),
+        "modulus": data.get("modulus"),
+        "training fraction": data.get("train_fraction"),
         "seed": data.get("seed", config.get("seed_everything")),
     }
 

@@ -1,0 +1,329 @@
+"""Runs of the second task as its report reads them: when they memorised and generalised, and their path in windows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pandas as pd
+import torch
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import innovations, nulls, onset, resampled, windows
+from mini_gpt_pl.geometry.centred import centred_statistics
+from mini_gpt_pl.geometry.innovations import Correlation
+from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.report.beside import listed
+from mini_gpt_pl.report.families import names
+from mini_gpt_pl.report.grokking_published import SETTING
+from mini_gpt_pl.report.settings import differences, facts, plain
+from mini_gpt_pl.report.sheet import Cell, number, word
+from mini_gpt_pl.runs import METRICS, TRAJECTORY, Run
+
+TEST, TRAIN, LOSS = "eval/test_accuracy", "eval/train_accuracy", "eval/train_loss"
+_PERMUTATIONS = 20
+_FEWEST = 4  # snapshots: the PC1 of two increments is arithmetic
+NULLS: Mapping[str, str] = {
+    "walk": "walk",
+    "decaying_walk": "decay, ‖d‖",
+    "innovation_walk": "decay, ‖e‖",
+    "autoregressive_walk": "AR(1)",
+    "permuted": "permuted",
+}
+"""Nulls of a path, and their columns."""
+DECAYING = ("decaying_walk", "innovation_walk")
+"""The two that keep lengths under the run's own decay; an excess over one of them names it."""
+NULLS_NOTE = (
+    "Walk: the run's step lengths ‖d‖ in orthogonal directions. Decay, ‖d‖: the same under the run's weight decay, "
+    "with innovations as long as that takes. Decay, ‖e‖: under decay with the lengths of the measured innovations "
+    "e = θ_k - ρ_k θ_(k-1). The two differ where training pushes back against "
+    "decay. AR(1): the third with the measured correlation of successive innovations. Permuted: the measured "
+    "increments in other orders, median of 20."
+)
+
+Numbers = Mapping[str, Mapping[str, float]]
+"""Of a path: statistic -> measured and each null."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of steps.
+
+    Args:
+        name: What happens in it.
+        first: Step that it starts at.
+        last: Step that it ends at.
+    """
+
+    name: str
+    first: int
+    last: int
+
+    @property
+    def words(self) -> str:
+        """Name and steps."""
+        return f"{self.name}, {self.first:,} to {self.last:,}"
+
+
+@dataclass(frozen=True)
+class GrokkingRun:
+    """A run of the second task.
+
+    Args:
+        run: Its folder.
+        label: What it is called.
+    """
+
+    run: Run
+    label: str
+    _paths: dict[Window, dict[str, Numbers]] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def facts(self) -> Mapping[str, object]:
+        """What decides how it goes; see `settings.facts`."""
+        return facts(self.run)
+
+    @property
+    def operation(self) -> str:
+        """The operation, or what else it learned."""
+        return str(self.facts["operation"] or self.run.task)
+
+    @property
+    def decay(self) -> float:
+        """Weight decay."""
+        return float(self.facts["weight decay"] or 0.0)  # type: ignore[arg-type]
+
+    @property
+    def rate(self) -> float:
+        """Learning rate."""
+        return float(self.facts["learning rate"] or math.nan)  # type: ignore[arg-type]
+
+    @property
+    def seed(self) -> int | None:
+        """Of weights, split and batches."""
+        found = self.facts["seed"]
+        return None if found is None else int(found)  # type: ignore[call-overload]
+
+    @property
+    def unit(self) -> str:
+        """What runs share that are no independent draws: the operation, and whether its weights decay."""
+        return self.operation if self.decay else f"{self.operation}, no decay"
+
+    @property
+    def last(self) -> int:
+        """Step of the last snapshot."""
+        return self.run.trajectory.steps[-1]
+
+    def series(self, name: str) -> pd.Series[float]:
+        """Metric by step; empty if it never was logged."""
+        return self.run.series(name) if (self.run.path / METRICS).is_file() else pd.Series(dtype=float)
+
+    @cached_property
+    def name(self) -> str:
+        """Of the weights whose commutator was measured; empty if none was."""
+        if not (self.run.path / METRICS).is_file():
+            return ""
+        found = [str(c) for c in self.run.metrics.columns if str(c).endswith("/defect") and str(c).count("/") == 2]
+        return found[0].split("/")[1] if found else ""
+
+    def commutator(self, name: str) -> pd.Series[float]:
+        """Number of the commutator probe by step; empty without one."""
+        return self.series(f"commutator/{self.name}/{name}")
+
+    @cached_property
+    def differs(self) -> tuple[str, ...]:
+        """What is not as in the paper, its learning rate aside; empty for a run that repeats it."""
+        decay = [] if self.decay in (0.0, 1.0) else [f"weight decay {plain(self.decay)} instead of 1"]
+        return (*differences(self.facts, SETTING, ("learning rate",)), *decay)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it repeats one of the paper's runs at its main learning rate: published numbers go beside it."""
+        return not self.differs and self.rate == SETTING["learning rate"]
+
+    # ------------------------------------------------------------------------------------------- milestones
+
+    @cached_property
+    def steps(self) -> dict[str, int | None]:
+        """When it memorised (train_99), began to generalise (t10), and the grok step by every definition."""
+        found = {"train_99": self._reached(TRAIN, 0.99), "t10": self._reached(TEST, 0.10)}
+        found |= {"t50": self._reached(TEST, 0.50)}
+        test = self.series(TEST)
+        return found | onset.grok_steps([int(s) for s in test.index], test.tolist())
+
+    def _reached(self, name: str, level: float) -> int | None:
+        series = self.series(name)
+        return onset.first_reaching([int(s) for s in series.index], series.tolist(), level)
+
+    @property
+    def groks(self) -> bool:
+        """Whether it reached 90 % of the test set."""
+        return self.steps["t90"] is not None
+
+    @property
+    def cut(self) -> Window:
+        """From the start to the stop of the original study, three evaluations with 98 %, or to the end."""
+        return Window("to the stop", 0, min(self.steps["stop"] or self.last, self.last))
+
+    @property
+    def phases(self) -> list[Window]:
+        """The run to its stop, then in its own phases."""
+        return [self.cut, *phases(self.steps, self.last)]
+
+    # ------------------------------------------------------------------------------------------------ path
+
+    def window(self, window: Window) -> Trajectory:
+        """Its path in a window.
+
+        Raises:
+            UserError: The window holds fewer than three snapshots.
+        """
+        return windows.window(self.run.trajectory, window.first, window.last)
+
+    def path(self, window: Window) -> dict[str, Numbers]:
+        """Numbers of each group and of the whole in a window, beside their nulls; empty with under four snapshots."""
+        if window not in self._paths:
+            self._paths[window] = self._described(window)
+        return self._paths[window]
+
+    def _described(self, window: Window) -> dict[str, Numbers]:
+        try:
+            trajectory = self.window(window)
+        except UserError:
+            return {}
+        if len(trajectory) < _FEWEST:
+            return {}
+        labels = (*trajectory.groups, self.run.trunk)
+        grams = torch.cat([trajectory.grams, trajectory.gram()[None]])
+        moved = grams.diagonal(dim1=1, dim2=2)[:, 1:].sum(1) > 0
+        labels = tuple(label for label, moves in zip(labels, moved.tolist(), strict=True) if moves)
+        described = _numbers(grams[moved], trajectory.survival) if labels else []
+        return dict(zip(labels, described, strict=True))
+
+    def correlation(self, window: Window, label: str, *, tangential: bool) -> Correlation:
+        """Correlation of successive innovations of a group, or of the whole, in a window."""
+        trajectory = self.window(window)
+        group = None if label == self.run.trunk else label
+        return innovations.correlation(
+            trajectory.gram(group), trajectory.survival, trajectory.dim_of(group), tangential=tangential
+        )
+
+
+def _numbers(grams: torch.Tensor, survival: Sequence[float]) -> list[Numbers]:
+    """Statistics of several paths of one decay, and of each of their nulls, in one batch."""
+    count = len(grams)
+    paths = [
+        grams,
+        nulls.walk(grams),
+        nulls.decaying_walk(grams, survival),
+        innovations.innovation_walk(grams, survival),
+        innovations.autoregressive_walk(grams, survival),
+        *[resampled.permuted(gram, _PERMUTATIONS) for gram in grams],
+    ]
+    found = centred_statistics(torch.cat(paths), survival)
+    described: list[Numbers] = []
+    for k in range(count):
+        one: dict[str, dict[str, float]] = {}
+        for name, values in found.items():
+            closed = values[: 5 * count].view(5, count)[:, k].tolist()
+            drawn = values[5 * count :].view(count, _PERMUTATIONS)[k]
+            one[name] = dict(zip(("measured", *NULLS), [*closed, float(drawn.nanquantile(0.5))], strict=True))
+        described.append(one)
+    return described
+
+
+def phases(steps: Mapping[str, int | None], last: int) -> list[Window]:
+    """Memorisation, plateau, transition and what comes after; those that a run does not have are left out.
+
+    The plateau lies between 99 % of the training set and 10 % of the test set, the transition between that and the
+    third evaluation in a row with 98 %.
+    """
+    memorised, begun, stop = (steps[name] for name in ("train_99", "t10", "stop"))
+    if memorised is None:
+        return []
+    begun = last if begun is None else max(begun, memorised)
+    ended = last if stop is None else max(stop, begun)
+    found = [
+        Window("memorisation", 0, memorised),
+        Window("plateau", memorised, begun),
+        Window("transition", begun, ended),
+        Window("after", ended, last),
+    ]
+    return [window for window in found if window.last > window.first]
+
+
+def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
+    """The same steps for all runs: as far as the shortest goes, and the median phases of those that generalise."""
+    last = min(run.last for run in runs)
+    whole = Window("all runs alike", 0, last)
+    reference = [run.steps for run in runs if run.groks and run.decay]
+    if not reference:
+        return [whole]
+    middle: dict[str, int | None] = {}
+    for name in ("train_99", "t10", "stop"):
+        reached = [steps[name] for steps in reference]
+        known = [last if step is None else min(step, last) for step in reached]
+        middle[name] = int(statistics.median_low(known))
+    return [whole, *phases(middle, last)]
+
+
+def grokking_runs(runs: Sequence[Run]) -> list[GrokkingRun]:
+    """Runs that recorded a path and were evaluated on both sets, by operation, decay and seed."""
+    called = names(runs)
+    found = [GrokkingRun(run, called[run]) for run in runs if (run.path / TRAJECTORY).is_file()]
+    known = [run for run in found if len(run.series(TEST)) and len(run.series(TRAIN))]
+    order = {name: k for k, name in enumerate(("add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy"))}
+    return sorted(
+        known, key=lambda run: (-run.decay, order.get(run.operation, 9), run.operation, run.rate, run.seed or 0)
+    )
+
+
+def median(values: Sequence[float]) -> float:
+    """Median of what is known, NaN for nothing."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
+
+
+def groups_of(runs: Sequence[GrokkingRun]) -> list[list[GrokkingRun]]:
+    """Runs that differ in their seed only, in the order in which they were given."""
+    found: dict[tuple[object, ...], list[GrokkingRun]] = {}
+    for run in runs:
+        found.setdefault((run.operation, run.decay, run.rate), []).append(run)
+    return list(found.values())
+
+
+def group_cells(group: Sequence[GrokkingRun]) -> dict[str, Cell]:
+    """What the runs of `groups_of` have in common."""
+    first = group[0]
+    return {
+        "operation": word(first.operation),
+        "lr": word(plain(first.rate)),
+        "decay": word(plain(first.decay)),
+        "seeds": number(len(group), "{:.0f}"),
+    }
+
+
+def run_cells(run: GrokkingRun) -> dict[str, Cell]:
+    """What a single run was."""
+    cells = group_cells([run])
+    del cells["seeds"]
+    return cells | {"seed": number(run.seed, "{:.0f}")}
+
+
+def reached(run: GrokkingRun, name: str) -> Cell:
+    """Step of a milestone, in words where it was never reached."""
+    step = run.steps[name]
+    return word("never") if step is None else number(step, "{:,.0f}")
+
+
+def setting_note(runs: Sequence[GrokkingRun]) -> str | None:
+    """Say why there are no published numbers beside runs that do not repeat the paper's."""
+    other = next((run for run in runs if run.differs), None)
+    if other is None:
+        return None
+    return (
+        f"Published numbers stand only beside runs that repeat the paper's; {other.label} has {listed(other.differs)}."
+    )
