@@ -36,8 +36,8 @@ class SubspaceIntervention(Callback):
     the first changed step on. It does so in the optimizer's settings, so that a recorder's nulls know; those of a path
     whose span decays leave that out.
 
-    Logged under `intervention/<name>/` at the first changed step of every `log_every_n_steps`: parallel = |P x| / |x| before the
-    change, parallel_null, what random directions in the same blocks hold, and change = |x' - x| / |x|.
+    Logged under `intervention/<name>/` at the first changed step of every `log_every_n_steps`: parallel = |P x| / |x|
+    before the change, parallel_null, what random directions in the same blocks hold, and change = |x' - x| / |x|.
 
     Args:
         parallel: a.

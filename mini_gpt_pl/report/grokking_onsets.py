@@ -109,8 +109,8 @@ def _power_law(runs: Sequence[GrokkingRun]) -> str:
     behind = len(pairs) - len(ahead)
     return (
         f"Lead against t90 has the exponent {fit.whole.exponent:.2f} over {len(within)} rates, within each "
-        f"{', '.join(within)}; {behind} runs without a positive lead are not in it, which chooses the answer. Where the "
-        "onset is a constant c, the slope is T / (T - c) > 1 whatever the dynamics."
+        f"{', '.join(within)}; {behind} runs without a positive lead are not in it, which chooses the answer. Where "
+        "the onset is a constant c, the slope is T / (T - c) > 1 whatever the dynamics."
     )
 
 
