@@ -35,7 +35,8 @@ class AttentionProbe(DeferringProbe):
         schedule: When to measure, after a step; 0 is before the first.
         ks: Numbers of positions. Those that no row exceeds are left out.
         size: Examples in each batch.
-        query: Position whose attention is looked at, from the end if negative: the one that the answer is read at.
+        query: Position whose attention is looked at, from the end if negative. None for the module's own
+            `query_position`, the one that its answer is read at, if it has that, else the last.
         seed: Of the batches and of what is kept by chance.
 
     Raises:
@@ -50,7 +51,7 @@ class AttentionProbe(DeferringProbe):
         schedule: Schedule = Schedule(every=500),  # noqa: B008 (frozen)
         ks: Sequence[int] = (1, 2, 4, 8),
         size: int = 128,
-        query: int = -1,
+        query: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(schedule)
@@ -107,7 +108,7 @@ class AttentionProbe(DeferringProbe):
         assert isinstance(module, ShowsItsAttention)
         found: dict[str, Tensor] = {}
         for layer, weights in enumerate(module.attention(batch)):
-            rows, prefix = query_rows(weights, self.query), f"attention/{name}/layer{layer}/"
+            rows, prefix = query_rows(weights, asked_query(module, self.query)), f"attention/{name}/layer{layer}/"
             count = concentration.visible(rows)
             found |= {prefix + "entropy": concentration.entropy(rows).mean(), prefix + "entropy_null": count.log()}
             ks = self._below(rows.shape[-1])
@@ -178,6 +179,11 @@ def fixed_batches(trainer: Trainer, module: LightningModule, seed: int, size: in
             f"{asking} measures on batches that stay the same: give the data module a draw_batch(generator, size)"
         )
     return {name: trainer.strategy.batch_to_device(batch, module.device) for name, batch in found.items()}
+
+
+def asked_query(module: LightningModule, query: int | None) -> int:
+    """The position that is asked for, else the one that the module's answer is read at, else the last."""
+    return int(getattr(module, "query_position", -1)) if query is None else query
 
 
 def query_rows(weights: Float[Tensor, "B nh Q T"], query: int) -> Float[Tensor, "B nh T"]:

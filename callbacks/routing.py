@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.attention import fixed_batches, query_rows, require_attention
+from callbacks.attention import asked_query, fixed_batches, query_rows, require_attention
 from callbacks.measuring import ShowsItsAttention, measuring
 from callbacks.probe import Deferred, DeferringProbe, Estimate
 from callbacks.schedule import Schedule
@@ -44,7 +44,7 @@ class RoutingProbe(DeferringProbe):
         norm: Length of the move, in parameter units.
         draws: Random directions for each direction.
         size: Examples in each batch, as `AttentionProbe` draws them.
-        query: Position whose attention is looked at.
+        query: Position whose attention is looked at, as `AttentionProbe` has it.
         seed: Of the batches and of the random directions.
 
     Raises:
@@ -63,7 +63,7 @@ class RoutingProbe(DeferringProbe):
         norm: float = 0.5,
         draws: int = 16,
         size: int = 128,
-        query: int = -1,
+        query: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(schedule)
@@ -175,7 +175,7 @@ class RoutingProbe(DeferringProbe):
         assert isinstance(module, ShowsItsAttention)
         found = []
         for batch in self._batches.values():
-            rows = [query_rows(weights, self.query) for weights in module.attention(batch)]
+            rows = [query_rows(weights, asked_query(module, self.query)) for weights in module.attention(batch)]
             found.append(torch.stack([concentration.entropy(row).double().mean() for row in rows]))
         return torch.stack(found).mean(0)
 

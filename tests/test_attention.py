@@ -16,7 +16,9 @@ from lightning.pytorch import Callback, LightningModule
 from safetensors.torch import load_file
 from torch import Tensor
 
+import cli
 from callbacks import AttentionProbe, RoutingProbe, Schedule, TrajectoryRecorder
+from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import concentration, routing
 from mini_gpt_pl.geometry.snapshots import file_of
@@ -25,6 +27,7 @@ from mini_gpt_pl.grokking.data import MarkerSums, ModularArithmetic
 from mini_gpt_pl.grokking.encoder import ATTENTION_PATTERN, Block, EncoderSize
 from mini_gpt_pl.grokking.markers import MarkerTask
 from mini_gpt_pl.grokking.module import ResidueClassifier
+from mini_gpt_pl.grokking.steering import main as steer
 
 SMALL = EncoderSize(n_layer=2, n_head=2, d_model=16, d_ff=0)
 
@@ -278,8 +281,36 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 def test_pairs_have_training_and_test_kinds(tmp_path: Path) -> None:
     module = ResidueClassifier(SMALL, vocab_size=11, classes=11)
-    probe = AttentionProbe(Schedule(every=2), ks=(1, 2), query=0, size=20)
+    probe = AttentionProbe(Schedule(every=2), ks=(1, 2), size=20)
     quiet_trainer(tmp_path, [probe], max_steps=2).fit(module, datamodule=ModularArithmetic(modulus=11, batch_size=16))
     logged = metrics(tmp_path)[2]
     assert {"attention/train/layer1/entropy", "attention/test/accuracy_top1"} <= set(logged)
+    data = ModularArithmetic(modulus=11)
+    data.setup()
+    key = np.array([0, 0xA77E], dtype=np.uint64)
+    batch = data.draw_kinds(np.random.Generator(np.random.Philox(key=key)), 20)["train"]
+    read = module.attention(batch)[0][:, :, 0]  # the answer is read at the first position
+    assert logged["attention/train/layer0/top1"] == pytest.approx(float(read.amax(-1).mean()), rel=1e-5)
     assert logged["attention/test/layer0/top1_null"] == 0.5 and "attention/test/accuracy_top2" not in logged
+
+
+def test_a_run_from_the_command_line_says_whether_its_path_steers_its_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer_cli, "draw_all", lambda run: [])
+    configs = Path(cli.__file__).resolve().parent / "configs" / "grokking"
+    often = tmp_path / "often.yaml"
+    often.write_text(
+        "trainer: {callbacks+: [{class_path: callbacks.AttentionProbe, init_args: {schedule: {every: 10}, size: 8}},"
+        " {class_path: callbacks.RoutingProbe, init_args: {schedule: {every: 60}, draws: 2, size: 8}}]}"
+    )
+    files = [configs / "smoke.yaml", configs / "tiny.yaml", configs / "fourier.yaml", often]
+    cli.run(f"fit {' '.join(f'-c {file}' for file in files)} --trainer.max_steps 120 --run_dir {tmp_path}/run")
+    capsys.readouterr()
+    steer([str(tmp_path / "run"), "--k", "2", "--start", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["component", "quantity", "intervals", "r", "level", "p", "adjusted"]
+    assert len(lines) == 1 + 2 * 2 * 2  # scores, kinds of batches, layers
+    with one_line_error("recorded no entropy"):
+        (tmp_path / "run/metrics.csv").write_text("step,a\n1,2\n")
+        steer([str(tmp_path / "run")])

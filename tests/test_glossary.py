@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer
 
 from callbacks import (
+    AttentionProbe,
     BasisSource,
     CommutatorProbe,
     CostControl,
@@ -43,18 +44,22 @@ from callbacks import (
     GradientAlignment,
     Kick,
     OptimizerAnatomy,
+    RoutingProbe,
     Schedule,
     StreamingFisher,
     SubspaceIntervention,
     SwitchingProbe,
+    TrajectoryRecorder,
 )
 from callbacks.fixed_gradients import Kind
 from mini_gpt_pl import glossary
 from mini_gpt_pl.glossary import Metric
 from mini_gpt_pl.grokking.data import ModularArithmetic
-from mini_gpt_pl.grokking.encoder import EncoderSize
+from mini_gpt_pl.grokking.encoder import ATTENTION_PATTERN, EncoderSize
+from mini_gpt_pl.grokking.fourier_probe import FourierProbe
 from mini_gpt_pl.grokking.milestones import Evaluation
 from mini_gpt_pl.grokking.module import ResidueClassifier
+from mini_gpt_pl.grokking.multitask import MultiTaskArithmetic, MultiTaskClassifier
 from mini_gpt_pl.grokking.operations import Examples
 from mini_gpt_pl.module import ProbedGPT
 from mini_gpt_pl.runs import Run
@@ -74,6 +79,9 @@ GEOMETRY = (
     "CommutatorProbe",
     "SubspaceIntervention",
     "Kick",
+    "AttentionProbe",
+    "RoutingProbe",
+    "FourierProbe",
 )
 
 
@@ -154,6 +162,22 @@ def generalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks on one trunk, its attention and its frequencies watched."""
+    folder = tmp_path_factory.mktemp("shared")
+    callbacks = [
+        Evaluation(Schedule(every=2)),
+        TrajectoryRecorder(ATTENTION_PATTERN, Schedule(every=1)),
+        AttentionProbe(Schedule(every=2), ks=[1], size=8),
+        RoutingProbe(Schedule(every=2), draws=2, size=8),
+        FourierProbe(Schedule(every=2)),
+    ]
+    module = MultiTaskClassifier(EncoderSize(1, 2, 8, 16), 11, 11)
+    quiet_trainer(folder, callbacks, max_steps=4).fit(module, datamodule=MultiTaskArithmetic(modulus=11, batch_size=8))
+    return folder
+
+
 class Knowing(ResidueClassifier):
     """It answers everything right from step 2 on."""
 
@@ -170,9 +194,9 @@ def names(folder: Path) -> set[str]:
 
 
 def test_every_logged_name_has_an_entry_and_every_entry_a_logged_name(
-    probed: Path, reheated: Path, generalised: Path
+    probed: Path, reheated: Path, generalised: Path, shared: Path
 ) -> None:
-    logged = names(probed) | names(reheated) | names(generalised)
+    logged = names(probed) | names(reheated) | names(generalised) | names(shared)
     assert len(logged) > 300
     found = {name: glossary.find(name) for name in logged}
     assert [name for name, metric in found.items() if metric is None] == []
@@ -182,10 +206,10 @@ def test_every_logged_name_has_an_entry_and_every_entry_a_logged_name(
     assert [metric.name for metric in glossary.metrics() if metric.name not in used] == []
 
 
-def test_every_choice_of_a_placeholder_is_logged(probed: Path, reheated: Path, generalised: Path) -> None:
+def test_every_choice_of_a_placeholder_is_logged(probed: Path, reheated: Path, generalised: Path, shared: Path) -> None:
     """`quantity: pc1|k95` must not promise a null that nobody logs."""
     seen: dict[str, set[tuple[str, str]]] = {}
-    for name in names(probed) | names(reheated) | names(generalised):
+    for name in names(probed) | names(reheated) | names(generalised) | names(shared):
         metric = glossary.find(name)
         assert metric is not None
         seen.setdefault(metric.name, set()).update((metric.match(name) or {}).items())
@@ -208,8 +232,8 @@ def test_groups_and_the_whole_are_told_apart(probed: Path, reheated: Path) -> No
         assert found == {"trunk"} if "{whole}" in template else found >= {"blocks.0", "blocks.1"}, template
 
 
-def test_no_name_fits_two_entries_equally_well(probed: Path, reheated: Path) -> None:
-    for name in names(probed) | names(reheated):
+def test_no_name_fits_two_entries_equally_well(probed: Path, reheated: Path, shared: Path) -> None:
+    for name in names(probed) | names(reheated) | names(shared):
         fitting = sorted(m.literal for m in glossary.metrics() if m.match(name) is not None)
         assert len(fitting) == 1 or fitting[-2] < fitting[-1], name
 
@@ -262,14 +286,14 @@ def test_geometry_has_a_null_or_says_why_not(metric: Metric) -> None:
         assert not metric.beside
 
 
-def test_what_stands_beside_a_metric_is_logged_with_it(probed: Path, reheated: Path) -> None:
-    logged = names(probed) | names(reheated)
+def test_what_stands_beside_a_metric_is_logged_with_it(probed: Path, reheated: Path, shared: Path) -> None:
+    logged = names(probed) | names(reheated) | names(shared)
     asked = 0
     for name in logged:
         metric = glossary.find(name)
         if metric is not None and metric.beside:
             # A label of the whole's alone stands beside every group's.
-            whole = re.sub("/blocks[^/]*/", "/trunk/", name)
+            whole = name if name.startswith("fourier/") else re.sub("/blocks[^/]*/", "/trunk/", name)
             other = glossary.beside(whole, logged)
             assert other is not None and glossary.find(other) is not None, name
             asked += 1

@@ -143,8 +143,9 @@ def test_the_report_and_the_table_read_such_a_run(finished: Run, command: Comman
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    composed = {"nodecay.yaml", "tied_norm.yaml", "fixed.yaml", "tiny.yaml"}
-    base = ["-c", str(CONFIGS / "smoke.yaml")] if name in composed else []
+    composed = {"nodecay.yaml", "tied_norm.yaml", "fixed.yaml", "tiny.yaml", "attention.yaml", "fourier.yaml"}
+    first = {"multitask_small.yaml": "multitask.yaml"} | dict.fromkeys(composed, "smoke.yaml")
+    base = ["-c", str(CONFIGS / first[name])] if name in first else []
     with pytest.raises(SystemExit) as caught:
         command("fit", *base, "-c", str(CONFIGS / name), "--print_config")
     assert not caught.value.code
@@ -184,7 +185,8 @@ def test_help_is_of_the_task(task: str, command: Command, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         command("fit", "--task", task, "--help")
     told = capsys.readouterr().out
-    assert ("--data.operation" in told) == (task == "operations")
+    assert ("--data.operation " in told) == (task == "operations")
+    assert ("--data.operations" in told) == (task == "multitask")
     assert ("--data.task.length" in told) == (task == "markers")
     assert ("--data.corpus" in told) == (task == "stories")
 

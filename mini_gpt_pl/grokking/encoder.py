@@ -165,6 +165,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
+        self.causal = causal
         self.embedding = nn.Embedding(vocab_size, size.d_model)
         self.position = nn.Parameter(torch.empty(length, size.d_model))
         self.blocks = nn.ModuleList(Block(size, causal) for _ in range(size.n_layer))

@@ -77,7 +77,7 @@ class Spectrum:
         """Quantile q of the largest share by chance.
 
         Of shares that are taken as independent, each with the Beta distribution of its mean and variance. The true
-        quantile is larger by up to 7 % where few columns dominate (tests/test_fourier.py), and the same where many do.
+        quantile is larger by up to 8 % where few columns dominate (tests/test_fourier.py), and the same where many do.
         """
         low, high = 0.0, 1.0
         for _ in range(40):

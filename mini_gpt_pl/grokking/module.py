@@ -143,6 +143,11 @@ class ResidueClassifier(LightningModule):
         right = logits.argmax(-1) == examples.labels
         return F.cross_entropy(logits, examples.labels), right.float().mean()
 
+    @property
+    def query_position(self) -> int:
+        """The position that the answer is read at."""
+        return -1 if self.encoder.causal else 0
+
     def attention(self, batch: Examples) -> list[Float[Tensor, "B nh T T"]]:
         """Attention weights of every block for one batch."""
         return self.encoder.attention(batch.tokens)
