@@ -27,7 +27,7 @@ from mini_gpt_pl.grokking.data import MarkerSums, ModularArithmetic
 from mini_gpt_pl.grokking.encoder import ATTENTION_PATTERN, Block, EncoderSize
 from mini_gpt_pl.grokking.markers import MarkerTask
 from mini_gpt_pl.grokking.module import ResidueClassifier
-from mini_gpt_pl.grokking.steering import main as steer
+from mini_gpt_pl.grokking.routing import main as route
 
 SMALL = EncoderSize(n_layer=2, n_head=2, d_model=16, d_ff=0)
 
@@ -307,10 +307,10 @@ def test_a_run_from_the_command_line_says_whether_its_path_steers_its_attention(
     files = [configs / "smoke.yaml", configs / "tiny.yaml", configs / "fourier.yaml", often]
     cli.run(f"fit {' '.join(f'-c {file}' for file in files)} --trainer.max_steps 120 --run_dir {tmp_path}/run")
     capsys.readouterr()
-    steer([str(tmp_path / "run"), "--k", "2", "--start", "10"])
+    route([str(tmp_path / "run"), "--k", "2", "--start", "10"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["component", "quantity", "intervals", "r", "level", "p", "adjusted"]
     assert len(lines) == 1 + 2 * 2 * 2  # scores, kinds of batches, layers
     with one_line_error("recorded no entropy"):
         (tmp_path / "run/metrics.csv").write_text("step,a\n1,2\n")
-        steer([str(tmp_path / "run")])
+        route([str(tmp_path / "run")])

@@ -1,6 +1,6 @@
 """Whether a run's path steers its attention: changes of path scores against changes of entropy.
 
-python -m mini_gpt_pl.grokking.steering runs/grokking/markers --start 1000
+python -m mini_gpt_pl.grokking.routing runs/grokking/markers --start 1000
 
 The run's `AttentionProbe` and recorder have one schedule, as configs/grokking/attention.yaml gives them.
 """
@@ -22,7 +22,7 @@ from mini_gpt_pl.runs import Run
 _ENTROPY = re.compile(r"attention/\w+/layer\d+/entropy")
 
 
-def steering(run: Run, pattern: str = r"w_[qk]$", k: int = 3, start: int = 0, draws: int = 1999) -> pd.DataFrame:
+def routing(run: Run, pattern: str = r"w_[qk]$", k: int = 3, start: int = 0, draws: int = 1999) -> pd.DataFrame:
     """Correlate score changes of the query and key matrices' path with entropy changes, of all batches and layers.
 
     The start of training, where everything changes fast at once, is to be left out: surrogates are stationary.
@@ -56,13 +56,13 @@ def steering(run: Run, pattern: str = r"w_[qk]$", k: int = 3, start: int = 0, dr
 
 def main(args: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = CommandParser("steering", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser("routing", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run with an AttentionProbe")
     parser.add_argument("--groups", default=r"w_[qk]$", help="which recorded groups, searched in their names")
     parser.add_argument("--k", type=int, default=3, help="number of principal directions")
     parser.add_argument("--start", type=int, default=0, help="first step that counts")
     told = parser.parse_args(args)
-    print(steering(Run(told.run), told.groups, told.k, told.start).to_string(index=False, float_format="{:.4f}".format))
+    print(routing(Run(told.run), told.groups, told.k, told.start).to_string(index=False, float_format="{:.4f}".format))
 
 
 if __name__ == "__main__":
