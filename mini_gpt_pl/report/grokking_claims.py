@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mini_gpt_pl.geometry.discrimination import Discrimination
 from mini_gpt_pl.report.findings import Finding
 from mini_gpt_pl.report.grokking_clocks import ONSET, PLACEBO, clock_steps, separation, sign_of
 from mini_gpt_pl.report.grokking_defects import change_at_grok
@@ -19,6 +20,7 @@ from mini_gpt_pl.runs import Run
 
 # A share within this of a null is not told apart from it: seeds of one setting differ by as much.
 _MARGIN = 0.03
+_TELLS_APART = 0.75  # an AUC up to here is no warning, whatever its p
 
 
 @dataclass(frozen=True)
@@ -242,18 +244,26 @@ def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
     split, control = (separation(runs, clock) for clock in (ONSET, PLACEBO))
     apart = "" if split is None else f"; AUC {split.auc:.2f} (p {split.p:.2g}, at best {split.smallest:.2g})"
     plain = "" if control is None else f", AUC {control.auc:.2f}"
-    warns = split is not None and split.auc > 0.5 and split.p < 0.05
-    verdict = "a warning" if warns else "no warning" if split is not None else "undecided"
     return Claim(
         "The onset of the defect precedes grokking in 12 of 12 runs, p = 2^-12",
         f"in {ahead} of {count}{apart}; {test.positive} of {test.units} operations, p {test.p:.2g}",
         f"it also comes in {fired} of {len(others)} runs that do not generalise; 99 % of the training set leads in "
         f"{placebo} of {count}{plain}",
-        f"**{verdict}**: that it comes first is shared with whatever happens early"
-        + (", and it does not tell the two kinds of runs apart." if verdict == "no warning" else "."),
+        _warning(split) + " That it comes first is shared with whatever happens early.",
         "onset",
         "Early warning",
     )
+
+
+def _warning(split: Discrimination | None) -> str:
+    """What an AUC allows to say; a high one of few operations allows nothing."""
+    if split is None:
+        return "**undecided**: it takes runs that generalise and runs that do not."
+    if split.auc <= _TELLS_APART:
+        return "**no warning**: it does not tell the two kinds of runs apart."
+    if split.p < 0.05:
+        return "**a warning**: it tells the two kinds of runs apart."
+    return f"**undecided**: {split.units} operations are too few to tell."
 
 
 def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
