@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from grokking_runs import (
     GROUPS,
     KEPT,
@@ -22,7 +23,9 @@ from grokking_runs import (
     write,
 )
 from report_runs import numbers, written
+from rich.console import Console
 
+import cli
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report import place
 from mini_gpt_pl.report.comparison import require_comparable
@@ -265,7 +268,7 @@ def test_fitting_zeros_of_float32_are_called_arithmetic(tmp_path: Path) -> None:
 
 def test_a_report_on_several_runs_has_its_claims_and_no_stories(tmp_path: Path) -> None:
     runs = family(tmp_path / "runs", {True: VANISHING, False: VANISHING}, seeds=1)
-    page = write_report(runs, tmp_path / "report", None, Steps(None)).read_text()
+    page = write_report(runs, tmp_path / "report", None, Steps(Console(quiet=True))).read_text()
     anchors = re.findall(r'<section id="([\w-]+)">', page)
     assert [a for a in anchors if a in ("claims", "runs", "paths", "persistence", "onset", "commutators")] == [
         "claims",
@@ -282,7 +285,7 @@ def test_a_report_on_several_runs_has_its_claims_and_no_stories(tmp_path: Path) 
 
 def test_a_report_on_one_run_says_when_it_generalised(tmp_path: Path) -> None:
     run = write(tmp_path / "a", grokking(1200), VANISHING)
-    page = write_report([run], tmp_path / "report", None, Steps(None)).read_text()
+    page = write_report([run], tmp_path / "report", None, Steps(Console(quiet=True))).read_text()
     assert "add modulo 97" in page and "90 % of the test set were reached at step 1,200" in page
     assert 'id="figure-grokking_growing_pc1"' in page and 'id="table-grokking_quantiles"' in page
     assert "paper (51 M" not in page  # nothing of the other study beside it
@@ -332,10 +335,6 @@ def test_tables_are_put_into_their_places(tmp_path: Path) -> None:
 
 
 def test_a_composed_run_of_fixed_length_does_not_stop_when_it_groks(capsys: pytest.CaptureFixture[str]) -> None:
-    import yaml
-
-    import cli
-
     configs = Path(cli.__file__).parent / "configs" / "grokking"
     for first in ("paper", "smoke"):
         with pytest.raises(SystemExit):
