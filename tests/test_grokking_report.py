@@ -246,6 +246,16 @@ def test_where_the_commutator_points_is_read_against_the_matched_null(tmp_path: 
     assert said[0].startswith("**a null**") and said[1].startswith("**more than chance**")
 
 
+def test_alignment_is_read_by_how_often_it_is_above_its_null(tmp_path: Path) -> None:
+    for name, share, verdict in (("chance", 3, "**reproduces**"), ("aligned", 1, "**does not reproduce**")):
+        # Above its null in one of three records, or in all.
+        kind = commutator(
+            lambda s: 8.0, lambda s: 1.0, alignment_rms=lambda s, n=share: 0.02 if s // 100 % n == 0 else 0.005
+        )
+        run = write(tmp_path / name, grokking(1200), kind)
+        assert judged([run])["Alignment"].reading.startswith(verdict)
+
+
 def test_claims_that_take_runs_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     alone = write(tmp_path / "a", memorising(), {})
     assert claims([alone]) == []
@@ -345,3 +355,36 @@ def test_a_composed_run_of_fixed_length_does_not_stop_when_it_groks(capsys: pyte
         callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in told["trainer"]["callbacks"]}
         assert callbacks["Evaluation"]["stop_at"] is None and callbacks["Evaluation"]["continue_steps"] == 0
         assert "CommutatorProbe" in callbacks
+
+
+# ----------------------------------------------------------------------------------------------- kept results
+
+KEPT_RUNS = Path(cli.__file__).parent / "docs" / "grokking"
+
+
+def test_the_page_has_the_tables_that_the_kept_runs_give_again() -> None:
+    page = (KEPT_RUNS / "README.md").read_text()
+    assert place.filled(page, KEPT_RUNS) == page
+    runs = [Run(path) for path in sorted((KEPT_RUNS / "runs/grokking").iterdir())]
+    assert len(runs) == 7
+    again = tables(runs)
+    assert "grokking_claims" in page and "grokking_discrimination" in page
+    for name in (
+        "grokking_claims",
+        "grokking_runs",
+        "grokking_pc1_published",
+        "grokking_onsets",
+        "grokking_last_defect",
+    ):
+        assert (KEPT_RUNS / f"small/tables/{name}.md").read_text() == again[name].markdown(), name
+
+
+def test_kept_runs_hold_what_the_smallest_configuration_promises() -> None:
+    runs = grokking_runs([Run(path) for path in sorted((KEPT_RUNS / "runs/grokking").iterdir())])
+    assert [run.groks for run in runs if run.operation == "add" and run.decay] == [True] * 3
+    assert not any(run.groks for run in runs if run.operation == "x3_xy" or not run.decay)
+    for run in runs:
+        assert run.commutator("defect").iloc[0] < 1  # in float64; a difference of float32 weights has 2
+        assert (run.commutator("resolved") == 1).all()
+    free = next(run for run in runs if not run.decay)
+    assert (free.commutator("float32_signal") < 1).mean() > 0.9

@@ -20,6 +20,7 @@ from mini_gpt_pl.runs import Run
 
 # A share within this of a null is not told apart from it: seeds of one setting differ by as much.
 _MARGIN = 0.03
+_MORE_THAN_HALF = 0.6  # of the records above a null that less than half are above by chance
 _TELLS_APART = 0.75  # an AUC up to here is no warning, whatever its p
 
 
@@ -297,12 +298,13 @@ def _aligned(runs: Sequence[GrokkingRun]) -> Claim | None:
         ratios += (value / null).dropna().tolist() if run.decay else []
     if not ratios:
         return None
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    verdict = "reproduces" if low <= 1.2 and high >= 0.8 else "does not reproduce"
+    above = statistics.fmean(ratio > 1 for ratio in ratios)
+    verdict = "does not reproduce" if above > _MORE_THAN_HALF else "reproduces"
     return Claim(
         "The last increment is no more aligned with the commutator than a random direction",
-        f"root mean square of the cosine {middle:.2f} × its null (quartiles {low:.2f} to {high:.2f})",
-        "coins for the signs of the coordinates, sizes kept: 1.00",
+        f"root mean square of the cosine {median(ratios):.2f} × its null (median), above it in {_share(above)} of "
+        f"{len(ratios)} records",
+        "coins for the signs of the coordinates, sizes kept: above it in less than half",
         f"**{verdict}** against a null that has the sizes of the coordinates.",
         "commutators",
         "Alignment",
