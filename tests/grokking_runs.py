@@ -84,6 +84,11 @@ def rises(at: int, before: float = 0.01, after: float = 1.0) -> Series:
     return lambda step: after if step >= at else before
 
 
+def constant(value: float) -> Series:
+    """A series of one value."""
+    return lambda step: value
+
+
 def commutator(defect: Series, gradient: Series, **more: Series) -> dict[str, Series]:
     """What the probe logs, c following from the defect and the gradient."""
     plain: dict[str, Series] = {
@@ -91,17 +96,17 @@ def commutator(defect: Series, gradient: Series, **more: Series) -> dict[str, Se
         "norm_a": gradient,
         "c": lambda step: defect(step) * gradient(step),
         "c_theta2": lambda step: defect(step) * gradient(step) * 1e3,
-        "relative": lambda step: 0.3,
+        "relative": constant(0.3),
         "weights": lambda step: 118 * 0.9995**step,
-        "resolved": lambda step: 1.0,
-        "float32_signal": lambda step: 10.0,
-        "on_path": lambda step: 0.0074,
-        "on_path_isotropic": lambda step: 0.0074,
-        "on_path_null": lambda step: 0.0111,
-        "on_path_ratio": lambda step: 0.667,
-        "on_path_below": lambda step: 0.5,
-        "alignment_rms": lambda step: 0.01,
-        "alignment_flip": lambda step: 0.01,
+        "resolved": constant(1.0),
+        "float32_signal": constant(10.0),
+        "on_path": constant(0.0074),
+        "on_path_isotropic": constant(0.0074),
+        "on_path_null": constant(0.0111),
+        "on_path_ratio": constant(0.667),
+        "on_path_below": constant(0.5),
+        "alignment_rms": constant(0.01),
+        "alignment_flip": constant(0.01),
     }
     return {**plain, **more}
 
@@ -113,4 +118,4 @@ def grokking(at: int = 1200) -> dict[str, Series]:
 
 def memorising() -> dict[str, Series]:
     """Accuracies of a run that memorises and goes no further."""
-    return {"train": rises(300, 0.2), "test": lambda step: 0.01}
+    return {"train": rises(300, 0.2), "test": constant(0.01)}

@@ -16,6 +16,7 @@ from grokking_runs import (
     Series,
     commutator,
     config,
+    constant,
     grokking,
     memorising,
     rises,
@@ -169,7 +170,7 @@ def test_published_numbers_stand_beside_runs_that_repeat_the_paper_alone(tmp_pat
     for changed in ({"modulus": 59}, {"lr": 3e-3}, {"train_fraction": 0.3}):
         other = write(tmp_path / str(changed), grokking(1200), VANISHING, config("sub", 137, **changed))
         for table in tables([other]).values():
-            assert not [column for column in table.frame if "paper" in column], (table.name, changed)
+            assert not [column for column in table.frame if "paper" in str(column)], (table.name, changed)
 
 
 def test_without_decay_the_published_value_is_that_of_the_control(tmp_path: Path) -> None:
@@ -201,9 +202,9 @@ def judged(runs: list[Run]) -> dict[str, Claim]:
 
 
 def test_a_defect_that_jumps_because_gradients_vanish_is_told_from_one_that_does_not(tmp_path: Path) -> None:
-    flat = commutator(lambda step: 8.0, lambda step: 1.0)
+    flat = commutator(constant(8.0), constant(1.0))
     # The bracket itself grows: gradients stay.
-    growing = commutator(rises(1200, 8.0, 400.0), lambda step: 1.0)
+    growing = commutator(rises(1200, 8.0, 400.0), constant(1.0))
     vanishing, real = (
         judged(family(tmp_path / name, {True: kind, False: flat}))["Explosion of the defect"]
         for name, kind in (("vanishing", VANISHING), ("growing", growing))
@@ -214,7 +215,7 @@ def test_a_defect_that_jumps_because_gradients_vanish_is_told_from_one_that_does
 
 
 def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_path: Path) -> None:
-    early, never = commutator(rises(600, 1.0, 100.0), lambda s: 1.0), commutator(lambda s: 1.0, lambda s: 1.0)
+    early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
     everywhere = family(tmp_path / "everywhere", {True: early, False: early})
     right = family(tmp_path / "right", {True: early, False: never})
     told = judged(everywhere)["Early warning"]
@@ -236,9 +237,8 @@ def test_clocks_are_one_rule_on_every_series_and_placebos(tmp_path: Path) -> Non
 
 
 def test_where_the_commutator_points_is_read_against_the_matched_null(tmp_path: Path) -> None:
-    chance, beyond = (
-        commutator(lambda s: 8.0, lambda s: 1.0, on_path_below=lambda s, b=below: b) for below in (0.5, 0.999)
-    )
+    chance = commutator(constant(8.0), constant(1.0), on_path_below=constant(0.5))
+    beyond = {**chance, "on_path_below": constant(0.999)}
     said = [
         judged(family(tmp_path / str(k), {True: kind, False: kind}))["Where the commutator points"].reading
         for k, kind in enumerate((chance, beyond))
@@ -247,11 +247,10 @@ def test_where_the_commutator_points_is_read_against_the_matched_null(tmp_path: 
 
 
 def test_alignment_is_read_by_how_often_it_is_above_its_null(tmp_path: Path) -> None:
-    for name, share, verdict in (("chance", 3, "**reproduces**"), ("aligned", 1, "**does not reproduce**")):
-        # Above its null in one of three records, or in all.
-        kind = commutator(
-            lambda s: 8.0, lambda s: 1.0, alignment_rms=lambda s, n=share: 0.02 if s // 100 % n == 0 else 0.005
-        )
+    # Above its null in one of three records, or in all.
+    for name, lowest, verdict in (("chance", 0.005, "**reproduces**"), ("aligned", 0.02, "**does not reproduce**")):
+        rms = dict.fromkeys(STEPS, lowest) | dict.fromkeys(STEPS[::3], 0.02)
+        kind = commutator(constant(8.0), constant(1.0), alignment_rms=rms.__getitem__)
         run = write(tmp_path / name, grokking(1200), kind)
         assert judged([run])["Alignment"].reading.startswith(verdict)
 
@@ -263,8 +262,8 @@ def test_claims_that_take_runs_that_are_not_there_are_left_out(tmp_path: Path) -
 
 
 def test_fitting_zeros_of_float32_are_called_arithmetic(tmp_path: Path) -> None:
-    lost = commutator(lambda s: 9.0, lambda s: 1e-6, float32_signal=lambda s: 1e-9)
-    seen = commutator(lambda s: 9.0, lambda s: 1.0)
+    lost = commutator(constant(9.0), constant(1e-6), float32_signal=constant(1e-9))
+    seen = commutator(constant(9.0), constant(1.0))
     said = [
         judged([write(tmp_path / str(k), memorising(), kind, config(decay=0.0))])["Zeros and spikes without decay"]
         for k, kind in enumerate((lost, seen))
