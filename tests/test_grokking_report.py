@@ -316,6 +316,17 @@ def test_a_run_without_evaluations_has_no_table_of_these(tmp_path: Path) -> None
     assert grokking_tables(Run(run.path)) == [] and grokking_comparison([Run(run.path)]) == []
 
 
+def test_an_arm_of_an_intervention_is_no_seed_of_its_baseline(tmp_path: Path) -> None:
+    baseline, arm, tied = (write(tmp_path / name, grokking(1200), {}) for name in ("baseline", "arm", "tied"))
+    for run, name in ((arm, "callbacks.SubspaceIntervention"), (tied, "mini_gpt_pl.grokking.tied_norm.TiedNorm")):
+        told = config()
+        told["trainer"]["callbacks"].append({"class_path": name, "init_args": {"run": "other"}})
+        (run.path / "config.yaml").write_text(yaml.safe_dump(told))
+    known = grokking_runs([Run(run.path) for run in (baseline, arm, tied)])
+    assert [run.operation for run in known] == ["add", "add, norm tied"]
+    assert len(grokking_runs([Run(arm.path)])) == 1  # alone it has its own report
+
+
 def test_a_table_of_all_runs_names_what_was_never_reached(tmp_path: Path) -> None:
     runs = [write(tmp_path / "a", grokking(1200), {}), write(tmp_path / "b", memorising(), {}, config("x3_xy"))]
     table = written(tables(runs)["grokking_runs"], "run")

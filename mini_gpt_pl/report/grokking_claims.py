@@ -215,22 +215,28 @@ def _explodes(runs: Sequence[GrokkingRun]) -> Claim | None:
     if not grokked:
         return None
     before, after = ([getattr(change, name) for change in grokked] for name in ("before", "after"))
-    gradient, c, relative = (
+    gradient, c, defect = (
         median([getattr(change, name) for change in grokked]) for name in ("gradient", "c", "defect")
     )
-    falls = gradient < 1 and c < relative
-    factors = f"median factors from plateau to after: D × {relative:.2g}, ‖g‖ × {gradient:.2g}, c × {c:.2g}"
+    factors = f"median factors from plateau to after: D × {defect:.2g}, ‖g‖ × {gradient:.2g}, c × {c:.2g}"
     null = f"operations that do not: × {_spread(others, '{:.0f}'.format)}" if others else "no other operation"
     return Claim(
         "The defect explodes at grokking: 500 to 2,000 × its baseline, 30 to 50 × without grokking",
         f"× {_spread(before, '{:.0f}'.format)} before t90, × {_spread(after, '{:.0f}'.format)} behind it (float64)",
         f"{null}; {factors}",
-        "**1/‖g‖**: the jump comes with gradients that vanish, and the form of it without 1/‖g‖ does not follow."
-        if falls
-        else "**reproduces**: c, which has no 1/‖g‖ in it, does not fall while D rises.",
+        _jump(gradient, c, defect),
         "commutators",
         "Explosion of the defect",
     )
+
+
+def _jump(gradient: float, c: float, defect: float) -> str:
+    """Read factors from the plateau to behind the grok step."""
+    if gradient < 1 and c < 1 < defect:
+        return "**1/‖g‖**: D jumps as gradients vanish, and c, which has no 1/‖g‖ in it, falls."
+    if defect > 1:
+        return "**reproduces**: c, which has no 1/‖g‖ in it, does not fall while D rises."
+    return "**does not reproduce**: D is no larger behind the grok step."
 
 
 def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:

@@ -88,8 +88,14 @@ class GrokkingRun:
 
     @property
     def operation(self) -> str:
-        """The operation, or what else it learned."""
-        return str(self.facts["operation"] or self.run.task)
+        """The operation, or what else it learned; apart where the length of the weights was held to another run's."""
+        name = str(self.facts["operation"] or self.run.task)
+        return f"{name}, norm tied" if self.run.callback_settings("TiedNorm") else name
+
+    @property
+    def was_disturbed(self) -> bool:
+        """Whether something changed its gradients, updates or weights on the way."""
+        return any(self.run.callback_settings(name) for name in ("SubspaceIntervention", "Kick"))
 
     @property
     def decay(self) -> float:
@@ -276,10 +282,14 @@ def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
 
 
 def grokking_runs(runs: Sequence[Run]) -> list[GrokkingRun]:
-    """Runs that recorded a path and were evaluated on both sets, by operation, decay and seed."""
+    """Runs that recorded a path and were evaluated on both sets, by operation, decay and seed.
+
+    Of several, those that were intervened in are left out: an arm is no seed of its baseline.
+    """
     called = names(runs)
     found = [GrokkingRun(run, called[run]) for run in runs if (run.path / TRAJECTORY).is_file()]
     known = [run for run in found if len(run.series(TEST)) and len(run.series(TRAIN))]
+    known = [run for run in known if len(runs) == 1 or not run.was_disturbed]
     order = {name: k for k, name in enumerate(("add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy"))}
     return sorted(
         known, key=lambda run: (-run.decay, order.get(run.operation, 9), run.operation, run.rate, run.seed or 0)
