@@ -40,8 +40,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     changes = ROOT / "CHANGELOG.md"
     if changes.is_file():
         _add(files, config, "changelog.md", changes.read_text(encoding="utf-8"), origin="")
-    for folder in sorted((ROOT / "docs/replication").glob("*/tables")):
-        _add_tables(files, config, folder)
+    for study in ("replication", "grokking"):
+        for folder in sorted((ROOT / "docs" / study).glob("*/tables")):
+            _add_tables(files, config, folder)
     return files
 
 

@@ -52,6 +52,11 @@ FINDINGS = {
         "drift": {name: float(pca.norms(run.trajectory.gram(), run.drift_rows[-1:])) for name, run in runs.items()},
         "where": {name: where_it_went(run, seed42) for name, run in published.items()},
     }""",
+    "06_grokking": """{
+        "milestones": milestones, "end": end, "at_stop": at_stop.to_dict("index"), "later": later.to_dict("index"),
+        "persistence": persistence.to_dict("index"), "medians": medians.to_dict("index"),
+        "survival": run.trajectory.survival[-1],
+    }""",
 }
 
 
@@ -209,3 +214,21 @@ def test_reheating_gains_over_its_control_and_moves_as_far_as_its_own_path(folde
     along0 = calibrate_run(parent, bootstrap=0)["cos_theta0"].value * float(gram[0, 0]) ** 0.5
     push = (run.trajectory.survival[-1] - 1) * (along0 + float(split.coordinate))
     assert found["where"]["lr1e-3"]["decay alone"] == pytest.approx(push, rel=1e-6)
+
+
+def test_a_run_groks_and_its_numbers_stay_within_what_decay_and_cut_explain(folder: Path) -> None:
+    found = executed("06_grokking", folder)[1]
+    steps = found["milestones"]
+    assert steps["train_99"] <= 600 < 900 <= steps["test_90"] <= 2500
+    assert found["end"] == steps["test_98_thrice"] + 400
+    assert found["survival"] == pytest.approx((1 - 3e-3) ** found["end"], rel=1e-9)
+    assert set(found["at_stop"]) == {"w_q", "w_k", "w_v", "w_o"}
+    for matrix, row in found["at_stop"].items():
+        assert row["excess, ‖d‖"] < 0.03 and abs(row["excess, ‖e‖"]) < 0.12, matrix  # cut at the stop: no excess
+        assert row["excess, ‖e‖"] == pytest.approx(row["measured"] - row["decay ‖e‖"], abs=1e-12)
+    # A later cut alone moves PC1 by points, in the matrices that route.
+    assert max(abs(found["later"][m]["measured"] - found["at_stop"][m]["measured"]) for m in ("w_q", "w_k")) > 0.05
+    for row in found["persistence"].values():
+        assert row["innovations"] > row["tangential"] > 2 * row["its error"] > 0
+    plateau, after = found["medians"]["plateau"], found["medians"]["after"]
+    assert after["D"] > 3 * plateau["D"] and after["‖g‖"] < plateau["‖g‖"] / 3 and after["c"] < plateau["c"]

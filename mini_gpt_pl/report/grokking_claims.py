@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mini_gpt_pl.geometry.discrimination import Discrimination
 from mini_gpt_pl.report.findings import Finding
 from mini_gpt_pl.report.grokking_clocks import ONSET, PLACEBO, clock_steps, separation, sign_of
 from mini_gpt_pl.report.grokking_defects import change_at_grok
@@ -19,6 +20,8 @@ from mini_gpt_pl.runs import Run
 
 # A share within this of a null is not told apart from it: seeds of one setting differ by as much.
 _MARGIN = 0.03
+_MORE_THAN_HALF = 0.6  # of the records above a null that less than half are above by chance
+_TELLS_APART = 0.75  # an AUC up to here is no warning, whatever its p
 
 
 @dataclass(frozen=True)
@@ -212,22 +215,28 @@ def _explodes(runs: Sequence[GrokkingRun]) -> Claim | None:
     if not grokked:
         return None
     before, after = ([getattr(change, name) for change in grokked] for name in ("before", "after"))
-    gradient, c, relative = (
+    gradient, c, defect = (
         median([getattr(change, name) for change in grokked]) for name in ("gradient", "c", "defect")
     )
-    falls = gradient < 1 and c < relative
-    factors = f"median factors from plateau to after: D × {relative:.2g}, ‖g‖ × {gradient:.2g}, c × {c:.2g}"
+    factors = f"median factors from plateau to after: D × {defect:.2g}, ‖g‖ × {gradient:.2g}, c × {c:.2g}"
     null = f"operations that do not: × {_spread(others, '{:.0f}'.format)}" if others else "no other operation"
     return Claim(
         "The defect explodes at grokking: 500 to 2,000 × its baseline, 30 to 50 × without grokking",
         f"× {_spread(before, '{:.0f}'.format)} before t90, × {_spread(after, '{:.0f}'.format)} behind it (float64)",
         f"{null}; {factors}",
-        "**1/‖g‖**: the jump comes with gradients that vanish, and the form of it without 1/‖g‖ does not follow."
-        if falls
-        else "**reproduces**: c, which has no 1/‖g‖ in it, does not fall while D rises.",
+        _jump(gradient, c, defect),
         "commutators",
         "Explosion of the defect",
     )
+
+
+def _jump(gradient: float, c: float, defect: float) -> str:
+    """Read factors from the plateau to behind the grok step."""
+    if gradient < 1 and c < 1 < defect:
+        return "**1/‖g‖**: D jumps as gradients vanish, and c, which has no 1/‖g‖ in it, falls."
+    if defect > 1:
+        return "**reproduces**: c, which has no 1/‖g‖ in it, does not fall while D rises."
+    return "**does not reproduce**: D is no larger behind the grok step."
 
 
 def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
@@ -242,18 +251,26 @@ def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
     split, control = (separation(runs, clock) for clock in (ONSET, PLACEBO))
     apart = "" if split is None else f"; AUC {split.auc:.2f} (p {split.p:.2g}, at best {split.smallest:.2g})"
     plain = "" if control is None else f", AUC {control.auc:.2f}"
-    warns = split is not None and split.auc > 0.5 and split.p < 0.05
-    verdict = "a warning" if warns else "no warning" if split is not None else "undecided"
     return Claim(
         "The onset of the defect precedes grokking in 12 of 12 runs, p = 2^-12",
         f"in {ahead} of {count}{apart}; {test.positive} of {test.units} operations, p {test.p:.2g}",
         f"it also comes in {fired} of {len(others)} runs that do not generalise; 99 % of the training set leads in "
         f"{placebo} of {count}{plain}",
-        f"**{verdict}**: that it comes first is shared with whatever happens early"
-        + (", and it does not tell the two kinds of runs apart." if verdict == "no warning" else "."),
+        _warning(split) + " That it comes first is shared with whatever happens early.",
         "onset",
         "Early warning",
     )
+
+
+def _warning(split: Discrimination | None) -> str:
+    """What an AUC allows to say; a high one of few operations allows nothing."""
+    if split is None:
+        return "**undecided**: it takes runs that generalise and runs that do not."
+    if split.auc <= _TELLS_APART:
+        return "**no warning**: it does not tell the two kinds of runs apart."
+    if split.p < 0.05:
+        return "**a warning**: it tells the two kinds of runs apart."
+    return f"**undecided**: {split.units} operations are too few to tell."
 
 
 def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
@@ -287,12 +304,13 @@ def _aligned(runs: Sequence[GrokkingRun]) -> Claim | None:
         ratios += (value / null).dropna().tolist() if run.decay else []
     if not ratios:
         return None
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    verdict = "reproduces" if low <= 1.2 and high >= 0.8 else "does not reproduce"
+    above = statistics.fmean(ratio > 1 for ratio in ratios)
+    verdict = "does not reproduce" if above > _MORE_THAN_HALF else "reproduces"
     return Claim(
         "The last increment is no more aligned with the commutator than a random direction",
-        f"root mean square of the cosine {middle:.2f} × its null (quartiles {low:.2f} to {high:.2f})",
-        "coins for the signs of the coordinates, sizes kept: 1.00",
+        f"root mean square of the cosine {median(ratios):.2f} × its null (median), above it in {_share(above)} of "
+        f"{len(ratios)} records",
+        "coins for the signs of the coordinates, sizes kept: above it in less than half",
         f"**{verdict}** against a null that has the sizes of the coordinates.",
         "commutators",
         "Alignment",

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import pandas as pd
 import torch
@@ -88,8 +88,14 @@ class GrokkingRun:
 
     @property
     def operation(self) -> str:
-        """The operation, or what else it learned."""
-        return str(self.facts["operation"] or self.run.task)
+        """The operation, or what else it learned; apart where the length of the weights was held to another run's."""
+        name = str(self.facts["operation"] or self.run.task)
+        return f"{name}, norm tied" if self.run.callback_settings("TiedNorm") else name
+
+    @property
+    def was_disturbed(self) -> bool:
+        """Whether something changed its gradients, updates or weights on the way."""
+        return any(self.run.callback_settings(name) for name in ("SubspaceIntervention", "Kick"))
 
     @property
     def decay(self) -> float:
@@ -200,7 +206,10 @@ class GrokkingRun:
         grams = torch.cat([trajectory.grams, trajectory.gram()[None]])
         moved = grams.diagonal(dim1=1, dim2=2)[:, 1:].sum(1) > 0
         labels = tuple(label for label, moves in zip(labels, moved.tolist(), strict=True) if moves)
-        described = _numbers(grams[moved], trajectory.survival) if labels else []
+        if not labels:
+            return {}
+        kept = grams[moved].contiguous()
+        described = _numbers(kept.numpy().tobytes(), len(labels), tuple(trajectory.survival))
         return dict(zip(labels, described, strict=True))
 
     def correlation(self, window: Window, label: str, *, tangential: bool) -> Correlation:
@@ -212,9 +221,11 @@ class GrokkingRun:
         )
 
 
-def _numbers(grams: torch.Tensor, survival: Sequence[float]) -> list[Numbers]:
-    """Statistics of several paths of one decay, and of each of their nulls, in one batch."""
-    count = len(grams)
+# Tables, claims and figures of one report ask for the same paths; fifteen runs have 90 windows.
+@lru_cache(maxsize=512)
+def _numbers(content: bytes, count: int, survival: tuple[float, ...]) -> list[Numbers]:
+    """Statistics of several paths of one decay, given as the bytes of their Grams, and of each of their nulls."""
+    grams = torch.frombuffer(bytearray(content), dtype=torch.float64).view(count, len(survival), len(survival))
     paths = [
         grams,
         nulls.walk(grams),
@@ -271,10 +282,14 @@ def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
 
 
 def grokking_runs(runs: Sequence[Run]) -> list[GrokkingRun]:
-    """Runs that recorded a path and were evaluated on both sets, by operation, decay and seed."""
+    """Runs that recorded a path and were evaluated on both sets, by operation, decay and seed.
+
+    Of several, those that were intervened in are left out: an arm is no seed of its baseline.
+    """
     called = names(runs)
     found = [GrokkingRun(run, called[run]) for run in runs if (run.path / TRAJECTORY).is_file()]
     known = [run for run in found if len(run.series(TEST)) and len(run.series(TRAIN))]
+    known = [run for run in known if len(runs) == 1 or not run.was_disturbed]
     order = {name: k for k, name in enumerate(("add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy"))}
     return sorted(
         known, key=lambda run: (-run.decay, order.get(run.operation, 9), run.operation, run.rate, run.seed or 0)

@@ -1,0 +1,400 @@
+"""The report on runs that grok: windows, nulls against numpy, published numbers, claims that can go either way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from grokking_runs import (
+    GROUPS,
+    KEPT,
+    STEPS,
+    Series,
+    commutator,
+    config,
+    constant,
+    grokking,
+    memorising,
+    rises,
+    weights_of,
+    write,
+)
+from report_runs import numbers, written
+from rich.console import Console
+
+import cli
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report import place
+from mini_gpt_pl.report.comparison import require_comparable
+from mini_gpt_pl.report.grokking_claims import Claim, claims
+from mini_gpt_pl.report.grokking_clocks import ONSET, clock_steps, separation
+from mini_gpt_pl.report.grokking_comparison import grokking_comparison
+from mini_gpt_pl.report.grokking_runs import GrokkingRun, Window, common_windows, grokking_runs, phases
+from mini_gpt_pl.report.grokking_tables import grokking_tables, short
+from mini_gpt_pl.report.page import write_report
+from mini_gpt_pl.report.progress import Steps
+from mini_gpt_pl.report.sheet import Table
+from mini_gpt_pl.runs import Run
+
+# Gradients vanish at the grok step while c falls: D jumps.
+VANISHING = commutator(rises(1200, 8.0, 400.0), rises(1200, 1.0, 0.01))
+
+
+def one(run: Run) -> GrokkingRun:
+    (found,) = grokking_runs([run])
+    return found
+
+
+def tables(runs: list[Run]) -> dict[str, Table]:
+    return {table.name: table for table in grokking_comparison(runs)}
+
+
+def family(folder: Path, defects: Mapping[bool, Mapping[str, Series]], seeds: int = 3) -> list[Run]:
+    """Runs of two operations that generalise and of two that do not, with commutators by kind."""
+    kinds = {"add": True, "mul": True, "x3_xy": False, "x2_xy_y2": False}
+    return [
+        write(
+            folder / f"{operation}{seed}",
+            grokking(1200 + 100 * seed) if groks else memorising(),
+            defects[groks],
+            config(operation, seed=seed),
+        )
+        for operation, groks in kinds.items()
+        for seed in range(1, seeds + 1)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------- steps, windows
+
+
+def test_milestones_and_phases_of_a_run(tmp_path: Path) -> None:
+    run = one(write(tmp_path / "a", grokking(1200), VANISHING))
+    assert run.steps == {"train_99": 300, "t10": 1200, "t50": 1200, "t90": 1200, "t95": 1200, "t98": 1200, "stop": 1400}
+    assert run.cut == Window("to the stop", 0, 1400)
+    assert [(w.name, w.first, w.last) for w in run.phases[1:]] == [
+        ("memorisation", 0, 300),
+        ("plateau", 300, 1200),
+        ("transition", 1200, 1400),
+        ("after", 1400, 2000),
+    ]
+
+
+def test_a_run_that_only_memorises_ends_on_its_plateau(tmp_path: Path) -> None:
+    run = one(write(tmp_path / "a", memorising(), VANISHING))
+    assert not run.groks and run.cut.last == 2000
+    assert [w.name for w in run.phases[1:]] == ["memorisation", "plateau"]
+    assert phases({"train_99": None, "t10": 100, "stop": None}, 500) == []
+
+
+def test_runs_are_compared_over_the_same_steps_whatever_their_own(tmp_path: Path) -> None:
+    runs = grokking_runs(family(tmp_path, {True: VANISHING, False: VANISHING}))
+    found = {w.name: (w.first, w.last) for w in common_windows(runs)}
+    assert found == {
+        "all runs alike": (0, 2000),
+        "memorisation": (0, 300),
+        "plateau": (300, 1400),
+        "transition": (1400, 1600),
+        "after": (1600, 2000),
+    }
+    window = common_windows(runs)[0]
+    assert {len(run.window(window)) for run in runs} == {len(STEPS)}
+    table = tables([run.run for run in runs])["grokking_pc1_windows"]
+    # A window of three snapshots has no PC1 worth the name, and is left out.
+    assert set(table.frame["window"]) == {w.words for w in common_windows(runs) if w.name != "transition"}
+
+
+# --------------------------------------------------------------------------------------------------- the paths
+
+
+def centred_pc1(weights: np.ndarray) -> float:
+    energy = np.linalg.svd(weights - weights.mean(0), compute_uv=False) ** 2
+    return float(energy[0] / energy.sum())
+
+
+def decaying(weights: np.ndarray, share: float) -> np.ndarray:
+    """Decay with the lengths of the measured innovations, each in a direction of its own."""
+    lengths = np.linalg.norm(weights[1:] - share * weights[:-1], axis=1)
+    path = [np.r_[np.linalg.norm(weights[0]), np.zeros(len(lengths))]]
+    for k, length in enumerate(lengths, 1):
+        path.append(share * path[-1] + length * np.eye(len(lengths) + 1)[k])
+    return np.array(path)
+
+
+def test_pc1_and_its_null_are_those_of_the_weights_themselves(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", grokking(1200), VANISHING)
+    found = {table.name: table for table in grokking_tables(run)}["grokking_pc1"]
+    cells = numbers(found, "window", "weights")
+    weights = weights_of(42, 1.0).numpy()
+    for window, rows in (("to the stop, 0 to 1,400", slice(0, 15)), ("plateau, 300 to 1,200", slice(3, 13))):
+        own = weights[rows, 20:40]  # the second matrix
+        row = cells.loc[window, "L0 K"]
+        assert row["measured"] == pytest.approx(centred_pc1(own), rel=1e-9)
+        assert row["decay, ‖e‖"] == pytest.approx(centred_pc1(decaying(own, KEPT**100)), rel=1e-9)
+        assert row["excess, ‖e‖"] == pytest.approx(row["measured"] - row["decay, ‖e‖"], abs=1e-12)
+        assert row["excess, ‖d‖"] == pytest.approx(row["measured"] - row["decay, ‖d‖"], abs=1e-12)
+        assert abs(row["decay, ‖d‖"] - row["decay, ‖e‖"]) > 0.01  # they are two nulls
+
+
+def test_tangential_and_whole_persistence_stand_side_by_side(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", grokking(1200), VANISHING)
+    found = {table.name: table for table in grokking_tables(run)}["grokking_persistence"]
+    row = numbers(found, "window", "weights").loc["to the stop, 0 to 1,400", "attention"]
+    theta, share = weights_of(42, 1.0).numpy()[:15], KEPT**100
+    steps = theta[1:] - share * theta[:-1]
+    start = theta[:-1] / np.linalg.norm(theta[:-1], axis=1, keepdims=True)
+    for column, e in (("innovations", steps), ("tangential", steps - (steps * start).sum(1, keepdims=True) * start)):
+        lengths = np.linalg.norm(e, axis=1)
+        expected = (e[1:] * e[:-1]).sum() / (lengths[1:] * lengths[:-1]).sum()
+        assert row[column] == pytest.approx(expected, rel=1e-9), column
+
+
+def test_short_names_of_matrices() -> None:
+    assert [short(name) for name in (GROUPS[0], GROUPS[7], "attention")] == ["L0 Q", "L1 O", "attention"]
+
+
+# ------------------------------------------------------------------------------------------- published numbers
+
+
+def test_published_numbers_stand_beside_runs_that_repeat_the_paper_alone(tmp_path: Path) -> None:
+    same = write(tmp_path / "same", grokking(1200), VANISHING, config("sub", 137))
+    found = tables([same])
+    pc1 = numbers(found["grokking_pc1_published"], "weights")
+    assert pc1.loc["L0 Q", "paper"] == 0.684 and pc1.loc["L1 O", "paper"] == 0.671
+    onsets = numbers(found["grokking_onsets"], "seed")
+    assert onsets.loc[137, "onset, paper"] == 2000 and onsets.loc[137, "lead, paper"] == 1600
+    assert numbers(found["grokking_last_defect"], "seed").loc[137, "D, paper"] == 219
+    for changed in ({"modulus": 59}, {"lr": 3e-3}, {"train_fraction": 0.3}):
+        other = write(tmp_path / str(changed), grokking(1200), VANISHING, config("sub", 137, **changed))
+        for table in tables([other]).values():
+            assert not [column for column in table.frame if "paper" in str(column)], (table.name, changed)
+
+
+def test_without_decay_the_published_value_is_that_of_the_control(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", memorising(), VANISHING, config("add", 42, decay=0.0))
+    found = numbers(tables([run])["grokking_pc1_published"], "weights")
+    assert found.loc["L0 Q", "paper"] == 0.654
+    assert found.loc["L0 Q", "decay, ‖d‖"] == pytest.approx(found.loc["L0 Q", "walk"], rel=1e-12)
+
+
+def test_rates_have_means_and_an_exponent_from_four_on(tmp_path: Path) -> None:
+    rates = (1e-4, 1e-3, 3e-3, 1e-2)
+    runs = [
+        write(tmp_path / f"{k}{seed}", grokking(1000 + 100 * (k + 2 * seed)), VANISHING, config("add", seed, lr=lr))
+        for k, lr in enumerate(rates)
+        for seed in (1, 2, 3)
+    ]
+    three, four = (tables(runs[: 3 * count])["grokking_rates"] for count in (3, 4))
+    assert any("a power law takes at least 4" in note for note in three.notes)
+    assert not any("a power law takes at least 4" in note for note in four.notes)
+    shown = numbers(four, "lr").loc["1e-3"]
+    assert shown["t90"] == 1500 and shown["t90, paper"] == 2717
+
+
+# ------------------------------------------------------------------------------------------------------ claims
+
+
+def judged(runs: list[Run]) -> dict[str, Claim]:
+    return {claim.topic: claim for claim in claims(runs)}
+
+
+def test_a_defect_that_jumps_because_gradients_vanish_is_told_from_one_that_does_not(tmp_path: Path) -> None:
+    flat = commutator(constant(8.0), constant(1.0))
+    # The bracket itself grows: gradients stay.
+    growing = commutator(rises(1200, 8.0, 400.0), constant(1.0))
+    vanishing, real = (
+        judged(family(tmp_path / name, {True: kind, False: flat}))["Explosion of the defect"]
+        for name, kind in (("vanishing", VANISHING), ("growing", growing))
+    )
+    assert vanishing.reading.startswith("**1/‖g‖**")
+    assert "‖g‖ × 0.01" in vanishing.null and "c × 0.5" in vanishing.null
+    assert real.reading.startswith("**reproduces**")
+
+
+def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_path: Path) -> None:
+    early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
+    everywhere = family(tmp_path / "everywhere", {True: early, False: early})
+    right = family(tmp_path / "right", {True: early, False: never})
+    told = judged(everywhere)["Early warning"]
+    assert told.reading.startswith("**no warning**") and "in 6 of 6" in told.here
+    assert "also comes in 6 of 6 runs that do not" in told.null
+    split = separation(grokking_runs(right), ONSET)
+    assert split is not None and (split.auc, split.units) == (1.0, 4)
+    # Four operations cannot have p < 0.05, however well they are told apart.
+    assert split.p > 0.05 and judged(right)["Early warning"].reading.startswith("**undecided**: 4 operations")
+
+
+def test_clocks_are_one_rule_on_every_series_and_placebos(tmp_path: Path) -> None:
+    run = one(write(tmp_path / "a", grokking(1200), commutator(rises(500, 1.0, 15.0), rises(900, 1.0, 0.5))))
+    found = clock_steps(run)
+    assert found[ONSET] is None  # ten times, but below 20
+    assert (found["D, 10 ×"], found["c, 10 ×"], found["‖g‖, 10 ×"]) == (500, 500, None)
+    assert (found["train 99 %"], found["training loss, a tenth"]) == (300, 300)
+    assert found["‖θ‖ halved"] == next(s for s in STEPS if 0.9995**s < 0.5)
+
+
+def test_where_the_commutator_points_is_read_against_the_matched_null(tmp_path: Path) -> None:
+    chance = commutator(constant(8.0), constant(1.0), on_path_below=constant(0.5))
+    beyond = {**chance, "on_path_below": constant(0.999)}
+    said = [
+        judged(family(tmp_path / str(k), {True: kind, False: kind}))["Where the commutator points"].reading
+        for k, kind in enumerate((chance, beyond))
+    ]
+    assert said[0].startswith("**a null**") and said[1].startswith("**more than chance**")
+
+
+def test_alignment_is_read_by_how_often_it_is_above_its_null(tmp_path: Path) -> None:
+    # Above its null in one of three records, or in all.
+    for name, lowest, verdict in (("chance", 0.005, "**reproduces**"), ("aligned", 0.02, "**does not reproduce**")):
+        rms = dict.fromkeys(STEPS, lowest) | dict.fromkeys(STEPS[::3], 0.02)
+        kind = commutator(constant(8.0), constant(1.0), alignment_rms=rms.__getitem__)
+        run = write(tmp_path / name, grokking(1200), kind)
+        assert judged([run])["Alignment"].reading.startswith(verdict)
+
+
+def test_claims_that_take_runs_that_are_not_there_are_left_out(tmp_path: Path) -> None:
+    alone = write(tmp_path / "a", memorising(), {})
+    assert claims([alone]) == []
+    assert set(judged([write(tmp_path / "b", grokking(1200), {})])) == {"PC1", "Persistence"}
+
+
+def test_fitting_zeros_of_float32_are_called_arithmetic(tmp_path: Path) -> None:
+    lost = commutator(constant(9.0), constant(1e-6), float32_signal=constant(1e-9))
+    seen = commutator(constant(9.0), constant(1.0))
+    said = [
+        judged([write(tmp_path / str(k), memorising(), kind, config(decay=0.0))])["Zeros and spikes without decay"]
+        for k, kind in enumerate((lost, seen))
+    ]
+    assert said[0].reading.startswith("**arithmetic**") and "100%" in said[0].null
+    assert said[1].reading.startswith("**undecided**")
+
+
+# -------------------------------------------------------------------------------------------------- whole pages
+
+
+def test_a_report_on_several_runs_has_its_claims_and_no_stories(tmp_path: Path) -> None:
+    runs = family(tmp_path / "runs", {True: VANISHING, False: VANISHING}, seeds=1)
+    page = write_report(runs, tmp_path / "report", None, Steps(Console(quiet=True))).read_text()
+    anchors = re.findall(r'<section id="([\w-]+)">', page)
+    assert [a for a in anchors if a in ("claims", "runs", "paths", "persistence", "onset", "commutators")] == [
+        "claims",
+        "runs",
+        "paths",
+        "persistence",
+        "onset",
+        "commutators",
+    ]
+    assert "p_ood" not in page and "More tables" not in page
+    assert "Explosion of the defect" in page
+    assert (tmp_path / "report/tables/grokking_claims.md").is_file()
+
+
+def test_a_report_on_one_run_says_when_it_generalised(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", grokking(1200), VANISHING)
+    page = write_report([run], tmp_path / "report", None, Steps(Console(quiet=True))).read_text()
+    assert "add modulo 97" in page and "90 % of the test set were reached at step 1,200" in page
+    assert 'id="figure-grokking_growing_pc1"' in page and 'id="table-grokking_quantiles"' in page
+    assert "paper (51 M" not in page  # nothing of the other study beside it
+
+
+def test_runs_of_other_tasks_and_moduli_are_reported_apart(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", grokking(1200), {})
+    b = write(tmp_path / "b", grokking(1200), {}, config(modulus=59))
+    c = write(tmp_path / "c", grokking(1200), {}, {**config(), "task": "markers"})
+    with pytest.raises(UserError, match="modulus 97 and 59"):
+        require_comparable([a, b])
+    with pytest.raises(UserError, match="their tasks are operations and markers"):
+        require_comparable([a, c])
+
+
+def test_a_run_without_evaluations_has_no_table_of_these(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", grokking(1200), {})
+    (run.path / "metrics.csv").write_text("step,train/loss\n1,4.0\n")
+    assert grokking_tables(Run(run.path)) == [] and grokking_comparison([Run(run.path)]) == []
+
+
+def test_an_arm_of_an_intervention_is_no_seed_of_its_baseline(tmp_path: Path) -> None:
+    baseline, arm, tied = (write(tmp_path / name, grokking(1200), {}) for name in ("baseline", "arm", "tied"))
+    for run, name in ((arm, "callbacks.SubspaceIntervention"), (tied, "mini_gpt_pl.grokking.tied_norm.TiedNorm")):
+        told = config()
+        told["trainer"]["callbacks"].append({"class_path": name, "init_args": {"run": "other"}})
+        (run.path / "config.yaml").write_text(yaml.safe_dump(told))
+    known = grokking_runs([Run(run.path) for run in (baseline, arm, tied)])
+    assert [run.operation for run in known] == ["add", "add, norm tied"]
+    assert len(grokking_runs([Run(arm.path)])) == 1  # alone it has its own report
+
+
+def test_a_table_of_all_runs_names_what_was_never_reached(tmp_path: Path) -> None:
+    runs = [write(tmp_path / "a", grokking(1200), {}), write(tmp_path / "b", memorising(), {}, config("x3_xy"))]
+    table = written(tables(runs)["grokking_runs"], "run")
+    assert table.loc["a", "stop"] == "1,400" and table.loc["b", "t90"] == "never"
+
+
+# ------------------------------------------------------------------------------------------------- pages, presets
+
+
+def test_tables_are_put_into_their_places(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/one.md").write_text("## Title\n\n| a |\n| --- |\n| 1 |\n\n* note\n")
+    page = "# Page\n\n<!-- table tables/one -->\nold\n<!-- end -->\n\n<!-- table tables/none -->\n<!-- end -->\n"
+    file = tmp_path / "page.md"
+    file.write_text(page)
+    with pytest.raises(SystemExit) as caught:
+        place.main([str(file), "--check"])
+    assert caught.value.code == 1
+    place.main([str(file)])
+    new = file.read_text()
+    assert "| 1 |\n\n* note\n\n<!-- end -->" in new and "old" not in new and "Title" not in new
+    assert "<!-- table tables/none -->\n<!-- end -->" in new
+    assert place.filled(new, tmp_path) == new
+    with pytest.raises(UserError, match="has no end"):
+        place.filled("<!-- table a -->\n", tmp_path)
+
+
+def test_a_composed_run_of_fixed_length_does_not_stop_when_it_groks(capsys: pytest.CaptureFixture[str]) -> None:
+    configs = Path(cli.__file__).parent / "configs" / "grokking"
+    for first in ("paper", "smoke"):
+        with pytest.raises(SystemExit):
+            cli.run(
+                f"fit -c {configs}/{first}.yaml -c {configs}/fixed.yaml -c {configs}/commutator.yaml --print_config"
+            )
+        told = yaml.safe_load(capsys.readouterr().out)
+        callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in told["trainer"]["callbacks"]}
+        assert callbacks["Evaluation"]["stop_at"] is None and callbacks["Evaluation"]["continue_steps"] == 0
+        assert "CommutatorProbe" in callbacks
+
+
+# ----------------------------------------------------------------------------------------------- kept results
+
+KEPT_RUNS = Path(cli.__file__).parent / "docs" / "grokking"
+
+
+def test_the_page_has_the_tables_that_the_kept_runs_give_again() -> None:
+    page = (KEPT_RUNS / "README.md").read_text()
+    assert place.filled(page, KEPT_RUNS) == page
+    runs = [Run(path) for path in sorted((KEPT_RUNS / "runs/grokking").iterdir())]
+    assert len(runs) == 7
+    again = tables(runs)
+    assert "grokking_claims" in page and "grokking_discrimination" in page
+    for name in (
+        "grokking_claims",
+        "grokking_runs",
+        "grokking_pc1_published",
+        "grokking_onsets",
+        "grokking_last_defect",
+    ):
+        assert (KEPT_RUNS / f"small/tables/{name}.md").read_text() == again[name].markdown(), name
+
+
+def test_kept_runs_hold_what_the_smallest_configuration_promises() -> None:
+    runs = grokking_runs([Run(path) for path in sorted((KEPT_RUNS / "runs/grokking").iterdir())])
+    assert [run.groks for run in runs if run.operation == "add" and run.decay] == [True] * 3
+    assert not any(run.groks for run in runs if run.operation == "x3_xy" or not run.decay)
+    for run in runs:
+        assert run.commutator("defect").iloc[0] < 1  # in float64; a difference of float32 weights has 2
+        assert (run.commutator("resolved") == 1).all()
+    free = next(run for run in runs if not run.decay)
+    assert (free.commutator("float32_signal") < 1).mean() > 0.9
