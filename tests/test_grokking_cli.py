@@ -143,7 +143,9 @@ def test_the_report_and_the_table_read_such_a_run(finished: Run, command: Comman
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    composed = {f"{name}.yaml" for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier", "commutator")}
+    composed = {
+        f"{name}.yaml" for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier", "commutator")
+    }
     first = {"multitask_small.yaml": "multitask.yaml"} | dict.fromkeys(composed, "smoke.yaml")
     base = ["-c", str(CONFIGS / first[name])] if name in first else []
     with pytest.raises(SystemExit) as caught:

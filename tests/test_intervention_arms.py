@@ -18,7 +18,9 @@ from callbacks import BasisSource
 from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.report import interventions
-from mini_gpt_pl.report.interventions import Ended, arms_below, survival, tables
+from mini_gpt_pl.report.intervention_claims import claims_table
+from mini_gpt_pl.report.intervention_runs import Delays, Ended, arms_below, survival
+from mini_gpt_pl.report.interventions import tables
 from mini_gpt_pl.runs import Run
 from mini_gpt_pl.sweep.grid import read_sweep
 
@@ -169,14 +171,14 @@ def ended(tmp_path: Path) -> Path:
 
 
 def test_runs_are_censored_at_their_cap(ended: Path) -> None:
-    shown, curves = tables(arms_below(ended))
+    _, shown, curves = tables(arms_below(ended))
     rows = {row["arm"]: row for row in shown.frame.to_dict("records")}
     assert list(rows) == ["late", "never", "none"]
     assert rows["none"]["median step"] == "1100" and rows["none"]["delay"] == "+0 (+0 to +0)"
     assert rows["late"]["generalised"] == "2" and rows["late"]["median step"] == "1500"
     assert rows["late"]["delay"] == "+500 (+100 to > +1800)"
     assert rows["late"]["not yet at 1200"] == "67%"
-    assert rows["never"]["median step"] == "> 3000" and rows["never"]["delay"].startswith("> +2000 (+1900")
+    assert rows["never"]["median step"] == "> 3000" and rows["never"]["delay"].startswith("> +2000 (> +1900")
     assert rows["never"]["train accuracy, lowest"] == "0.020"
     assert any("1 runs that have not ended" in note for note in shown.notes)
     late = curves.frame[curves.frame["arm"] == "late"]
@@ -204,3 +206,93 @@ def test_survival_of_nobody_stopped(ended: Path) -> None:
     runs = [Ended.of(run, "test_90") for run in arms_below(ended)["none"]]
     lived = survival([run for run in runs if run is not None])
     assert lived.median == 1100 and float(lived.surviving[-1]) == 0.0
+
+
+# --------------------------------------------------------------------------------------------------- the claims
+
+
+def arm(*steps: int | None, train: float = 0.99) -> list[Ended]:
+    """Runs of seeds 1, 2, ... that generalised at these steps; None: not by 5,000."""
+    return [
+        Ended(seed, at, 5000 if at is None else at + 100, train, 20.0, 0.01, 0.01)
+        for seed, at in enumerate(steps, start=1)
+    ]
+
+
+BARE = (1000, 1100, 1200, 1300)
+LATER = tuple(step + 300 for step in BARE)
+
+
+def reading(begins: str, **arms: list[Ended]) -> str:
+    """The reading of the one claim that begins so."""
+    frame = claims_table({"none": arm(*BARE)} | arms).frame
+    found = frame[frame["the study says"].str.startswith(begins)]["reading"]
+    assert len(found) == 1
+    return str(found.iloc[0])
+
+
+def test_delays_are_between_runs_of_one_seed() -> None:
+    found = Delays.between(arm(1500, None, 1150), arm(*BARE))
+    assert found.steps == (-50, 500, 3900) and found.censored == (False, False, True)
+    assert str(found) == "+500 (-50 to > +3900)"
+    assert found.longer(50) == 2
+    assert str(Delays.between(arm(1500), arm(None))) == "-"
+
+
+@pytest.mark.parametrize(
+    ("pca", "amplify", "expected"),
+    [
+        (LATER, BARE, "reproduces"),
+        (LATER, LATER, "amplification"),
+        (LATER, tuple(step + 150 for step in BARE), "partly amplification"),
+        (BARE, LATER, "does not reproduce"),
+        ((None, None, None, None), LATER, "partly amplification"),
+    ],
+)
+def test_suppression_is_read_beside_amplification(
+    pca: Sequence[int | None], amplify: Sequence[int], expected: str
+) -> None:
+    doses = {f"pca_s{n}": arm(*BARE) for n in ("025", "050")}
+    arms = doses | {"pca_s075": arm(*pca), "amplify_s075": arm(*amplify), "scale_s075": arm(*BARE)}
+    assert reading("Suppressing", **arms).startswith(f"**{expected}**")
+
+
+def test_a_subspace_is_specific_only_beside_every_matched_one() -> None:
+    names = ("blocks_s075", "rank_one_s075", "theta0_s075", "other_s075")
+    matched = {name: arm(*BARE) for name in names} | {"isotropic_s075": arm(*BARE), "pca_s075": arm(*LATER)}
+    assert reading("It is", **matched).startswith("**reproduces**")
+    matched["other_s075"] = arm(*LATER)
+    found = reading("It is", **matched)
+    assert "not of this path" in found and found.endswith("no longer than with other_s075.")
+    assert "nothing to explain" in reading("It is", **(matched | {"pca_s075": arm(*BARE)}))
+
+
+@pytest.mark.parametrize(
+    ("projected", "free", "expected"),
+    [
+        (arm(None, None, train=0.02), arm(None, None, train=1.0), "erased by decay"),
+        (arm(None, None, train=0.02), arm(None, None, train=0.02), "erased**"),
+        (arm(None, None, train=0.99), arm(None, None, train=1.0), "**reproduces**"),
+        (arm(None, 2000), arm(None, None, train=1.0), "does not reproduce"),
+    ],
+)
+def test_a_network_that_forgot_its_training_set_tests_nothing(
+    projected: list[Ended], free: list[Ended], expected: str
+) -> None:
+    assert expected in reading("Orthogonal flow", pca_s100=projected, decay_off_s100=free)
+
+
+def test_removal_kicks_and_updates_are_read_against_their_controls() -> None:
+    both = {"remove": arm(*BARE), "update_remove": arm(*LATER)}
+    assert "not necessary" in reading("Motion along", **both)
+    assert "stands" in reading("Motion along", **(both | {"remove": arm(None, *BARE[1:])}))
+    assert "does not stand" in reading("Motion along", **(both | {"update_remove": arm(*BARE)}))
+    kicks = {"kick": arm(*BARE), "kick_random": arm(*BARE)}
+    assert reading("Kicks", **kicks).startswith("**stands**")
+    assert "differ for kick" in reading("Kicks", **(kicks | {"kick_random": arm(*LATER)}))
+    assert "lower rate**" in reading("(not tested)", update_s075=arm(*LATER), update_scale_s075=arm(*LATER))
+    assert "more than" in reading("(not tested)", update_s075=arm(*LATER), update_scale_s075=arm(*BARE))
+
+
+def test_claims_without_their_arms_are_left_out() -> None:
+    assert claims_table({"none": arm(*BARE)}).frame.empty

@@ -6,24 +6,22 @@ python -m mini_gpt_pl.report.interventions runs/interventions/arms --out runs/in
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.lifetimes import Lifetimes, kaplan_meier
+from mini_gpt_pl.geometry.lifetimes import Lifetimes
+from mini_gpt_pl.report.intervention_claims import claims_table
+from mini_gpt_pl.report.intervention_runs import Delays, Ended, arms_below, ended, survival
 from mini_gpt_pl.report.plotting import DISTINCT, STYLE, WIDTH, legend_below, save
 from mini_gpt_pl.report.sheet import EMPTY, Cell, Row, Table, number, tabulate, word, write_tables
-from mini_gpt_pl.runs import Run, runs_below
+from mini_gpt_pl.runs import Run
 
-# A sweep names its folders by the values that it varies.
-_SEED = re.compile(r"_?seed_everything-\d+$")
 NOTES = (
     "Median and share are the product-limit estimate of Kaplan and Meier: a run that had not generalised when it was "
     "stopped says that its time is longer, and no more.",
@@ -35,77 +33,8 @@ NOTES = (
 )
 
 
-@dataclass(frozen=True)
-class Ended:
-    """What became of one run.
-
-    Args:
-        seed: Its `seed_everything`.
-        at: Step at which it generalised, None if it had not when it was stopped.
-        stopped: Its last step.
-        train: Lowest train accuracy from when it had memorised on, NaN if it never had.
-        norm: ||theta|| at the end, parameter units.
-        parallel: Mean over the changed steps of |P x| / |x|, NaN without a basis.
-        null: The same of random directions inside the same blocks.
-    """
-
-    seed: int
-    at: int | None
-    stopped: int
-    train: float
-    norm: float
-    parallel: float
-    null: float
-
-    @classmethod
-    def of(cls, run: Run, milestone: str) -> Ended | None:
-        """Read a run folder; None if the run has not ended.
-
-        Raises:
-            UserError: The run did not watch for the milestone.
-        """
-        outcome = run.outcome
-        if outcome is None:
-            return None
-        if milestone not in outcome.milestones:
-            raise UserError(f"{run.path} watched for no milestone {milestone!r}: train it with an Evaluation callback")
-        memorised = outcome.milestones.get("train_99")
-        accuracy = run.series("eval/train_accuracy")
-        lowest = float("nan") if memorised is None else float(accuracy.loc[memorised:].min())
-        means = [_mean(run, rf"^intervention/[^/]+/{name}$") for name in ("parallel", "parallel_null")]
-        seed = int(run.config["seed_everything"])
-        return cls(seed, outcome.milestones[milestone], outcome.step, lowest, run.last("eval/weight_norm"), *means)
-
-    @property
-    def known(self) -> int:
-        """Step that it generalised at, or was stopped at without."""
-        return self.stopped if self.at is None else self.at
-
-
-def _mean(run: Run, pattern: str) -> float:
-    found = run.metrics.filter(regex=pattern)
-    return float(found.mean().mean()) if found.size else float("nan")
-
-
-def arms_below(folder: Path) -> dict[str, list[Run]]:
-    """Group the runs in a sweep's folder by arm: the folder's name without the seed, in the order of the names.
-
-    Raises:
-        UserError: There are no runs.
-    """
-    arms: dict[str, list[Run]] = {}
-    for path in runs_below(folder):
-        arms.setdefault(_SEED.sub("", path.name) or "baseline", []).append(Run(path))
-    return arms
-
-
-def survival(runs: Sequence[Ended]) -> Lifetimes:
-    """Share of runs that have not generalised yet, after each step at which one did or was stopped."""
-    return kaplan_meier([run.at for run in runs], [run.stopped for run in runs])
-
-
 def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: str = "test_90") -> list[Table]:
-    """Make a table of all arms and one of their survival curves.
+    """Make tables of what was claimed, of all arms, and of their survival curves.
 
     Args:
         arms: Runs of each arm; those that have not ended are left out.
@@ -115,23 +44,19 @@ def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: 
     Raises:
         UserError: No run of the control has ended, or a run did not watch for the milestone.
     """
-    ended = _ended(arms, milestone)
-    if control not in ended:
+    found = ended(arms, milestone)
+    if control not in found:
         raise UserError(f"no run of the arm {control!r} has ended: name the arm without intervention with --control")
-    waiting = sum(map(len, arms.values())) - sum(map(len, ended.values()))
+    waiting = sum(map(len, arms.values())) - sum(map(len, found.values()))
     left_out = f"{waiting} runs that have not ended are left out." if waiting else None
-    rows = [_row(name, runs, ended[control]) for name, runs in ended.items()]
+    rows = [_row(name, runs, found[control]) for name, runs in found.items()]
     title = f"Interventions: when {milestone} was reached"
-    curves = [row for name, runs in ended.items() for row in _curve(name, survival(runs))]
+    curves = [row for name, runs in found.items() for row in _curve(name, survival(runs))]
     return [
+        claims_table(found, control),
         tabulate("interventions", title, rows, [*NOTES, left_out]),
         tabulate("interventions_survival", f"Interventions: share of runs without {milestone}", curves, [NOTES[0]]),
     ]
-
-
-def _ended(arms: Mapping[str, Sequence[Run]], milestone: str) -> dict[str, list[Ended]]:
-    found = {name: [run for given in runs if (run := Ended.of(given, milestone))] for name, runs in arms.items()}
-    return {name: runs for name, runs in found.items() if runs}
 
 
 def _row(name: str, runs: Sequence[Ended], control: Sequence[Ended]) -> Row:
@@ -160,14 +85,11 @@ def _at(lived: Lifetimes, step: int) -> float:
 
 def _delay(runs: Sequence[Ended], control: Sequence[Ended]) -> Cell:
     """Median over the seeds of the delay against the control's run of the same seed, and its range."""
-    bare = {run.seed: run.at for run in control}
-    pairs = [(run.known - start, run.at is None) for run in runs if (start := bare.get(run.seed)) is not None]
-    if not pairs:
+    found = Delays.between(runs, control)
+    if not found.steps:
         return Cell(EMPTY, None)
-    ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))  # what is only known to be longer comes last
-    (low, _), (middle, open_middle), (high, open_high) = ordered[0], ordered[len(ordered) // 2], ordered[-1]
-    text = f"{'> ' if open_middle else ''}{middle:+d} ({low:+d} to {'> ' if open_high else ''}{high:+d})"
-    return Cell(text, middle, {"low": low, "high": high, "censored": sum(censored for _, censored in pairs)})
+    ends = {"low": found.steps[0], "high": found.steps[-1], "censored": sum(found.censored)}
+    return Cell(str(found), found.steps[found.middle], ends)
 
 
 def _curve(name: str, lived: Lifetimes) -> list[Row]:
@@ -193,11 +115,11 @@ def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: s
         names: Which of them, at most as many as there are colours; those without an ended run are left out.
         milestone: What counts as having generalised.
     """
-    ended = _ended({name: arms[name] for name in names if name in arms}, milestone)
+    found = ended({name: arms[name] for name in names if name in arms}, milestone)
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(WIDTH, 3.4))
         axes = drawn.subplots()
-        for colour, (name, runs) in zip(DISTINCT, ended.items(), strict=False):
+        for colour, (name, runs) in zip(DISTINCT, found.items(), strict=False):
             lived, end = survival(runs), max(run.stopped for run in runs)
             steps, shares = [0.0, *lived.times.tolist(), end], [1.0, *lived.surviving.tolist()]
             axes.step(steps, [*shares, shares[-1]], where="post", color=colour, label=name)
@@ -223,7 +145,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(made[0].markdown())
+    for table in made[:2]:
+        print(table.markdown())
     for path in written:
         print(path)
 
