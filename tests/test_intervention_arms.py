@@ -197,6 +197,14 @@ def test_the_command_writes_tables_and_a_figure(
     assert "--control" in capsys.readouterr().err
 
 
+def test_a_run_that_never_memorised_is_told_by_its_last_accuracy(ended: Path) -> None:
+    folder = ended / "none_seed_everything-1"
+    outcome = {"state": "finished", "step": 1100, "milestones": {"train_99": None, "test_90": None}}
+    (folder / "outcome.json").write_text(json.dumps(outcome))
+    found = Ended.of(Run(folder), "test_90")
+    assert found is not None and found.train == 0.9
+
+
 def test_a_milestone_that_nobody_watched_for(ended: Path) -> None:
     with one_line_error("no milestone"):
         Ended.of(Run(ended / "none_seed_everything-1"), "test_91")
@@ -283,15 +291,19 @@ def test_a_network_that_forgot_its_training_set_tests_nothing(
 
 
 def test_removal_kicks_and_updates_are_read_against_their_controls() -> None:
-    both = {"remove": arm(*BARE), "update_remove": arm(*LATER)}
+    both = {"remove": arm(*BARE), "update_remove": arm(*LATER), "blocks_remove": arm(*BARE)}
     assert "not necessary" in reading("Motion along", **both)
-    assert "stands" in reading("Motion along", **(both | {"remove": arm(None, *BARE[1:])}))
+    assert "**stands**" in reading("Motion along", **(both | {"remove": arm(None, *BARE[1:])}))
+    alike = both | {"remove": arm(None, *BARE[1:]), "blocks_remove": arm(None, *BARE[1:])}
+    assert "not of this path" in reading("Motion along", **alike)
+    assert "**erased**" in reading("Motion along", **(both | {"remove": arm(None, *BARE[1:], train=0.1)}))
     assert "does not stand" in reading("Motion along", **(both | {"update_remove": arm(*BARE)}))
     kicks = {"kick": arm(*BARE), "kick_random": arm(*BARE)}
     assert reading("Kicks", **kicks).startswith("**stands**")
     assert "differ for kick" in reading("Kicks", **(kicks | {"kick_random": arm(*LATER)}))
     assert "lower rate**" in reading("(not tested)", update_s075=arm(*LATER), update_scale_s075=arm(*LATER))
     assert "more than" in reading("(not tested)", update_s075=arm(*LATER), update_scale_s075=arm(*BARE))
+    assert "no effect" in reading("(not tested)", update_s075=arm(*BARE), update_scale_s075=arm(*BARE))
 
 
 def test_claims_without_their_arms_are_left_out() -> None:

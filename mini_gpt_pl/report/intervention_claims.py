@@ -55,6 +55,10 @@ class _Bench:
     def reached(self, name: str) -> int:
         return sum(run.at is not None for run in self.arms[name])
 
+    def fails(self, name: str) -> bool:
+        """Whether some run of an arm did not generalise."""
+        return self.reached(name) < len(self.arms[name])
+
     def accuracy(self, name: str) -> float:
         """Median over seeds of the lowest training accuracy since memorisation."""
         return statistics.median(run.train for run in self.arms[name])
@@ -143,13 +147,17 @@ def _confined(bench: _Bench) -> Row | None:
 
 
 def _along(bench: _Bench) -> Row | None:
-    if not bench.has("remove", "update_remove"):
-        return None
     arms = ("remove", "update_remove")
-    everyone = all(bench.reached(name) == len(bench.arms[name]) for name in arms)
+    if not bench.has(*arms, "blocks_remove"):
+        return None
+    failing = [name for name in arms if bench.fails(name)]
     late = [name for name in arms if bench.later(name, bench.control)]
-    if not everyone:
-        reading = "**stands**: some runs without it do not generalise."
+    if any(bench.accuracy(name) < _FORGOTTEN for name in failing):
+        reading = f"**erased**: with {', '.join(failing)} the training set is forgotten; no test of motion."
+    elif failing and bench.fails("blocks_remove"):
+        reading = "**not of this path**: without random directions of these matrices not every run generalises either."
+    elif failing:
+        reading = f"**stands**: not every run generalises with {', '.join(failing)}."
     elif late:
         reading = f"**not necessary**: every run generalises without it, later with {', '.join(late)}."
     else:
@@ -183,12 +191,12 @@ def _kicks(bench: _Bench) -> Row | None:
 def _update(bench: _Bench) -> Row | None:
     if not bench.has("update_s075", "update_scale_s075"):
         return None
-    more = bench.later("update_s075", "update_scale_s075")
-    reading = (
-        "**more than a lower rate**: suppressing across the path costs more than scaling the whole update."
-        if more
-        else "**a lower rate**: scaling the whole update delays as much."
-    )
+    if not bench.later("update_s075", bench.control):
+        reading = "**no effect**: it is no later than no intervention."
+    elif bench.later("update_s075", "update_scale_s075"):
+        reading = "**more than a lower rate**: suppressing across the path costs more than scaling the whole update."
+    else:
+        reading = "**a lower rate**: scaling the whole update delays as much."
     return _row(
         "(not tested) the update in place of the gradient, which Adam cannot undo",
         bench.told("update_s075", "update_s100", "update_s100_decay_span"),

@@ -23,7 +23,7 @@ class Ended:
         seed: Its `seed_everything`.
         at: Step at which it generalised, None if it had not when it was stopped.
         stopped: Its last step.
-        train: Lowest train accuracy from when it had memorised on, NaN if it never had.
+        train: Lowest train accuracy from when it had memorised on; its last if it never had.
         norm: ||theta|| at the end, parameter units.
         parallel: Mean over the changed steps of |P x| / |x|, NaN without a basis.
         null: The same of random directions inside the same blocks.
@@ -51,7 +51,7 @@ class Ended:
             raise UserError(f"{run.path} watched for no milestone {milestone!r}: train it with an Evaluation callback")
         memorised = outcome.milestones.get("train_99")
         accuracy = run.series("eval/train_accuracy")
-        lowest = float("nan") if memorised is None else float(accuracy.loc[memorised:].min())
+        lowest = float(accuracy.iloc[-1] if memorised is None else accuracy.loc[memorised:].min())
         means = [_mean(run, rf"^intervention/[^/]+/{name}$") for name in ("parallel", "parallel_null")]
         seed = int(run.config["seed_everything"])
         return cls(seed, outcome.milestones[milestone], outcome.step, lowest, run.last("eval/weight_norm"), *means)
