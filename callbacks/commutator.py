@@ -160,6 +160,7 @@ class CommutatorProbe(DeferringProbe):
         if self.losses is not None and not isinstance(pl_module, NamesItsLosses):
             raise UserError(f"CommutatorProbe: {type(pl_module).__name__} has no named_losses(batch) to choose from")
         if self.directions:
+            self._require_alone(trainer)
             found = (c for c in trainer.callbacks if isinstance(c, TrajectoryRecorder))  # type: ignore[attr-defined]
             self._recorder = next(found, None)
         if self._recorder is not None and self._recorder.sketch is not None:
@@ -170,9 +171,18 @@ class CommutatorProbe(DeferringProbe):
         if self.other_run is not None and self._recorder is None:
             raise UserError("CommutatorProbe: other_run needs a TrajectoryRecorder, and directions of 1 or more")
 
+    def _require_alone(self, trainer: Trainer) -> None:
+        """Shares of the recorder's groups are logged without the name of a probe."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, CommutatorProbe) and other is not self and other.directions:
+                raise UserError(
+                    f"CommutatorProbe: {self.name} and {other.name} both tell of the recorder's groups: give one of "
+                    "them directions 0"
+                )
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._selection = trained(pl_module, self.pattern)
+        self._selection = trained(pl_module, self.pattern, type(self).__name__)
         if self._selection.shards is not None:
             raise UserError("CommutatorProbe: the ranks share the weights (FSDP2): measure on one device or under DDP")
         self._pairs = BatchPairs(trainer, pl_module, self.seed, self.size, self.dtype)
@@ -207,17 +217,22 @@ class CommutatorProbe(DeferringProbe):
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         step = trainer.global_step
-        if step == self._done or not self.due(step):
+        if step == self._done:
             return
         self._done = step  # once per optimizer step, on its first micro-batch
+        if not self.due(step):
+            return
         with self.watch.running(), measuring(trainer, module):
-            self._pending.append(self._measure(trainer, module, batch, step))
+            if (measured := self._measure(trainer, module, batch, step)) is not None:
+                self._pending.append(measured)
 
-    def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> Measured:
+    def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> Measured | None:
         assert self._selection is not None and self._pairs is not None
         selection = self._selection
         free = FreeWeights(module, selection, self.dtype)
         theta = free.weights
+        if not theta.values.isfinite().all():
+            return None  # the run has diverged, and says so itself
         steps = self._optimizer_steps(trainer, module, theta) if self.optimizer_step else None
         bases, last = dict(self._bases(theta, step)), self._last_increment()
         recorded = None if self._recorder is None else self._recorder.selection
@@ -240,8 +255,8 @@ class CommutatorProbe(DeferringProbe):
         way = commutator.by_hessian if self.method == "hessian" else commutator.by_differences
         try:
             return way(loss_a, loss_b, theta)
-        except UserError as error:
-            raise UserError(f"CommutatorProbe: {error} (method: differences)") from None
+        except commutator.NotTwiceError as error:
+            raise UserError(f"CommutatorProbe: {error}: use gradient differences (method: differences)") from None
 
     def _optimizer_steps(self, trainer: Trainer, module: LightningModule, theta: Vector) -> OptimizerSteps:
         clip = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
@@ -282,8 +297,13 @@ class CommutatorProbe(DeferringProbe):
             log_now(self._trainer, measured.metrics(self.name, self._selection.dim, recorded), measured.step)
 
 
-def trained(module: LightningModule, pattern: str) -> ParameterSelection:
+def trained(module: LightningModule, pattern: str, asker: str) -> ParameterSelection:
     """Weights of a module that a pattern names and that are not frozen.
+
+    Args:
+        module: Whose.
+        pattern: Searched in their names.
+        asker: Who complains.
 
     Raises:
         UserError: There is none.
@@ -291,7 +311,7 @@ def trained(module: LightningModule, pattern: str) -> ParameterSelection:
     found = ParameterSelection.of(module, pattern)
     kept = [p.requires_grad for p in found.parameters(module)]
     if not any(kept):
-        raise UserError(f"CommutatorProbe: all weights that the pattern {pattern!r} names are frozen")
+        raise UserError(f"{asker}: all weights that the pattern {pattern!r} names are frozen")
     columns = zip(found.names, found.shapes, found.owners, kept, strict=True)
     names, shapes, owners = zip(*((name, shape, owner) for name, shape, owner, keep in columns if keep), strict=True)
     return found if all(kept) else ParameterSelection(names, shapes, owners, found.shards)

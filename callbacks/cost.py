@@ -28,7 +28,8 @@ class CostControl(Callback):
 
     Args:
         max_overhead: Largest share, such as 0.02; None only measures.
-        warmup: Optimizer steps before the budget acts: compilation and first snapshots say nothing about the rest.
+        warmup: Optimizer steps, of a resumed run too, before the budget acts: compilation and first snapshots say
+            nothing about the rest.
     """
 
     def __init__(self, max_overhead: float | None = None, warmup: int = 20) -> None:
@@ -39,9 +40,11 @@ class CostControl(Callback):
         self._paused = 0.0
         self._pause = 0.0
         self._spent_before: dict[int, float] = {}
+        self._first = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first = trainer.global_step
         steps = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
         dim = next((p.selection.dim for p in _probes(trainer) if isinstance(p, TrajectoryRecorder)), 0)
         for probe in _probes(trainer):
@@ -59,7 +62,7 @@ class CostControl(Callback):
     ) -> None:
         step = trainer.global_step
         if self._begun is None:
-            if step >= self.warmup:
+            if step >= self._first + self.warmup:
                 self._begun, self._paused = time.perf_counter(), 0.0
                 self._spent_before = {id(probe): probe.watch.seconds for probe in _probes(trainer)}
                 for probe in _probes(trainer):
@@ -74,7 +77,9 @@ class CostControl(Callback):
         elapsed = time.perf_counter() - self._begun - self._paused
         free = max(elapsed - sum(spent.values()), 1e-9)
         metrics: dict[str, Any] = {"overhead/fraction": sum(spent.values()) / free}
-        metrics |= {f"overhead/{type(probe).__name__}": seconds / free for probe, seconds in spent.items()}
+        for probe, seconds in spent.items():  # several of one class are one number
+            name = f"overhead/{type(probe).__name__}"
+            metrics[name] = metrics.get(name, 0.0) + seconds / free
         if self.max_overhead is not None:
             metrics["overhead/stretch"] = float(self._stretch(trainer, spent, free))
         log_now(trainer, metrics, step)

@@ -24,7 +24,7 @@ class DataWait(Callback):
     what the device waits, which has work queued while the host waits. Times differ between runs.
 
     Args:
-        warmup: Optimizer steps before the clock starts: workers start, and kernels are compiled.
+        warmup: Optimizer steps, of a resumed run too, before the clock starts: workers start, and kernels are compiled.
 
     Example:
         >>> trainer = Trainer(callbacks=[DataWait()])  # doctest: +SKIP
@@ -35,13 +35,14 @@ class DataWait(Callback):
         self.warmup = warmup
         self._fetches: _FetchWatch | None = None
         self._begun: float | None = None
+        self._first = 0
         self._waited_before = 0.0
         self._paused = 0.0
         self._pause = 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begun = None
+        self._begun, self._first = None, trainer.global_step
         self._fetches = _FetchWatch(trainer.profiler)  # type: ignore[attr-defined]
 
     @override
@@ -51,7 +52,7 @@ class DataWait(Callback):
         assert self._fetches is not None
         step = trainer.global_step
         if self._begun is None:
-            if step >= self.warmup:
+            if step >= self._first + self.warmup:
                 self._begun, self._paused, self._waited_before = time.perf_counter(), 0.0, self._fetches.seconds
             return
         if logging_due(trainer, step):

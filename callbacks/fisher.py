@@ -226,9 +226,11 @@ class FisherProbe(DeferringProbe):
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
-        if not self._fixed or not self._complete or step == self._done or not self.due(step):
+        if not self._fixed or not self._complete or step == self._done:
             return
         self._done = step  # once per optimizer step, on its first micro-batch
+        if not self.due(step):
+            return
         with self.watch.running():
             axes = self._axes()
             for kind in self.kinds:

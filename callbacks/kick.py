@@ -77,6 +77,8 @@ class Kick(Callback):
             raise UserError(f"Kick: direction {direction!r}; choose commutator or gaussian")
         if (length is None) == (multiple is None):
             raise UserError("Kick: give its length, or its multiple of a gradient step, and not both")
+        if not (multiple if length is None else length) > 0:  # type: ignore[operator]
+            raise UserError(f"Kick: length {length}, multiple {multiple}: give one above 0")
         if start < 0 or samples < 1 or not eta > 0 or (every is not None and every < 1):
             raise UserError(f"Kick: start {start} (0 or more), every {every}, samples {samples} (1 or more), eta {eta}")
         self.direction = direction
@@ -115,7 +117,7 @@ class Kick(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             raise UserError("Kick: each rank would kick its own weights: train on one device")
-        self._selection = trained(pl_module, "")
+        self._selection = trained(pl_module, "", type(self).__name__)
         self._pairs = BatchPairs(trainer, pl_module, draw_seed(self.seed), self.size, torch.float64)
         if self.basis is not None:
             self._steering = Steering(self.basis.build(pl_module).to(dtype=torch.float64), 0.0, 1.0)
@@ -183,8 +185,8 @@ class Kick(Callback):
             return commutator.gradient(losses[0], theta), None
         try:
             found = commutator.by_hessian(losses[0], losses[1], theta)
-        except UserError as error:
-            raise UserError(f"Kick: {str(error).partition(': use')[0]}: kick in direction gaussian") from None
+        except commutator.NotTwiceError as error:
+            raise UserError(f"Kick: {error}: kick in direction gaussian") from None
         return found.grad_a, found.bracket
 
     def _gaussian(self, theta: Float[Tensor, " D"], step: int) -> Float[Tensor, " D"]:

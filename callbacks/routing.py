@@ -127,9 +127,11 @@ class RoutingProbe(DeferringProbe):
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
-        if step == self._done or not self.due(step):
+        if step == self._done:
             return
         self._done = step  # once per optimizer step, on its first micro-batch
+        if not self.due(step):
+            return
         with self.watch.running(), measuring(trainer, module), torch.no_grad():
             found = self._measure(module, step)
         if found:

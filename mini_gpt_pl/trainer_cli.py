@@ -476,8 +476,21 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user
         raise UserError(str(error)) from error
+    except ValueError as error:  # the parser wraps what the constructor of a callback says
+        raise (_said_by_us(error) or error) from error
     finally:
         _finish_wandb()
+
+
+def _said_by_us(error: BaseException | None) -> UserError | None:
+    """The error of ours that another one was raised from, if there is one."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def run_line(line: str, *, verbose: bool = False) -> ProbedCLI:

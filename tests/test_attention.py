@@ -132,6 +132,13 @@ def test_holm_is_bonferroni_for_the_smallest() -> None:
     assert routing.holm([0.2, 0.001, 0.04]) == pytest.approx([0.2, 0.003, 0.08])
 
 
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_what_was_not_tried_adjusts_nothing(place: int) -> None:
+    tried = [0.2, 0.001, 0.04]
+    found = routing.holm([*tried[:place], math.nan, *tried[place:]])
+    assert math.isnan(found.pop(place)) and found == routing.holm(tried)
+
+
 # -------------------------------------------------------------------------------------------------------- probes
 
 

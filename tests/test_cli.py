@@ -542,6 +542,25 @@ def test_the_checkpoints_own_run_is_never_overwritten(parent: Run, mistake: Comm
     assert files(parent.path) == before
 
 
+@pytest.mark.parametrize(
+    ("callback", "settings", "told"),
+    [
+        ("callbacks.CommutatorProbe", {"samples": 0}, "samples 0"),
+        ("callbacks.TrajectoryRecorder", {"pattern": "w", "sketch": 0}, "sketch"),
+        ("callbacks.SubspaceIntervention", {"parallel": 0.0}, "needs a basis"),
+        ("callbacks.Kick", {"length": -1.0}, "give one above 0"),
+        ("mini_gpt_pl.grokking.milestones.Evaluation", {"stop_at": "foo"}, "no milestone 'foo'"),
+        ("mini_gpt_pl.grokking.tied_norm.TiedNorm", {"run": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_a_callback_says_of_its_settings_is_one_line(
+    callback: str, settings: dict[str, Any], told: str, mistake: Command
+) -> None:
+    file = Path("callback.yaml")
+    file.write_text(yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": callback, "init_args": settings}]}}))
+    assert told in mistake("fit", "-c", TINY, "-c", str(file))
+
+
 def test_a_folder_that_cannot_be_one(mistake: Command) -> None:
     Path("file").touch()
     assert "cannot be a run folder" in mistake("fit", "-c", TINY, "--run_dir", "file")

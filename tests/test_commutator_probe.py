@@ -33,6 +33,7 @@ from callbacks.measuring import DrawsBatches
 from callbacks.nests import take_samples
 from callbacks.pairs import BatchPairs
 from mini_gpt_pl.data.batch import Batch
+from mini_gpt_pl.geometry import commutator
 from mini_gpt_pl.gpt import GPT
 from mini_gpt_pl.objective import ProbeWeight, combine, count_targets, loss_terms
 
@@ -359,3 +360,41 @@ def test_samples_of_a_packed_batch_are_packed_again() -> None:
     cut = take_samples(batch, index)
     assert same(list(cut), list(Batch.of(batch.tokens[index], batch.targets[index], batch.probe_mask[index])))
     assert torch.equal(take_samples(torch.arange(5), index), index)  # a tensor's own `take` is something else
+
+
+# ------------------------------------------------------------------------------------- schedules, and runs that fail
+
+
+def test_a_stretched_schedule_counts_steps_and_not_micro_batches(tmp_path: Path) -> None:
+    probe = everything(directions=0)
+    probe.stretch = 2
+    plain(tmp_path, [probe], accumulate_grad_batches=2)
+    measured = [step for step, row in metrics(tmp_path).items() if "commutator/all/norm_a" in row]
+    assert measured == [0, 4]
+    assert (probe.asked, probe.answered) == (4, 2)  # at steps 0, 2, 4 and 6
+
+
+def test_weights_that_are_not_finite_are_not_measured(tmp_path: Path) -> None:
+    class Spoiled(Callback):
+        @torch.no_grad()
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 2:
+                next(pl_module.parameters()).fill_(math.nan)
+
+    plain(tmp_path, [plain_recorder(), Spoiled(), everything()])
+    assert [step for step, row in metrics(tmp_path).items() if "commutator/all/norm_a" in row] == [0]
+
+
+def test_two_probes_do_not_write_over_each_other(tmp_path: Path) -> None:
+    with one_line_error("left and right both tell of the recorder's groups"):
+        plain(tmp_path, [plain_recorder(), everything(name="left"), everything(name="right")])
+
+
+def test_an_error_of_the_loss_is_told_as_it_is() -> None:
+    def wrong(theta: Tensor) -> Tensor:
+        return theta @ torch.ones(3, dtype=theta.dtype)
+
+    with pytest.raises(RuntimeError, match="size"):
+        commutator.by_hessian(wrong, wrong, torch.ones(2, dtype=torch.float64))

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,6 +20,7 @@ from callbacks.schedule import Schedule
 from mini_gpt_pl.logs import MetricsCSV
 
 STEP, PROBE = 0.004, 0.004
+QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 
 class Clock:
@@ -74,10 +75,9 @@ class Sleeper(Probe):
 def train(path: Path, budget: float | None, steps: int = 300) -> tuple[Sleeper, pd.DataFrame]:
     probe = Sleeper(Schedule(every=1))
     logger = MetricsCSV(path / "metrics.csv")
-    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
     control = CostControl(budget, warmup=5)
     trainer = Trainer(
-        max_steps=steps, accelerator="cpu", callbacks=[probe, control], logger=logger, log_every_n_steps=10, **quiet
+        max_steps=steps, accelerator="cpu", callbacks=[probe, control], logger=logger, log_every_n_steps=10, **QUIET
     )
     trainer.fit(Slow(), DataLoader(torch.ones(steps, 1), 1))  # type: ignore[arg-type]
     return probe, pd.read_csv(path / "metrics.csv", index_col="step")
@@ -90,6 +90,22 @@ def test_without_a_budget_the_cost_is_only_told(tmp_path: Path) -> None:
     assert last == pytest.approx(1.0, abs=0.03)  # as long as the step, but for where the clock starts
     assert metrics["overhead/Sleeper"].iloc[-1] == last
     assert "overhead/stretch" not in metrics
+
+
+def test_probes_of_one_class_are_one_number_and_a_resumed_run_warms_up_again(tmp_path: Path) -> None:
+    class Started(CostControl):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            super().on_train_start(trainer, pl_module)
+            self._first = 50  # as after a restart from step 50
+
+    probes: list[Callback] = [Sleeper(Schedule(every=1)), Sleeper(Schedule(every=1)), Started(warmup=20)]
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    trainer = Trainer(max_steps=100, accelerator="cpu", callbacks=probes, logger=logger, log_every_n_steps=10, **QUIET)
+    trainer.fit(Slow(), DataLoader(torch.ones(100, 1), 1))  # type: ignore[arg-type]
+    rows = pd.read_csv(tmp_path / "metrics.csv").dropna(subset=["overhead/Sleeper"])
+    assert rows["step"].min() == 80
+    assert rows["overhead/Sleeper"].iloc[-1] == pytest.approx(2 * PROBE / STEP, rel=0.1)
+    assert rows["overhead/Sleeper"].iloc[-1] == pytest.approx(rows["overhead/fraction"].iloc[-1], rel=1e-9)
 
 
 def test_budget_is_kept(tmp_path: Path) -> None:

@@ -260,6 +260,12 @@ def test_a_restart_in_other_data_or_of_another_shape_is_refused(tmp_path: Path) 
     checkpoint = tmp_path / "checkpoints/000005.ckpt"
     with one_line_error("seed=3 and this one 4"):
         fit(tmp_path, 9, data=pairs(seed=4), resume=checkpoint)
+    for other_pairs in (
+        pairs(operation="sub"),
+        pairs(split_seed=4),
+    ):  # test pairs of the one are trained on in the other
+        with one_line_error("the checkpoint's training data has training set="):
+            fit(tmp_path, 9, data=other_pairs, resume=checkpoint)
     other = ResidueClassifier(EncoderSize(2, 2, 4, 16), 11, 11)
     with one_line_error(r"encoder.position is \(2, 8\), the configured model's \(2, 4\)"):
         fit(tmp_path, 9, module=other, resume=checkpoint)
@@ -305,6 +311,21 @@ def test_a_tied_norm_follows_the_other_runs(tmp_path: Path, decayed: Path, first
     assert math.sqrt(sum(float((v**2).sum()) for v in weights(free).values())) > 1.2 * target[40]
 
 
+def test_a_tied_norm_goes_on_from_its_own_initial_norm(tmp_path: Path, decayed: Path) -> None:
+    """Resumed before the first norm that the other run recorded, which is taken to be that of step 10."""
+
+    def late() -> TiedNorm:
+        tied = TiedNorm(str(decayed))
+        tied._steps, tied._logs = tied._steps[1:], tied._logs[1:]
+        return tied
+
+    once = fit(tmp_path / "whole", 10, [late()], module=tiny(optimizer=undecayed))
+    fit(tmp_path / "cut", 5, [checkpoints(tmp_path / "cut", 5), late()], module=tiny(optimizer=undecayed))
+    resume = tmp_path / "cut/checkpoints/000005.ckpt"
+    twice = fit(tmp_path / "cut", 10, [late()], module=tiny(optimizer=undecayed), resume=resume)
+    assert same(weights(once), weights(twice))
+
+
 def test_a_tied_norm_needs_a_norm_and_no_decay(tmp_path: Path, decayed: Path) -> None:
     with one_line_error("replaces weight decay: give the optimizer weight_decay 0"):
         fit(tmp_path / "both", 5, [TiedNorm(str(decayed))])
@@ -326,3 +347,11 @@ def test_marker_sums_are_learned(tmp_path: Path) -> None:
     accuracy = Run(tmp_path).series("eval/m1_accuracy")
     assert accuracy[1] < 0.6 and accuracy[300] > 0.95
     assert not [name for name in Run(tmp_path).metrics if "milestone" in str(name)]
+
+
+def test_a_milestone_of_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    task = MarkerTask(length=6, vocab_size=40, classes=3, markers=(1,), first_marker=20)
+    data = MarkerSums(task, batch_size=8, eval_examples=8, seed=3)
+    module = ResidueClassifier(EncoderSize(1, 2, 8, 0), 40, 3, 6, causal=True, seed=3)
+    with one_line_error("the sets m1 have no milestone 'test_98': give stop_at null"):
+        fit(tmp_path, 5, [Evaluation(EVERY, stop_at="test_98")], module=module, data=data)

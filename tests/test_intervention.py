@@ -257,6 +257,12 @@ def test_decay_in_the_span_is_of_the_parallel_part(tmp_path: Path, source: Basis
 # ------------------------------------------------------------------------------------------------------ kicks
 
 
+@pytest.mark.parametrize("size", [{"length": -1.0}, {"multiple": 0.0}])
+def test_a_kick_backwards_or_of_no_length_is_refused(size: dict[str, float]) -> None:
+    with one_line_error("give one above 0"):
+        Kick("gaussian", **size)
+
+
 def test_a_kick_is_as_long_as_it_says_and_across_the_basis(tmp_path: Path, source: BasisSource) -> None:
     found = {}
     for direction in ("commutator", "gaussian"):

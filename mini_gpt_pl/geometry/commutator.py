@@ -34,6 +34,10 @@ _ROUNDING = 1024.0
 _FLOAT32_HALF_ULP = 2.0**-24
 
 
+class NotTwiceError(UserError):
+    """A loss that cannot be differentiated twice."""
+
+
 @dataclass(frozen=True, eq=False)
 class Commutator:
     """Two gradients at one point, and what each does to the other.
@@ -70,7 +74,7 @@ def by_hessian(loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> Commut
     """Commutator from two Hessian-vector products (double backward): exact to rounding.
 
     Raises:
-        UserError: A part of the loss has no second derivative (a fused kernel, cuDNN's recurrent networks).
+        NotTwiceError: A part of the loss has no second derivative (a fused kernel, cuDNN's recurrent networks).
     """
     try:
         field_a, field_b = _Field.of(loss_a, theta), _Field.of(loss_b, theta)
@@ -79,8 +83,9 @@ def by_hessian(loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> Commut
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        loss_a(theta)  # an error of the loss itself is told as it is
         reason = str(error).splitlines()[0]
-        raise UserError(f"the loss cannot be differentiated twice ({reason}): use gradient differences") from None
+        raise NotTwiceError(f"the loss cannot be differentiated twice ({reason})") from None
     noise = _ROUNDING * _eps(theta) * (_length(b_along_a) + _length(a_along_b))
     return Commutator(grad_a, grad_b, b_along_a, a_along_b, noise)
 

@@ -9,6 +9,7 @@ in a random direction does (`callbacks.routing`).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,13 +146,15 @@ def _even(steps: list[int]) -> list[int]:
 def holm(p: Sequence[float]) -> list[float]:
     """Adjust p-values for having tried all of them (Holm 1979): the k-th smallest of n times n - k + 1, not falling.
 
+    A pair without a p-value (NaN: one of its series never changes) was not tried, and has none.
+
     Example:
         >>> holm([0.01, 0.5, 0.03])
         [0.03, 0.5, 0.06]
     """
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    adjusted, highest = [0.0] * len(p), 0.0
+    order = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
+    adjusted, highest = [math.nan] * len(p), 0.0
     for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, p[i] * (len(p) - rank)))
+        highest = max(highest, min(1.0, p[i] * (len(order) - rank)))
         adjusted[i] = highest
     return adjusted

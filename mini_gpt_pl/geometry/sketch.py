@@ -106,7 +106,9 @@ class Sketch:
         shards = self.weights.shards
         share = 0 if shards is None else shards.index
         words = -(-size // (_BITS * self.width))
-        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, (share << 32) + group], dtype=np.uint64)))
+        rng = np.random.Generator(
+            np.random.Philox(key=np.array([self.seed % 2**64, (share << 32) + group], dtype=np.uint64))
+        )
         turns = rng.integers(0, self.width, words * _BITS)
         signs = rng.integers(0, 1 << _BITS, (words, self.width), dtype=np.uint32)
         return torch.from_numpy(signs.view(np.int32)), torch.from_numpy(turns)

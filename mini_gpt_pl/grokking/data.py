@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -182,7 +183,8 @@ class ModularArithmetic(ResidueData):
             drawn = to_device(with_replacement(size, count, self.seed, Purpose.TRAIN, number), self.device)
             return Examples(train.tokens[drawn], train.labels[drawn])
 
-        return BatchStream(block, {"pairs": size, "batch_size": count or size, "seed": self.seed})
+        what = {"pairs": size, "batch_size": count or size, "seed": self.seed, "training set": fingerprint(train)}
+        return BatchStream(block, what)
 
     @override
     def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Examples:
@@ -243,12 +245,17 @@ class MarkerSums(ResidueData):
             tokens, labels = zip(*made, strict=True)
             return self._moved(_examples(np.stack(tokens), np.stack(labels)))
 
-        return BatchStream(block, {"batch_size": self.batch_size, "seed": self.seed})
+        return BatchStream(block, {"batch_size": self.batch_size, "seed": self.seed, "task": str(self.task)})
 
     @override
     def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Examples:
         step = 0 if self.trainer is None else self.trainer.global_step
         return self._moved(_examples(*self.task.batch(size or self.batch_size, step, generator)))
+
+
+def fingerprint(examples: Examples) -> int:
+    """A number that says which examples these are, in their order."""
+    return zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in examples))
 
 
 def _examples(tokens: np.ndarray, labels: np.ndarray) -> Examples:

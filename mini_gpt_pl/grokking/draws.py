@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -64,10 +64,10 @@ class BatchStream:
 
     Args:
         block: Makes the batches of `BLOCK` steps, stacked along a new first dimension, on the device.
-        what: Numbers that say what is drawn from, kept with the position: a resumed run must have the same.
+        what: What is drawn from, kept with the position: a resumed run must have the same.
     """
 
-    def __init__(self, block: Callable[[int], tuple[Tensor, ...]], what: dict[str, int]) -> None:
+    def __init__(self, block: Callable[[int], tuple[Tensor, ...]], what: Mapping[str, int | str]) -> None:
         self._make = block
         self._what = what
         self._next = 0
@@ -90,11 +90,11 @@ class BatchStream:
         stacked = self._held[1]
         return type(stacked)(*(part[row] for part in stacked))  # views
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """The position, and what it is a position in."""
         return {"batches": self._next, **self._what}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position.
 
         Raises:

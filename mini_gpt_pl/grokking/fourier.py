@@ -11,6 +11,7 @@ are random, and for tables of few columns or of low rank, whose shares scatter m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,11 +140,16 @@ def read(found: Sequence[float], rows: int) -> Spectrum:
     """Make a spectrum of what `moments` found, on the host.
 
     Raises:
-        UserError: The table was constant.
+        UserError: The table was constant, or not finite.
     """
-    if found[-1] != found[-1]:
-        raise UserError("a table that is the same for all residues has no frequencies: measure it once it is drawn")
+    if not varies(found):
+        raise UserError("a table that is the same for all residues, or not finite, has no frequencies: leave it out")
     return Spectrum(torch.tensor(found[:-1], dtype=torch.float64), found[-1], rows)
+
+
+def varies(found: Sequence[float]) -> bool:
+    """Whether `moments` is of a table that differs between residues and is finite."""
+    return math.isfinite(found[-1])
 
 
 def residues(p: int, axis: Axis) -> Int[Tensor, " m"]:

@@ -94,6 +94,8 @@ class FourierProbe(DeferringProbe):
         if self._trainer is None:
             return
         for step, found in self._deferred.take():
+            if not fourier.varies(list(found.values())):
+                continue  # a table that was never drawn, or of a run that has diverged and says so itself
             axis, name, _ = next(iter(found))
             rows = self._residues - (axis == "multiplicative")
             log_now(self._trainer, _named(fourier.read(list(found.values()), rows), f"fourier/{axis}/{name}/"), step)

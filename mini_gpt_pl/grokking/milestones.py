@@ -124,6 +124,11 @@ class Evaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not getattr(trainer.datamodule, "sets", None):  # type: ignore[attr-defined]
             raise UserError("Evaluation measures whole sets, and the data has none: leave it out of the callbacks")
+        sets = trainer.datamodule.sets  # type: ignore[attr-defined]
+        if self.stop_at and not any(m.name == self.stop_at and m.of in sets for m in MILESTONES):
+            raise UserError(
+                f"Evaluation: the sets {', '.join(sets)} have no milestone {self.stop_at!r}: give stop_at null"
+            )
 
     @override
     def on_train_batch_end(

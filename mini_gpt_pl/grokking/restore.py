@@ -22,6 +22,8 @@ def restore(run: Run) -> tuple[ResidueClassifier, ResidueData]:
     Raises:
         UserError: There is no configuration, it is of another task, or it does not fit this version.
     """
+    if not run.exists:
+        raise UserError(f"there is no run folder {run.path}: give one that holds a config.yaml")
     task = TASKS.get(run.task)  # type: ignore[call-overload]
     if task is None or not issubclass(task.model_class, ResidueClassifier):
         raise UserError(f"{run.path} is a run of the task {run.task}: give one of residues")

@@ -41,6 +41,8 @@ def routing(run: Run, pattern: str = r"w_[qk]$", k: int = 3, start: int = 0, dra
     Raises:
         UserError: The run recorded no entropy, no group matches, or too few steps are shared.
     """
+    if not run.exists:
+        raise UserError(f"there is no run folder {run.path}: give one that holds a config.yaml")
     named = [str(name) for name in run.metrics if _ENTROPY.fullmatch(str(name))]
     if not named:
         raise UserError(f"{run.path} recorded no entropy of attention: add an AttentionProbe to its callbacks")

@@ -70,6 +70,15 @@ class TiedNorm(Callback):
         self._hooks = [optimizer.register_step_post_hook(rescale) for optimizer in trainer.optimizers]
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps.tolist(), "logs": self._logs.tolist()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # With this run's own initial norm, which a resumed run no longer has.
+        self._steps, self._logs = np.array(state_dict["steps"]), np.array(state_dict["logs"])
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
 
