@@ -258,7 +258,7 @@ def test_decay_in_the_span_is_of_the_parallel_part(tmp_path: Path, source: Basis
 
 
 @pytest.mark.parametrize("size", [{"length": -1.0}, {"multiple": 0.0}])
-def test_a_kick_backwards_or_of_no_length_is_refused(size: dict[str, float]) -> None:
+def test_a_kick_backwards_or_of_no_length_is_refused(size: dict[str, Any]) -> None:
     with one_line_error("give one above 0"):
         Kick("gaussian", **size)
 
