@@ -16,6 +16,7 @@ from mini_gpt_pl.runs import Outcome, Run
 
 CONFIGS = Path(cli.__file__).resolve().parent / "configs" / "grokking"
 SEEDS = (1, 2, 3)
+pytestmark = pytest.mark.timeout(900)  # the three runs take minutes where the cores are shared
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def grokked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_cli, "draw_all", lambda run: [])
         for seed in SEEDS:
-            files = f"-c {CONFIGS}/smoke.yaml -c {CONFIGS}/commutator.yaml"
+            files = f"-c {CONFIGS}/smoke.yaml -c {CONFIGS}/commutator.yaml --trainer.callbacks.directions 0"
             cli.run(f"fit {files} --seed_everything {seed} --run_dir {root}/{seed} --trainer.accelerator cpu")
     return {seed: Run(root / str(seed)) for seed in SEEDS}
 
