@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,9 @@ from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.subspace import Basis
 from mini_gpt_pl.geometry.trajectory import Trajectory
 
-_SEED = "{seed}"
+_SEED = "seed"
+_NAMED = re.compile(r"\{(\w+)\}")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.+=-]+")
 # Lightning's seed_everything leaves the seed there, for workers.
 _GLOBAL_SEED = "PL_GLOBAL_SEED"
 _OF_A_RUN = ("path", "theta0", "blocks")
@@ -36,8 +39,10 @@ class BasisSource:
         kind: `path`, leading principal directions of each group of a recorded run; `theta0`, each group's initial
             weights there; `blocks`, random directions inside the groups of `path`, as many in each; `rank_one`, random
             u v' of each matrix; `isotropic`, random directions of all weights together.
-        run: Folder of the recorded run, with its snapshots; `{seed}` in it stands for this run's `seed_everything`.
-            Its recorded weights and groups are those of the basis. Where another seed is meant, name its folder.
+        run: Folder of the recorded run, with its snapshots; `{seed}` in it stands for this run's `seed_everything`,
+            any other name, as `{operation}`, for that attribute of its data module, written as a sweep writes it in
+            the name of a folder: with hyphens. Its recorded weights and groups are those of the basis. Where another
+            seed is meant, name its folder.
         k: Directions of each group or matrix; of all weights together for `isotropic`.
         pattern: The weights and groups where no run says them, as a recorder has it; all of them by default.
         until: Last step of the recorded path that counts; null for all of it, the future of this run included.
@@ -72,33 +77,26 @@ class BasisSource:
         """Make the directions, in float32, on the device of the module's weights.
 
         Raises:
-            UserError: The run has no snapshots, or they are of another model, or the path names a `{seed}` that is
-                not known.
+            UserError: The run has no snapshots, or they are of another model, or the path names a `{seed}` or
+                something of the data that is not known.
         """
         device = next(module.parameters()).device
-        selection = self._selection(module)
+        folder = None if self.run is None else _folder(self.run, module)
+        selection = self._selection(module, folder)
         selection.parameters(module)  # raises where the module does not have them
-        return self._directions(selection, device).to(device, torch.float32)
+        return self._directions(selection, folder, device).to(device, torch.float32)
 
-    def _selection(self, module: nn.Module) -> ParameterSelection:
-        if self.run is None:
+    def _selection(self, module: nn.Module, folder: Path | None) -> ParameterSelection:
+        if folder is None:
             return ParameterSelection.of(module, self.pattern or "")
-        return recorded_selection(self._folder / SNAPSHOT_FOLDER)
+        return recorded_selection(folder / SNAPSHOT_FOLDER)
 
-    @property
-    def _folder(self) -> Path:
-        assert self.run is not None
-        known = os.environ.get(_GLOBAL_SEED)
-        if _SEED in self.run and known is None:
-            raise UserError(f"the basis of {self.run} asks for a seed: call seed_everything, or name the folder itself")
-        return Path(self.run.replace(_SEED, known or ""))
-
-    def _directions(self, selection: ParameterSelection, device: torch.device) -> Basis:
-        if self.kind in _OF_A_RUN:
-            files = SnapshotFolder(self._folder / SNAPSHOT_FOLDER, selection)
+    def _directions(self, selection: ParameterSelection, folder: Path | None, device: torch.device) -> Basis:
+        if folder is not None and self.kind in _OF_A_RUN:
+            files = SnapshotFolder(folder / SNAPSHOT_FOLDER, selection)
             if self.kind == "theta0":
                 return subspace.own_directions(files.read(0))
-            path = Trajectory.load(self._folder / TRAJECTORY_FILE)
+            path = Trajectory.load(folder / TRAJECTORY_FILE)
             path = path if self.until is None else path.until(self.until)
             found = subspace.of_run(files, path, self.k, device, centred=self.centred)
             return found if self.kind == "path" else subspace.random_like(found, self._generator)
@@ -109,6 +107,20 @@ class BasisSource:
     def _generator(self) -> torch.Generator:
         # On the host, so that a GPU has the same directions.
         return torch.Generator().manual_seed(draw_seed(self.seed))
+
+
+def _folder(run: str, module: nn.Module) -> Path:
+    """Put this run's seed, and what its data module says of itself, into the name of another run's folder."""
+    data = getattr(getattr(module, "_trainer", None), "datamodule", None)
+
+    def value(name: re.Match[str]) -> str:
+        found = os.environ.get(_GLOBAL_SEED) if name[1] == _SEED else getattr(data, name[1], None)
+        if found is None:
+            known = "call seed_everything" if name[1] == _SEED else "its data have none of that name"
+            raise UserError(f"the basis of {run} asks for a {name[1]}: {known}, or name the folder itself")
+        return _NOT_IN_NAMES.sub("-", str(found))
+
+    return Path(_NAMED.sub(value, run))
 
 
 def draw_seed(*numbers: int) -> int:

@@ -33,8 +33,8 @@ class SubspaceIntervention(Callback):
 
     Weight decay goes on by itself: where the gradient of a weight is removed, the weight shrinks by exp(-lr wd t), and
     with b = 0 the network is erased rather than confined. `decay` switches it off, or restricts it to the span, from
-    the first changed step on. It does so in the optimizer's settings, so that a recorder's nulls know; those of a path
-    whose span decays leave that out.
+    the first changed step on. Both set the optimizer's own decay to 0, which a recorder's nulls read: with `none` they
+    know all of it, with `span` they leave out the decay of the span, which is taken behind the step.
 
     Logged under `intervention/<name>/` at the first changed step of every `log_every_n_steps`: parallel = |P x| / |x|
     before the change, parallel_null, what random directions in the same blocks hold, and change = |x' - x| / |x|.

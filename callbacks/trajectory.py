@@ -71,8 +71,8 @@ class TrajectoryRecorder(Probe):
             replayed, and not reheated against its own basis. `dtype` plays no part.
 
     Raises:
-        UserError: The pattern selects nothing, a resumed run's snapshots are missing or of another model, or rows are
-            to be kept on disk and not written.
+        UserError: The pattern selects nothing, another recorder has the same folder, a resumed run's snapshots are
+            missing or of another model, or rows are to be kept on disk and not written.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -195,12 +195,25 @@ class TrajectoryRecorder(Probe):
             self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
             self._axes, self._restored, self._survival, self._coming = None, None, 1.0, None
             self._trainer = trainer
+            self._require_own_folder(trainer)
+
+    def _root(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath or trainer.default_root_dir)
+
+    def _require_own_folder(self, trainer: Trainer) -> None:
+        mine = self._root(trainer)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, TrajectoryRecorder) and other is not self and other._root(trainer) == mine:
+                raise UserError(
+                    f"TrajectoryRecorder: {self.name!r} and {other.name!r} would write to one folder: let one pattern, "
+                    "with a group for each, select both, or give one of them a dirpath"
+                )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: a module may make, and a strategy share out, its weights after that.
         selection = ParameterSelection.of(pl_module, self.pattern)
-        root = Path(self.dirpath or trainer.default_root_dir)
+        root = self._root(trainer)
         self._file = root / TRAJECTORY_FILE
         device = torch.device("cpu") if self.keep_on == "cpu" else None
         self.trajectory = Trajectory.empty(selection)

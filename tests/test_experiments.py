@@ -22,7 +22,7 @@ from mini_gpt_pl.module import read_checkpoint
 from mini_gpt_pl.report import keep
 from mini_gpt_pl.report.comparison import comparison_tables
 from mini_gpt_pl.runs import Outcome, Run
-from mini_gpt_pl.sweep import local
+from mini_gpt_pl.sweep import local, read_sweep
 
 REPOSITORY = Path(cli.__file__).parent
 SWEEPS = REPOSITORY / "configs" / "sweeps"
@@ -75,7 +75,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = ("-c", "configs/paper/tiny.yaml", "--data.cache_dir", str(lab / "cache"))
     few = ("--trainer.max_steps", "8")
     hot = ("--steps", "8", "--eval_every", "4")
-    sweep("seeds.yaml", lab / "seeds", *tiny)
+    sweep("seeds.yaml", lab / "seeds", *tiny, own=("--report", str(lab / "seeds_report")))
     sweep(_some(lab, "beta2", "0.99", "0.80", "0.0"), lab / "beta2", *tiny)
     sweep(_some(lab, "optimizers", *RUN), lab / "optimizers", *tiny, *few)
     sweep("sgd_matched.yaml", lab / "sgd_matched", *tiny, *few, own=("--point", "sgd-matched-lr0.3"))
@@ -184,6 +184,21 @@ def test_the_report_compares_them(lab: Path) -> None:
     page = (lab / "report" / "report.html").read_text()
     for name in ("seed42", "seed271", "adamw-wd0", "muon", "lr1e-3"):
         assert name in page
+
+
+def test_a_sweep_ends_with_the_report_on_its_runs(lab: Path) -> None:
+    page = (lab / "seeds_report" / "report.html").read_text()
+    assert "seed42" in page and "seed271" in page
+    assert (lab / "seeds_report" / "tables" / "seeds.csv").is_file()
+
+
+def test_the_page_lists_every_sweep_with_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    told = (REPOSITORY / "docs" / "how-to" / "experiments.md").read_text()
+    listed = {name: int(runs) for name, runs in re.findall(r"^\| `(grokking\w*)` \|[^|]+\| (\d+) \|", told, re.M)}
+    assert listed == {file.stem: len(read_sweep(file).points) for file in SWEEPS.glob("grokking*.yaml")}
+    others = {file.name for file in SWEEPS.glob("*.yaml") if not file.name.startswith("grokking")}
+    assert all(f"configs/sweeps/{name}" in told for name in others)
 
 
 def test_what_is_kept_of_them_gives_the_same_tables(lab: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,12 +17,16 @@ import yaml
 import cli
 from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.grokking.markers import MarkerTask
 from mini_gpt_pl.module import read_checkpoint
+from mini_gpt_pl.report.calibration import probes_table
 from mini_gpt_pl.runs import Run
+from mini_gpt_pl.sweep.grid import read_sweep
 from mini_gpt_pl.tasks import TASKS, task_named
 
 ROOT = Path(cli.__file__).resolve().parent
 CONFIGS = ROOT / "configs" / "grokking"
+SWEEPS = ROOT / "configs" / "sweeps"
 TINY = ("-c", str(CONFIGS / "smoke.yaml"), "-c", str(CONFIGS / "tiny.yaml"))
 Command = Callable[..., str]
 
@@ -144,9 +149,11 @@ def test_the_report_and_the_table_read_such_a_run(finished: Run, command: Comman
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     composed = {
-        f"{name}.yaml" for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier", "commutator")
+        f"{name}.yaml"
+        for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier", "commutator", "commutator_full")
     }
-    first = {"multitask_small.yaml": "multitask.yaml"} | dict.fromkeys(composed, "smoke.yaml")
+    first = {"multitask_small.yaml": "multitask.yaml", "curriculum.yaml": "markers.yaml"}
+    first |= dict.fromkeys((*composed, "all_weights.yaml"), "smoke.yaml")
     base = ["-c", str(CONFIGS / first[name])] if name in first else []
     with pytest.raises(SystemExit) as caught:
         command("fit", *base, "-c", str(CONFIGS / name), "--print_config")
@@ -155,8 +162,88 @@ def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.
     kinds = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
     assert {"Evaluation", "TrajectoryRecorder", "ModelCheckpoint"} <= set(kinds)
     decay = config["model"]["optimizer"]["init_args"]["weight_decay"]
-    expected = {"nodecay.yaml": 0.0, "markers.yaml": 0.01}
+    expected = {"nodecay.yaml": 0.0, "markers.yaml": 0.01, "curriculum.yaml": 0.01}
     assert decay == expected.get(name, 1.0)
+    of_markers = name in ("markers.yaml", "curriculum.yaml")
+    assert config["trainer"]["gradient_clip_val"] == (None if of_markers else 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SWEEPS.glob("grokking*.yaml")))
+def test_every_sweep_can_be_parsed(
+    name: str, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = read_sweep(SWEEPS / f"{name}.yaml")
+    for point in (sweep.points[0], sweep.points[-1]):
+        words = sweep.expand(point.options)
+        with pytest.raises(SystemExit) as caught:
+            command(*words[words.index(str(sweep.program)) + 1 :], "--print_config")
+        assert not caught.value.code
+        config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+        for key, value in point.parameters.items():
+            if key.startswith("trainer.callbacks."):
+                assert config["trainer"]["callbacks"][-1]["init_args"][key.removeprefix("trainer.callbacks.")] == value
+        assert config["seed_everything"] == point.parameters["seed_everything"]
+
+
+def test_all_the_commutator_probe_can_do_beside_another_seed_s_path(finished: Run, command: Command) -> None:
+    full = ["-c", str(CONFIGS / "commutator_full.yaml"), "--trainer.callbacks.other_run", str(finished.path)]
+    few = ["--trainer.callbacks.schedule.every", "10", "--trainer.callbacks.samples", "2", "--trainer.max_steps", "20"]
+    command("fit", *TINY, *full, *few, "--seed_everything", "2", "--run_dir", "full")
+    logged = Run(Path("full")).metrics.filter(regex="^commutator/all/").loc[20].dropna()
+    bases = ("path", "theta0", "singular", "rank_one", "other")
+    wanted = [f"on_{basis}{end}" for basis in bases for end in ("", "_null", "_ratio", "_below")]
+    wanted += ["step_defect", "step_memory", "step_curvature", "step_cosine", "alignment", "alignment_flip"]
+    assert {f"commutator/all/{name}" for name in wanted} <= set(logged.index)
+
+
+def test_all_weights_are_groups_of_one_path(finished: Run, command: Command) -> None:
+    both = ["-c", str(CONFIGS / "all_weights.yaml"), "-c", str(CONFIGS / "commutator.yaml")]
+    command("fit", *TINY, *both, "--trainer.max_steps", "20", "--run_dir", "all")
+    run = Run(Path("all"))
+    own = [f"blocks.{layer}{part}" for layer in (0, 1) for part in ("", *(f".attn.w_{m}" for m in "qkvo"))]
+    assert set(run.trajectory.groups) == {"embedding", "position", "norm", "head", *own}
+    assert run.trunk == "all"
+    assert run.trajectory.dim == sum(weight.numel() for weight in weights(run, 20).values())
+    attention = [run.trajectory.groups.index(group) for group in finished.trajectory.groups]
+    assert torch.equal(run.trajectory.grams[attention], finished.trajectory.grams[:, :3, :3])
+    assert len(run.series("commutator/embedding/share")) > 0
+
+
+def test_two_recorders_need_two_folders(mistake: Command, command: Command, tmp_path: Path) -> None:
+    second = tmp_path / "second.yaml"
+    recorder = "class_path: callbacks.TrajectoryRecorder, init_args: {pattern: embedding, name: embedding"
+    second.write_text(f"trainer: {{callbacks+: [{{{recorder}}}}}]}}")
+    told = mistake("fit", *TINY, "-c", str(second), "--run_dir", "two")
+    assert "'attention' and 'embedding' would write to one folder" in told
+    second.write_text(f"trainer: {{callbacks+: [{{{recorder}, dirpath: elsewhere}}}}]}}")
+    command("fit", *TINY, "-c", str(second), "--trainer.max_steps", "3", "--run_dir", "two_folders")
+    assert Run(Path("two_folders")).trajectory.groups == tuple(f"blocks.{b}.attn.w_{m}" for b in (0, 1) for m in "qkvo")
+    assert Path("elsewhere/trajectory.safetensors").is_file()
+
+
+def test_the_curriculum_goes_from_one_number_of_markers_to_the_next(command: Command) -> None:
+    small = ["--model.size", "{n_layer: 1, n_head: 2, d_model: 8, d_ff: 0}", "--data.eval_examples", "8"]
+    few = ["--data.batch_size", "4", "--data.task.steps_each", "2", "--trainer.max_steps", "5"]
+    every = ["--trainer.callbacks", "[{class_path: mini_gpt_pl.grokking.milestones.Evaluation}]"]
+    both = ["-c", str(CONFIGS / "markers.yaml"), "-c", str(CONFIGS / "curriculum.yaml")]
+    command("fit", *both, *small, *few, *every, "--run_dir", "curriculum")
+    task = MarkerTask(**Run(Path("curriculum")).config["data"]["task"])
+    drawn = [task.markers_at(step, np.random.default_rng(0), 1)[0] for step in range(9)]
+    assert drawn == [1, 1, 2, 2, 3, 3, 4, 4, 4]
+
+
+def test_commutators_on_stories_are_in_the_report_and_explained(command: Command) -> None:
+    preset = ["-c", str(ROOT / "tests" / "tiny.yaml"), "-c", str(ROOT / "configs" / "probes" / "commutator.yaml")]
+    few = ["--trainer.callbacks.schedule.every", "3", "--trainer.callbacks.samples", "1"]
+    command("fit", *preset, *few, "--run_dir", "stories")
+    run = Run(Path("stories"))
+    assert run.task == "stories" and list(run.series("commutator/all/defect").index) == [0, 3, 6]
+    told = command("explain", "stories")
+    assert "commutator/all/defect" in told and "on_path_null" in told
+    shown = probes_table(run).set_index("quantity")
+    assert shown.loc["commutator on the past path's directions", "null"] != "-"
+    assert shown.loc["commutator: c, without 1/||g||", "null"] == "-"
 
 
 def test_a_preset_without_decay_can_follow_a_decayed_run(finished: Run, command: Command) -> None:

@@ -41,12 +41,13 @@ RUN = (
         "kick_random",
     ),
 )
+OPERATIONS = "runs/interventions/operations"
 TINY = f"-c {ROOT}/configs/grokking/smoke.yaml -c {ROOT}/configs/grokking/tiny.yaml"
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_begins_once_all_have_memorised(arm: str) -> None:
-    """And can be made: a run of hours must not fail on its last arm."""
+def test_every_arm_can_be_made_and_begins_at_one_step(arm: str) -> None:
+    """A run of hours must not fail on its last arm; the baselines have memorised by then, see `test_grokking_run`."""
     given = yaml.safe_load((FOLDER / f"{arm}.yaml").read_text())["trainer"].get("callbacks+", [])
     assert len(given) == (arm != "none")
     for callback in given:
@@ -58,6 +59,13 @@ def test_every_arm_begins_once_all_have_memorised(arm: str) -> None:
         assert made.start == 400
 
 
+@pytest.mark.parametrize("arm", sorted(path.stem for path in (FOLDER / "operations").glob("*.yaml")))
+def test_arms_over_operations_differ_in_the_run_of_their_basis_alone(arm: str) -> None:
+    plain, own = (yaml.safe_load((folder / f"{arm}.yaml").read_text()) for folder in (FOLDER, FOLDER / "operations"))
+    runs = [config["trainer"]["callbacks+"][0]["init_args"]["basis"].pop("run") for config in (plain, own)]
+    assert plain == own and "{operation}" not in runs[0] and "{operation}" in runs[1]
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Baselines of two seeds, and arms of every kind, changed from step 4 on."""
@@ -67,6 +75,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed in (1, 6):
             fit(lab / f"runs/interventions/baseline/seed_everything-{seed}", f"--seed_everything {seed}")
         patch.chdir(lab)
+        for operation in ("mul", "x2_y2"):
+            known = f"--data.operation {operation} --seed_everything 1"
+            fit(lab / f"{OPERATIONS}/baseline/operation-{operation.replace('_', '-')}_seed_everything-1", known)
+            for arm in ("operations/pca_s075", "none"):
+                name = f"operation-{operation.replace('_', '-')}_{Path(arm).stem.replace('_', '-')}_seed_everything-1"
+                fit(lab / f"{OPERATIONS}/arms/{name}", f"-c {changed(lab, arm)} {known}")
         for arm in RUN:
             fit(lab / f"arms/{arm}_seed_everything-1", f"-c {changed(lab, arm)} --seed_everything 1")
     return lab
@@ -87,7 +101,7 @@ def changed(lab: Path, arm: str) -> Path:
         if "until" in basis:
             assert basis.pop("until") == 400
             basis["until"] = 10
-    file = lab / f"{arm}.yaml"
+    file = lab / f"{Path(arm).name}.yaml" if "/" not in arm else lab / f"of_operations_{Path(arm).name}.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
 
@@ -124,6 +138,24 @@ def test_decay_is_what_was_asked_for_and_the_recorder_knows(lab: Path) -> None:
     assert survival["decay_off"][-1] == pytest.approx((1 - 3e-3) ** 4, rel=1e-9)
 
 
+def test_each_operation_has_the_path_of_its_own_baseline(lab: Path) -> None:
+    for operation in ("mul", "x2_y2"):
+        runs = arms_below(lab / OPERATIONS / "arms", operation)
+        assert set(runs) == {"none", "pca_s075"}
+        assert runs["pca_s075"][0].series("intervention/subspace/parallel").iloc[0] > 0
+        assert runs["pca_s075"][0].config["data"]["operation"] == operation
+    with one_line_error("no run of the operation 'sub'"):
+        arms_below(lab / OPERATIONS / "arms", "sub")
+
+
+def test_a_basis_of_what_the_data_do_not_say(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lab)
+    file = tmp_path / "arm.yaml"
+    file.write_text(changed(lab, "pca_s075").read_text().replace("{seed}", "{sede}"))
+    with one_line_error("asks for a sede"):
+        fit(tmp_path / "run", f"-c {file}")
+
+
 def test_a_resumed_arm_is_the_whole_one(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_cli, "draw_all", lambda run: [])
     monkeypatch.chdir(lab)
@@ -143,6 +175,41 @@ def test_the_sweep_holds_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.points[0].name == "none_seed_everything-1"
     seeds = read_sweep(ROOT / "configs/sweeps/grokking_baselines.yaml").values["seed_everything"]
     assert set(sweep.values["seed_everything"]) < set(seeds) and 6 in seeds
+
+
+def test_arms_over_operations_find_the_baselines_of_their_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweeps = ROOT / "configs/sweeps"
+    baselines = {point.name for point in read_sweep(sweeps / "grokking_baselines_operations.yaml").points}
+    sweep = read_sweep(sweeps / "grokking_interventions_operations.yaml")
+    for point in sweep.points:
+        operation, seed = point.parameters["data.operation"], point.parameters["seed_everything"]
+        assert f"operation-{operation.replace('_', '-')}_seed_everything-{seed}" in baselines
+    assert len(sweep.points) == 4 * 8 * 3 == len({point.name for point in sweep.points})
+
+
+@pytest.mark.parametrize(
+    ("name", "added", "arms"),
+    [
+        ("kick", {1.0, 5.0, 20.0}, {"kick_multiple_1.0", "kick_multiple_5.0", "kick_multiple_20.0"}),
+        ("noise", {0.01, 0.05, 0.5}, {"noise_length_0.01", "noise_length_0.05", "noise_length_0.5"}),
+        ("penalty", {0.9, 0.7, 0.1}, {f"penalty_s050_orthogonal_{b}" for b in (0.9, 0.7, 0.1)}),
+        ("isotropic", {0.75, 0.5}, {"isotropic_s075_orthogonal_0.75", "isotropic_s075_orthogonal_0.5"}),
+    ],
+)
+def test_the_study_s_other_doses_are_arms_beside_the_others(
+    name: str, added: set[float], arms: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = read_sweep(ROOT / f"configs/sweeps/grokking_doses_{name}.yaml")
+    (key,) = (key for key in sweep.values if key.startswith("trainer.callbacks."))
+    assert set(sweep.values[key]) == added
+    file = ROOT / str(sweep.values["config"][0])
+    given = yaml.safe_load(file.read_text())["trainer"]["callbacks+"][-1]["init_args"]
+    assert given[key.removeprefix("trainer.callbacks.")] not in added  # it is there already
+    for point in sweep.points:
+        write_run(tmp_path / point.name, point.parameters["seed_everything"], 1000, 1100)
+    assert set(arms_below(tmp_path)) == arms
 
 
 # ---------------------------------------------------------------------------------------------------- the table

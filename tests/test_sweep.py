@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import cli
+from mini_gpt_pl.report import page
 from mini_gpt_pl.runs import Outcome
 from mini_gpt_pl.sweep import command, local, main, read_sweep
 from mini_gpt_pl.sweep.grid import PROGRAM, Sweep
@@ -383,6 +384,29 @@ def test_every_point_runs_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(1 finished, 1 diverged): 0 to run" in capsys.readouterr().out
 
 
+def test_a_report_is_written_once_every_point_has_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(page, "main", asked.append)
+    runs = behaving("finish", "diverge", "fail")
+    with pytest.raises(SystemExit):
+        run_stub("--report", "told")
+    assert asked == []  # the failed one is tried again
+    behaving("finish", "diverge")
+    run_stub("--report", "told")
+    run_stub("--report", "told", "--dry_run")
+    assert asked == [["root", "--out", "told"]]
+    (runs[0].folder / "outcome.json").unlink()
+    held = runs[0].lock()
+    assert held is not None
+    capsys.readouterr()
+    run_stub("--report", "told")
+    os.close(held)
+    assert len(asked) == 1
+    assert "no report yet: 1 point of another process not ended, such as behave-finish" in capsys.readouterr().out
+
+
 def test_diverged_points_run_again_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     behaving("finish", "diverge")
     run_stub()
@@ -624,6 +648,9 @@ def test_one_point_by_name_or_by_parameters(capsys: pytest.CaptureFixture[str]) 
         (["--jobs", "0"], "--jobs must be 1"),
         (["--jobs", "two"], "invalid int value: 'two'"),
         (["--launcher", "wandb", "--jobs", "2"], "--jobs belongs to --launcher local, not wandb"),
+        (["--launcher", "slurm", "--report", "x"], "--report belongs to --launcher local, not slurm"),
+        (["--point", "a-1", "--report", "x"], "--report is of all points: leave --point out"),
+        (["--report", "grid.yaml"], "--report grid.yaml is a file: give a folder"),
         (["--agent"], "--agent belongs to --launcher wandb"),
         (["--slurm", "gpus=1"], "--slurm belongs to --launcher slurm"),
         (["--", "--a", "3"], "-- --a would override the parameter a of grid.yaml"),

@@ -161,8 +161,9 @@ def autocorrelation_table(run: Run, lags: int = 5) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# Quantity in words, metric of the whole selection, and its null: another metric, a number, or the noise floor.
-_PROBES: tuple[tuple[str, str, str | float], ...] = (
+# Quantity in words, metric of the whole selection, and its null: another metric, a number, the noise floor, or None:
+# chance gives a commutator no size.
+_PROBES: tuple[tuple[str, str, str | float | None], ...] = (
     ("gradient and past v_b, |cos|", "alignment/{}/gradient", "floor"),
     ("LM gradient and past v_b, |cos|", "alignment/{}/lm", "floor"),
     ("probe gradient and past v_b, |cos|", "alignment/{}/probe", "floor"),
@@ -181,6 +182,15 @@ _PROBES: tuple[tuple[str, str, str | float], ...] = (
     ("coherence m^2 / v, mean", "anatomy/{}/coherence", "anatomy/{}/coherence_null"),
     ("noise that momentum averages away, factor", "anatomy/{}/amplification", "anatomy/{}/amplification_predicted"),
     ("backbone fraction a^2 / ||x||^2", "anatomy/{}/fraction", "anatomy/{}/fraction_decaying_walk"),
+    ("commutator: defect D, contains 1/||g||", "commutator/all/defect", None),
+    ("commutator: c, without 1/||g||", "commutator/all/c", None),
+    ("commutator over its two parts (0.71: independent ones)", "commutator/all/relative", 0.5**0.5),
+    ("commutator: share of its energy in these weights", "commutator/{}/share", "commutator/{}/share_null"),
+    ("commutator on the past path's directions", "commutator/all/on_path", "commutator/all/on_path_null"),
+    ("commutator on theta_0", "commutator/all/on_theta0", "commutator/all/on_theta0_null"),
+    ("commutator on leading singular directions", "commutator/all/on_singular", "commutator/all/on_singular_null"),
+    ("commutator on another run's path", "commutator/all/on_other", "commutator/all/on_other_null"),
+    ("commutator and last update, |cos|", "commutator/all/alignment_rms", "commutator/all/alignment_flip"),
     ("switch and past v_b, |cos|", "switching/{}/cosine", "switching/{}/control_cosine"),
     ("switch's rank among equal stretches", "switching/{}/cosine_percentile", 0.5),
     ("energy of switches in PCs 2 to 6, rank", "switching/{}/energy_2_6_percentile", 0.5),
@@ -202,15 +212,15 @@ def probes_table(run: Run) -> pd.DataFrame:
                 "mean": f"{values.mean():.3g}",
                 "first": f"{values.iloc[0]:.3g}",
                 "last": f"{values.iloc[-1]:.3g}",
-                "null": f"{expected:.3g}",
-                "mean / null": f"{values.mean() / expected:.2f}",
+                "null": "-" if expected is None else f"{expected:.3g}",
+                "mean / null": "-" if expected is None else f"{values.mean() / expected:.2f}",
                 "times measured": str(len(values)),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _expected(run: Run, null: str | float) -> float:
+def _expected(run: Run, null: str | float | None) -> float | None:
     if null == "floor":
         return noise_floor(run.trajectory.dim)
     return float(run.series(null.format(run.trunk)).abs().mean()) if isinstance(null, str) else null

@@ -13,6 +13,7 @@ from mini_gpt_pl.runs import Run, runs_below
 
 # A sweep names its folders by the values that it varies.
 _SEED = re.compile(r"_?seed_everything-\d+$")
+_OPERATION = re.compile(r"^operation-[^_]+_")
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,25 @@ def _mean(run: Run, pattern: str) -> float:
     return float(found.mean().mean()) if found.size else float("nan")
 
 
-def arms_below(folder: Path) -> dict[str, list[Run]]:
-    """Group the runs in a sweep's folder by arm: the folder's name without the seed, in the order of the names.
+def arms_below(folder: Path, operation: str | None = None) -> dict[str, list[Run]]:
+    """Group the runs in a sweep's folder by arm, in the order of the names: the folder's name without the seed.
+
+    Names are those of the configuration files, in which a sweep writes hyphens for underscores.
+
+    Args:
+        folder: Of the sweep.
+        operation: Only the runs of this operation, which their names then leave out.
 
     Raises:
-        UserError: There are no runs.
+        UserError: There are no runs, or none of the operation.
     """
     arms: dict[str, list[Run]] = {}
-    for path in runs_below(folder):
-        arms.setdefault(_SEED.sub("", path.name) or "baseline", []).append(Run(path))
+    for run in map(Run, runs_below(folder)):
+        if operation is None or run.config.get("data", {}).get("operation") == operation:
+            name = run.path.name if operation is None else _OPERATION.sub("", run.path.name)
+            arms.setdefault(_SEED.sub("", name).replace("-", "_") or "baseline", []).append(run)
+    if not arms:
+        raise UserError(f"{folder} holds no run of the operation {operation!r}: give one that its sweep varies")
     return arms
 
 

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="runs at a time on this machine (default: one a GPU, or one)")
     add("--retry_diverged", action="store_true", help="run diverged points again, from the start")
     add("--dry_run", action="store_true", help="list points, folders, states and commands, and run nothing")
+    add("--report", type=Path, metavar="DIR", help="once every point has ended, write the report on ROOT there")
     add("--point", help="run this one point only: its name, or its parameters as JSON")
     add("--agent", action="store_true", help="with --launcher wandb: work on the sweep here, at once")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="of the jobs: partition=gpu gpus=1 time=8:00:00")
@@ -100,6 +101,20 @@ def _launch(given: argparse.Namespace, call: Invocation, runs: list[PointRun], c
     if given.point is None:
         console.print(table(runs, call.sweep.name))
     _report_failures(failed, len(todo))
+    if given.report is not None:
+        _write_report(given.report, call.root, runs, console)
+
+
+def _write_report(folder: Path, root: Path, runs: Sequence[PointRun], console: Console) -> None:
+    """Write the report once there is no point left that may change it."""
+    waiting = [run for run in runs if run.state not in ("finished", "diverged")]
+    if waiting:
+        told = f"no report yet: {_points(len(waiting))} of another process not ended, such as {waiting[0].name}"
+        console.print(told, soft_wrap=True)
+        return
+    from mini_gpt_pl.report import page  # late: it imports all that draws
+
+    page.main([str(root), "--out", str(folder)])
 
 
 def _points(n: int) -> str:
@@ -141,11 +156,16 @@ def _consistent(given: argparse.Namespace) -> None:
         raise UserError("--jobs must be 1 or more")
     for option, value, launcher in (
         ("--jobs", given.jobs, "local"),
+        ("--report", given.report, "local"),
         ("--agent", given.agent, "wandb"),
         ("--slurm", given.slurm, "slurm"),
     ):
         if value and given.launcher != launcher:
             raise UserError(f"{option} belongs to --launcher {launcher}, not {given.launcher}")
+    if given.report is not None and given.point is not None:
+        raise UserError("--report is of all points: leave --point out")
+    if given.report is not None and given.report.exists() and not given.report.is_dir():
+        raise UserError(f"--report {given.report} is a file: give a folder")
 
 
 def _passed_on(given: argparse.Namespace) -> tuple[str, ...]:
