@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mini_gpt_pl.report.grokking_attention import attention_tables
+from mini_gpt_pl.report.grokking_decay import decay_table
 from mini_gpt_pl.report.grokking_figures import GROKKING_COMPARISON_FIGURES, GROKKING_FIGURES
 from mini_gpt_pl.report.grokking_fourier import fourier_runs, fourier_table
 from mini_gpt_pl.report.grokking_markers import marker_runs, marker_table
+from mini_gpt_pl.report.grokking_multitask import multitask_tables, tasks_table
+from mini_gpt_pl.report.grokking_multitask_claims import multitask_claims
 from mini_gpt_pl.report.grokking_overlaps import overlap_sections
 from mini_gpt_pl.report.grokking_ranks import rank_tables
 from mini_gpt_pl.report.sections import RUN_SECTIONS, Section, plates
@@ -19,6 +22,10 @@ _OVERLAPS = (
     "One subspace, or many?",
     "Principal angles between the paths of layers and of runs, beside decaying walks from the same weights.",
 )
+_TASKS = (
+    "Tasks and weight decay",
+    "When each task on a shared trunk generalises, what their batches do to one another, and what decay changes.",
+)
 _FOURIER = (
     "Which frequencies the weights hold",
     "Fourier power over the residues of the embedding, of its products with attention matrices, and of the head.",
@@ -27,13 +34,14 @@ _FOURIER = (
 
 def more_of_run(run: Run) -> list[Table]:
     """Tables of one run that its probes, its snapshots or its task add to those of every run."""
-    found = marker_table(run) + rank_tables(run) + overlap_sections([run])
+    found = marker_table(run) + multitask_tables(run) + rank_tables(run) + overlap_sections([run])
     return found + fourier_table(run) + attention_tables(run)
 
 
 def more_of_runs(runs: Sequence[Run]) -> list[Table]:
     """The same over several runs."""
-    return marker_runs(runs) + overlap_sections(runs) + fourier_runs(runs)
+    found = multitask_claims(runs) + tasks_table(runs) + decay_table(runs) + marker_runs(runs)
+    return found + overlap_sections(runs) + fourier_runs(runs)
 
 
 GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
@@ -84,6 +92,7 @@ GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
         (),
         ("grokking_defect", "grokking_projections"),
     ),
+    Section("tasks", *_TASKS, (), ("grokking_tasks", "grokking_cross_task")),
     Section("fourier", *_FOURIER, (), ("grokking_fourier",)),
     Section(
         "attention",
@@ -143,5 +152,6 @@ GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         (),
         ("grokking_defect*", "grokking_last*", "grokking_projections*"),
     ),
+    Section("tasks", *_TASKS, (), ("grokking_multitask_claims", "grokking_tasks*", "grokking_decay")),
     Section("fourier", *_FOURIER, (), ("grokking_fourier*",)),
 )
