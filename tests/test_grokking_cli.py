@@ -146,7 +146,8 @@ def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.
     composed = {
         f"{name}.yaml" for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier", "commutator")
     }
-    first = {"multitask_small.yaml": "multitask.yaml"} | dict.fromkeys(composed, "smoke.yaml")
+    first = dict.fromkeys(("multitask_small.yaml", "multitask_three.yaml"), "multitask.yaml")
+    first |= dict.fromkeys(composed, "smoke.yaml")
     base = ["-c", str(CONFIGS / first[name])] if name in first else []
     with pytest.raises(SystemExit) as caught:
         command("fit", *base, "-c", str(CONFIGS / name), "--print_config")
