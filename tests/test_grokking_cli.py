@@ -152,8 +152,8 @@ def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.
         f"{name}.yaml"
         for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier", "commutator", "commutator_full")
     }
-    first = {"multitask_small.yaml": "multitask.yaml", "curriculum.yaml": "markers.yaml"}
-    first |= dict.fromkeys((*composed, "all_weights.yaml"), "smoke.yaml")
+    first = dict.fromkeys(("multitask_small.yaml", "multitask_three.yaml"), "multitask.yaml")
+    first |= dict.fromkeys((*composed, "all_weights.yaml"), "smoke.yaml") | {"curriculum.yaml": "markers.yaml"}
     base = ["-c", str(CONFIGS / first[name])] if name in first else []
     with pytest.raises(SystemExit) as caught:
         command("fit", *base, "-c", str(CONFIGS / name), "--print_config")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import one_line_error
@@ -12,7 +13,7 @@ from torch import Tensor
 import cli
 from mini_gpt_pl import trainer_cli
 from mini_gpt_pl.geometry import reconstruction
-from mini_gpt_pl.grokking.reconstruction import main, rebuild
+from mini_gpt_pl.grokking.reconstruction import fewest_directions, main, rebuild
 from mini_gpt_pl.grokking.restore import restore
 from mini_gpt_pl.runs import Run
 
@@ -104,7 +105,7 @@ def test_a_run_is_rebuilt_from_its_folder(runs: list[Run]) -> None:
     first, second, _ = runs
     assert first.trajectory.steps == list(range(0, 41, 5))
     table = rebuild(first, second, k=8)
-    assert set(table["basis"]) == {"whole", "until_20", "until_35", "other", "span", "random", "shortened"}
+    assert set(table["basis"]) == {"whole", "until_20", "until_35", "other", "span", "random", "shortened", "end"}
 
     def at(basis: str, k: int, column: str) -> float:
         (found,) = table[(table["basis"] == basis) & (table["k"] == k)][column].tolist()
@@ -120,8 +121,21 @@ def test_a_run_is_rebuilt_from_its_folder(runs: list[Run]) -> None:
 
 def test_the_command_prints_and_writes_it(runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(runs[0].path), "--k", "2", "--out", str(tmp_path / "table.csv")])
-    assert "shortened" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "shortened" in told and "k*, directions from which on 98%" in told
+    fewest = pd.read_csv(tmp_path / "table_fewest.csv")
+    assert fewest["basis"].tolist() == ["whole", "until_20", "until_35", "span", "random", "shortened"]
+    assert fewest["k"].tolist() == [2] * 6
     assert (tmp_path / "table.csv").read_text().startswith("basis,k,share,weight_norm,train_loss")
+
+
+def test_fewest_directions_are_counted_against_the_end() -> None:
+    scores = {"whole": [0.2, 0.6, 0.5, 0.6], "random": [0.1, 0.1, 0.1, 0.1]}
+    rows = [(name, k, value) for name, values in scores.items() for k, value in enumerate(values, 1)]
+    found = pd.DataFrame([*rows, ("end", 9, 0.6)], columns=["basis", "k", "test_accuracy"])
+    assert fewest_directions(found)["test_accuracy"].tolist() == [4, pd.NA]
+    assert fewest_directions(found, 0.8)["test_accuracy"].tolist() == [2, pd.NA]
+    assert fewest_directions(found, 0.1)["test_accuracy"].tolist() == [1, 1]
 
 
 def test_what_cannot_be_rebuilt_is_said_in_one_line(runs: list[Run]) -> None:

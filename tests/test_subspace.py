@@ -266,3 +266,17 @@ def test_flipping_signs_keeps_what_both_vectors_concentrate_on() -> None:
     assert float(flipped_cosine(u, v)) > 5 / math.sqrt(500)
     flat = torch.ones(500, dtype=torch.float64)
     assert float(flipped_cosine(flat, flat)) == pytest.approx(1 / math.sqrt(500))
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_directions_without_theta0_are_those_of_the_path_off_that_axis(centred: bool) -> None:
+    weights = bent_path(7, WIDE.dim)
+    rows, trajectory = record(WIDE, weights)
+    found = subspace.principal(trajectory, rows.combine_all, WIDE, 2, centred=centred, without_theta0=True)
+    for block in found.blocks:
+        path = weights[:, block.span]
+        theta0 = path[0] / path[0].norm()
+        path = path - path.mean(0) if centred else (path - path[0])[1:]
+        wanted = torch.linalg.svd(path - (path @ theta0)[:, None] * theta0, full_matrices=False)[2][:2]
+        torch.testing.assert_close(block.rows @ theta0, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
+        assert torch.linalg.svdvals(wanted @ block.rows.T).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)

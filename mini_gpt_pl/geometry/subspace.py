@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry import centred as centring
 from mini_gpt_pl.geometry import pca
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder, combine
@@ -155,12 +156,19 @@ def restrict(vector: Vector, to: ParameterSelection) -> Vector:
 
 
 def principal(
-    trajectory: Trajectory, combine_rows: Combine, selection: ParameterSelection, k: int, *, centred: bool = True
+    trajectory: Trajectory,
+    combine_rows: Combine,
+    selection: ParameterSelection,
+    k: int,
+    *,
+    centred: bool = True,
+    without_theta0: bool = False,
 ) -> Basis:
     """Top k principal directions of each group's path so far.
 
     Centred: PCA of the weights themselves, the snapshot of theta_0 included. Uncentred: of the drift from theta_0, as
-    the backbone is. A group that has moved in fewer directions gives fewer.
+    the backbone is. Without theta_0: of the path with each group's own theta_0 projected out, to which all directions
+    are then orthogonal. A group that has moved in fewer directions gives fewer.
 
     Args:
         trajectory: Up to now; `Trajectory.until` for an earlier point.
@@ -168,14 +176,17 @@ def principal(
         selection: Of the trajectory.
         k: Directions of each group.
         centred: Which PCA.
+        without_theta0: Take the axis theta_0 out first: paths that only decay share it.
 
     Raises:
         UserError: Nothing has moved yet.
     """
     n = len(trajectory)
-    rows = pca.drifts(n) - pca.drifts(n).mean(0) if centred else pca.drifts(n)[1:]
+    rows = centring.centred(pca.drifts(n)) if centred else pca.drifts(n)[1:]
     if not len(rows):
         raise UserError("a path of one snapshot has no principal direction: take another")
+    if without_theta0:
+        rows = centring.off_theta0(trajectory.grams, rows)
     found = pca.spectra(trajectory.grams, rows)
     counts = torch.where(found.moved > 0, found.ranks, 0).clamp_max(k)
     top = found.directions[:, :k].clone()
@@ -188,9 +199,17 @@ def principal(
 
 
 def of_run(
-    folder: SnapshotFolder, trajectory: Trajectory, k: int, device: torch.device, *, centred: bool = True
+    folder: SnapshotFolder,
+    trajectory: Trajectory,
+    k: int,
+    device: torch.device,
+    *,
+    centred: bool = True,
+    without_theta0: bool = False,
 ) -> Basis:
     """Principal directions of another run's path, from its snapshot files: the wrong subspace, as a control.
+
+    Arguments are those of `principal`.
 
     Raises:
         UserError: A snapshot is missing, or of another model.
@@ -202,7 +221,7 @@ def of_run(
         found = combine(trajectory.steps, folder.read, named, folder.selection, device)
         return torch.stack([found[name].values for name in named])
 
-    return principal(trajectory, read, folder.selection, k, centred=centred)
+    return principal(trajectory, read, folder.selection, k, centred=centred, without_theta0=without_theta0)
 
 
 def own_directions(vector: Vector) -> Basis:

@@ -26,14 +26,17 @@ from mini_gpt_pl.grokking.operations import Examples
 from mini_gpt_pl.grokking.restore import recorded, restore, vectors
 from mini_gpt_pl.runs import Run
 
+END = "end"
+"""Basis of the row that is the final point itself."""
+
 
 def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> pd.DataFrame:
     """Accuracy and loss on the whole sets of theta_0 + P_k (theta_T - theta_0), for k = 1 .. K directions.
 
     Bases: `whole`, uncentred principal directions of all snapshots, the end among them (in sample); `until_<step>`,
     of the snapshots up to memorisation, to half and to nine tenths of the run; `other`, of another run's path (out of
-    sample); `span`, random directions in the span of all drifts; `random`, of the whole space; and `shortened`, the
-    true drift scaled to the length that `whole` holds at that k.
+    sample); `span`, random directions in the span of all drifts; `random`, of the whole space; `shortened`, the true
+    drift scaled to the length that `whole` holds at that k; and `end`, the final point itself.
 
     Args:
         run: Its recorder kept all weights.
@@ -58,7 +61,35 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
         for part in found:
             scores = _scores(module, data.sets, Vector(ends[0] + part.drift, selection))
             rows.append({"basis": basis, "k": part.k, "share": part.share, **scores})
+    end = _scores(module, data.sets, Vector(ends[0] + ends[1], selection))
+    rows.append({"basis": END, "k": len(gram) - 1, "share": 1.0, **end})
     return pd.DataFrame(rows)
+
+
+def fewest_directions(found: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
+    """Smallest k from which on each accuracy stays at a share of that of the end, k*, for each basis of `rebuild`.
+
+    A basis that knows the end needs few directions whatever the solution is: what counts is how many more, or fewer,
+    one needs that does not know it, and the drift shortened to the same length.
+
+    Args:
+        found: Of `rebuild`.
+        level: Share of the accuracy at the end.
+
+    Returns:
+        A row for each basis but the end, a column for each accuracy; missing where K directions do not suffice, or the
+        end has none.
+    """
+    scores = [str(name) for name in found.columns if str(name).endswith("_accuracy")]
+    (end,) = found[found["basis"] == END][scores].to_dict("records")
+    rows = []
+    for basis, part in found[found["basis"] != END].groupby("basis", sort=False):
+        row: dict[str, object] = {"basis": basis, "k": int(part["k"].max())}
+        for name in scores:
+            pairs = list(zip(part["k"].tolist(), part[name].tolist(), strict=True))
+            row[name] = reconstruction.fewest(pairs, level * end[name]) if end[name] > 0 else None
+        rows.append(row)
+    return pd.DataFrame(rows).astype(dict.fromkeys(scores, "Int64"))
 
 
 def _bases(
@@ -103,18 +134,23 @@ def _scores(module: ResidueClassifier, sets: dict[str, Examples], theta: Vector)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Print the table, and write it where asked to."""
+    """Print the table and k* of each basis, and write both where asked to."""
     parser = CommandParser("reconstruction", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run whose recorder kept all weights")
     parser.add_argument("--other", type=Path, help="folder of a run of the same model with another seed")
     parser.add_argument("--k", type=int, default=20, help="largest number of directions")
     parser.add_argument("--seed", type=int, default=0, help="of the random directions")
-    parser.add_argument("--out", type=Path, help="CSV file for the table")
+    parser.add_argument("--level", type=float, default=0.98, help="share of the end's accuracy that k* keeps")
+    parser.add_argument("--out", type=Path, help="CSV file for the table; k* goes into one beside it, NAME_fewest.csv")
     told = parser.parse_args(args)
     found = rebuild(Run(told.run), None if told.other is None else Run(told.other), told.k, told.seed)
+    fewest = fewest_directions(found, told.level)
     if told.out is not None:
         found.to_csv(told.out, index=False)
+        fewest.to_csv(told.out.with_name(f"{told.out.stem}_fewest.csv"), index=False)
     print(found.to_string(index=False, float_format="{:.4f}".format))
+    print(f"\nk*, directions from which on {told.level:.0%} of the accuracy at the end is kept; - for none of them")
+    print(fewest.astype(object).where(fewest.notna(), "-").to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,12 @@ from mini_gpt_pl.report.findings import Finding, findings
 from mini_gpt_pl.report.grokking_claims import grokking_findings
 from mini_gpt_pl.report.grokking_comparison import grokking_comparison
 from mini_gpt_pl.report.grokking_figures import GROKKING_FIGURES
-from mini_gpt_pl.report.grokking_sections import GROKKING_COMPARISON_SECTIONS, GROKKING_RUN_SECTIONS
+from mini_gpt_pl.report.grokking_sections import (
+    GROKKING_COMPARISON_SECTIONS,
+    GROKKING_RUN_SECTIONS,
+    more_of_run,
+    more_of_runs,
+)
 from mini_gpt_pl.report.grokking_tables import grokking_tables
 from mini_gpt_pl.report.sections import COMPARISON_SECTIONS, RUN_FIGURES, RUN_SECTIONS, Plate, Section
 from mini_gpt_pl.report.tables import Table, run_tables
@@ -48,9 +53,9 @@ _STORIES = Contents(
 )
 _RESIDUES = Contents(
     GROKKING_RUN_SECTIONS,
-    lambda run: grokking_tables(run) + run_tables(run),
+    lambda run: grokking_tables(run) + more_of_run(run) + run_tables(run),
     GROKKING_COMPARISON_SECTIONS,
-    grokking_comparison,
+    lambda runs: grokking_comparison(runs) + more_of_runs(runs),
     grokking_findings,
     Plate("learning", GROKKING_FIGURES["grokking_learning"], "accuracies and ‖θ‖, and below its commutators."),
 )

@@ -279,38 +279,79 @@ def _alignment_cells(path: RecordedPath, label: str, means: Mapping[str, float])
 
 
 def interference(path: RecordedPath, setting: Setting) -> list[Table]:
-    """Cosine of LM and probe gradients (interference) of the whole selection beside the noise floor."""
-    floor, rows = noise_floor(path.trajectory.dim), []
-    for step, found in replayed(path.run).items():
-        mean, spread = estimate(dig(found, "interference", path.trunk))
-        if not math.isnan(mean):
-            row = {
-                "steps": word(f"{step:,}"),
-                "event": _event(found),
-                "cos(g_LM, g_probe)": number(mean, "{:+.4f}", spread),
-            }
-            batches = dig(found, "settings", "batches")
-            if batches and spread > 0:
-                row["/ standard error"] = number(mean / (spread / math.sqrt(batches)), "{:+.1f}")
-            rows.append(row | {"/ floor": number(abs(mean) / floor, "{:.0f}")})
+    """Cosines of the gradients of the loss's parts, whole selection, beside the noise floor."""
+    rows = _replayed_interference(path)
     live = not rows
-    values = path.run.series(f"alignment/{path.trunk}/lm_vs_probe")
-    if live and len(values):
-        phases = [phase_of(float(step), path.length) for step in values.index]
-        for phase in PHASES:
-            inside = values[[name == phase for name in phases]]
-            if len(inside):
-                mean = float(inside.mean())
-                row = {"steps": word(phase), "cos(g_LM, g_probe)": number(mean, "{:+.4f}", float(inside.std()))}
-                rows.append(row | {"/ floor": number(abs(mean) / floor, "{:.0f}")})
+    if live:
+        rows = _live_interference(path)
     if not rows:
         return []
+    floor = noise_floor(path.trajectory.dim)
     notes = [
         f"Mean ± standard deviation over {'measured steps' if live else 'batches'}; floor: sqrt(2 / (pi D)) = "
         f"{floor:.1e}, the mean |cos| of independent isotropic vectors, a low bar: gradients of one batch differ from "
         "those of another by far more, as the standard deviation says.",
     ]
-    return [tabulate("interference", "Interference of the two objectives", rows, notes)]
+    several = live and len(_loss_pairs(path)) > 1
+    title = f"Interference of the {'tasks' if several else 'two objectives'}"
+    return [tabulate("interference", title, rows, notes)]
+
+
+def _replayed_interference(path: RecordedPath) -> list[Row]:
+    """Of the language and the probe loss, at the replayed checkpoints."""
+    floor = noise_floor(path.trajectory.dim)
+    rows: list[Row] = []
+    for step, found in replayed(path.run).items():
+        mean, spread = estimate(dig(found, "interference", path.trunk))
+        if math.isnan(mean):
+            continue
+        row = {"steps": word(f"{step:,}"), "event": _event(found), _cosine("lm", "probe"): _mean(mean, spread)}
+        batches = dig(found, "settings", "batches")
+        if batches and spread > 0:
+            row["/ standard error"] = number(mean / (spread / math.sqrt(batches)), "{:+.1f}")
+        rows.append(row | {"/ floor": number(abs(mean) / floor, "{:.0f}")})
+    return rows
+
+
+def _live_interference(path: RecordedPath) -> list[Row]:
+    """Of every two losses that were logged, by phase."""
+    floor, pairs = noise_floor(path.trajectory.dim), _loss_pairs(path)
+    rows: list[Row] = []
+    for phase in PHASES:
+        row: dict[str, Cell] = {}
+        for name, (one, other) in pairs.items():
+            values = path.run.series(name)
+            inside = values[[phase_of(float(step), path.length) == phase for step in values.index]]
+            if len(inside):
+                mean = float(inside.mean())
+                over = "/ floor" if len(pairs) == 1 else f"/ floor, {_loss(one)} and {_loss(other)}"
+                row |= {_cosine(one, other): _mean(mean, float(inside.std()))}
+                row |= {over: number(abs(mean) / floor, "{:.0f}")}
+        if row:
+            rows.append({"steps": word(phase), **row})
+    return rows
+
+
+def _loss_pairs(path: RecordedPath) -> dict[str, tuple[str, str]]:
+    """Metrics of the whole selection's interference, and the two losses of each."""
+    found = {}
+    for name in map(str, path.run.metrics.columns):
+        pair = name.removeprefix(f"alignment/{path.trunk}/").split("_vs_")
+        if name.startswith(f"alignment/{path.trunk}/") and len(pair) == 2:
+            found[name] = (pair[0], pair[1])
+    return found
+
+
+def _loss(name: str) -> str:
+    return dict(_PARTS).get(name, name)
+
+
+def _cosine(one: str, other: str) -> str:
+    return f"cos(g_{_loss(one)}, g_{_loss(other)})"
+
+
+def _mean(mean: float, spread: float) -> Cell:
+    return number(mean, "{:+.4f}", spread)
 
 
 def logit_lens(path: RecordedPath, setting: Setting) -> list[Table]:

@@ -4,11 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mini_gpt_pl.report.grokking_attention import attention_tables
+from mini_gpt_pl.report.grokking_decay import decay_table
 from mini_gpt_pl.report.grokking_figures import GROKKING_COMPARISON_FIGURES, GROKKING_FIGURES
+from mini_gpt_pl.report.grokking_fourier import fourier_runs, fourier_table
+from mini_gpt_pl.report.grokking_markers import marker_runs, marker_table
+from mini_gpt_pl.report.grokking_multitask import multitask_tables, tasks_table
+from mini_gpt_pl.report.grokking_multitask_claims import multitask_claims
+from mini_gpt_pl.report.grokking_overlaps import overlap_sections
+from mini_gpt_pl.report.grokking_ranks import rank_tables
 from mini_gpt_pl.report.sections import RUN_SECTIONS, Section, plates
+from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs import Run
 
 _OF_STORIES = ("learning", "switching", "logit-lens", "reheating")
+_OVERLAPS = (
+    "One subspace, or many?",
+    "Principal angles between the paths of layers and of runs, beside decaying walks from the same weights.",
+)
+_TASKS = (
+    "Tasks and weight decay",
+    "When each task on a shared trunk generalises, what their batches do to one another, and what decay changes.",
+)
+_FOURIER = (
+    "Which frequencies the weights hold",
+    "Fourier power over the residues of the embedding, of its products with attention matrices, and of the head.",
+)
+
+
+def more_of_run(run: Run) -> list[Table]:
+    """Tables of one run that its probes, its snapshots or its task add to those of every run."""
+    found = marker_table(run) + multitask_tables(run) + rank_tables(run) + overlap_sections([run])
+    return found + fourier_table(run) + attention_tables(run)
+
+
+def more_of_runs(runs: Sequence[Run]) -> list[Table]:
+    """The same over several runs."""
+    found = multitask_claims(runs) + tasks_table(runs) + decay_table(runs) + marker_runs(runs)
+    return found + overlap_sections(runs) + fourier_runs(runs)
+
 
 GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
     Section(
@@ -21,7 +55,7 @@ GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
             grokking_learning="Accuracies and ‖θ‖; below, the defect D, the gradient's length and the forms of the "
             "defect without it. Dotted: where the phases end.",
         ),
-        ("grokking_milestones",),
+        ("grokking_milestones", "grokking_markers"),
     ),
     Section(
         "paths",
@@ -34,8 +68,16 @@ GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
             grokking_growing_pc1="Centred PC1 of the path so far against the step at which it is cut, and of its "
             "nulls cut there. Dotted: 99 % of the training set, 90 % of the test set, and the stop.",
         ),
-        ("grokking_pc1", "grokking_quantiles", "grokking_components", "grokking_theta0"),
+        (
+            "grokking_pc1",
+            "grokking_quantiles",
+            "grokking_components",
+            "grokking_theta0",
+            "grokking_ranks",
+            "grokking_turnover",
+        ),
     ),
+    Section("overlaps", *_OVERLAPS, (), ("grokking_overlaps",)),
     Section(
         "persistence",
         "Do successive steps agree?",
@@ -49,6 +91,16 @@ GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
         "The commutator defect in float64 beside the gradient's length, and where the commutator points.",
         (),
         ("grokking_defect", "grokking_projections"),
+    ),
+    Section("tasks", *_TASKS, (), ("grokking_tasks", "grokking_cross_task")),
+    Section("fourier", *_FOURIER, (), ("grokking_fourier",)),
+    Section(
+        "attention",
+        "Attention, and what steers it",
+        "How concentrated attention is beside even attention, how little of it the answers need, and whether the "
+        "path's directions move it more than random ones do.",
+        (),
+        ("grokking_attention*", "grokking_routing*"),
     ),
     *(section for section in RUN_SECTIONS if section.anchor not in _OF_STORIES),
 )
@@ -69,7 +121,7 @@ GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
             GROKKING_COMPARISON_FIGURES,
             grokking_curves="By operation; runs without weight decay are dashed. D has 1/‖g‖ in it, c has not.",
         ),
-        ("grokking_runs",),
+        ("grokking_runs", "grokking_markers*"),
     ),
     Section(
         "paths",
@@ -78,6 +130,7 @@ GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         (),
         ("grokking_pc1*",),
     ),
+    Section("overlaps", *_OVERLAPS, (), ("grokking_overlaps",)),
     Section(
         "persistence",
         "Do successive steps agree?",
@@ -99,4 +152,6 @@ GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         (),
         ("grokking_defect*", "grokking_last*", "grokking_projections*"),
     ),
+    Section("tasks", *_TASKS, (), ("grokking_multitask_claims", "grokking_tasks*", "grokking_decay")),
+    Section("fourier", *_FOURIER, (), ("grokking_fourier*",)),
 )
