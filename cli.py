@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 
 _WITH_TRAINER = {
@@ -75,7 +75,7 @@ def load(name: str) -> ModuleType:
 def main() -> None:
     """Run the command line; an error that the user can put right is one line and exit status 2."""
     args = sys.argv[1:]
-    try:
+    with one_line_errors():
         known = [*_WITH_TRAINER, *_WITHOUT_TRAINER]
         if not args:
             raise UserError(f"give a command: {', '.join(known)}; see mini_gpt_pl --help")
@@ -89,10 +89,6 @@ def main() -> None:
             load(_WITHOUT_TRAINER[args[0]][0]).main(args[1:])
         else:
             load("mini_gpt_pl.trainer_cli").main(args)
-    except UserError as error:
-        message = re.sub(r"\s*\n\s*", " ", str(error))
-        print(f"mini_gpt_pl: error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -1,12 +1,27 @@
-"""What the commands without a trainer have in common: how they parse, and how they complain."""
+"""What commands have in common: how they parse, and how they complain."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from mini_gpt_pl.errors import UserError
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Show an error that the user can put right as one line, and exit with status 2."""
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(r"\s*\n\s*", " ", str(error))
+        print(f"mini_gpt_pl: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class CommandParser(argparse.ArgumentParser):

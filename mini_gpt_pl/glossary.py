@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mini_gpt_pl.command_line import CommandParser
+from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs import CONFIG, Run
 
@@ -318,8 +318,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -141,6 +141,12 @@ def test_fewest_directions_are_counted_against_the_end() -> None:
 def test_what_cannot_be_rebuilt_is_said_in_one_line(runs: list[Run]) -> None:
     with one_line_error("not all: record all of them"):
         rebuild(runs[2])
+    with one_line_error("give --k 1 or more"):
+        rebuild(runs[0], k=0)
+    with one_line_error("there is no run folder nowhere"):
+        rebuild(Run(Path("nowhere")))
+    with one_line_error("there is no folder missing"):
+        main([str(runs[0].path), "--out", "missing/table.csv"])
 
 
 def test_a_restored_run_starts_from_its_own_weights_and_split(runs: list[Run]) -> None:

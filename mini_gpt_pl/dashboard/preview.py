@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.dashboard.catalogue import CATALOGUE
 from mini_gpt_pl.dashboard.layout import Logged, Panel, Section, workspace_sections
 from mini_gpt_pl.errors import UserError
@@ -135,11 +135,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("dashboard.png"), help="PNG to write (default: dashboard.png)")
     parser.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="only these sections")
     given = parser.parse_args(args)
-    try:
+    with one_line_errors():
         write_preview(draw_preview(Run(given.run), given.sections), given.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

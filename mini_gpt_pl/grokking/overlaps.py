@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.command_line import CommandParser
+from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import innovations, nulls, pca, subspace
 from mini_gpt_pl.geometry.centred import centred
@@ -256,8 +255,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

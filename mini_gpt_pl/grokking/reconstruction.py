@@ -7,7 +7,6 @@ The run's recorder must have kept all weights, as in configs/grokking/multitask.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mini_gpt_pl.command_line import CommandParser
+from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import pca, reconstruction
 from mini_gpt_pl.geometry.reconstruction import Rebuilt
@@ -48,14 +47,16 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
         Columns basis, k, share (of ||theta_T - theta_0||^2), and what the module's `evaluate` gives.
 
     Raises:
-        UserError: The recorder kept some weights only, the runs are of different models, or snapshots are missing.
+        UserError: k is below 1, the path has not moved, the recorder kept some weights only, the runs are of different models, or snapshots are missing.
     """
+    if k < 1:
+        raise UserError(f"{k} directions rebuild nothing: give --k 1 or more")
     module, data = restore(run)
     selection, _ = recorded(run, module)
     if selection.dim != sum(p.numel() for p in module.parameters()):
         raise UserError(f"the recorder of {run.path} kept {selection.dim} weights, not all: record all of them")
     gram = run.trajectory.gram()
-    ends = vectors(run, module, torch.stack([pca.theta0(len(gram)), pca.drifts(len(gram))[-1]]))
+    ends = vectors(run, module, torch.stack([pca.theta0(len(gram)), run.drift_rows[-1]]))
     rows = []
     for basis, found in _bases(run, other, module, ends[1], k, seed):
         for part in found:
@@ -143,6 +144,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--level", type=float, default=0.98, help="share of the end's accuracy that k* keeps")
     parser.add_argument("--out", type=Path, help="CSV file for the table; k* goes into one beside it, NAME_fewest.csv")
     told = parser.parse_args(args)
+    if told.out is not None and not told.out.parent.is_dir():
+        raise UserError(f"there is no folder {told.out.parent} to write {told.out.name} into: make it first")
     found = rebuild(Run(told.run), None if told.other is None else Run(told.other), told.k, told.seed)
     fewest = fewest_directions(found, told.level)
     if told.out is not None:
@@ -154,8 +157,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -8,13 +8,12 @@ The run's `AttentionProbe` and recorder have one schedule, as configs/grokking/a
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from mini_gpt_pl.command_line import CommandParser
+from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.routing import steered
 from mini_gpt_pl.runs import Run
@@ -68,8 +67,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -6,13 +6,13 @@ python -m mini_gpt_pl.report.calibration runs/mine > table.md
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import growth, nulls, pca
 from mini_gpt_pl.geometry.alignment import noise_floor
@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     options = parser.parse_args()
-    try:
+    with one_line_errors():
         run = Run(options.run)
         tables = (
             table(run),
@@ -261,9 +261,6 @@ def main() -> None:
             probes_table(run),
         )
         print(*(markdown(found) for found in tables if len(found)), sep="\n\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.lifetimes import Lifetimes
 from mini_gpt_pl.report.intervention_claims import claims_table
@@ -138,14 +138,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--draw", nargs="+", default=None, help="arms in the figure (default: the first ten)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables and the figure")
     given = parser.parse_args(args)
-    try:
+    with one_line_errors():
         arms = arms_below(given.runs, given.operation)
         made = tables(arms, given.control, given.milestone)
         written = write_tables(made, given.out)
         written += save(figure(arms, given.draw or list(arms), given.milestone), given.out, "interventions")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     for table in made[:2]:
         print(table.markdown())
     for path in written:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs import CONFIG, METRICS, OUTCOME, REHEAT, REPLAY, TRAJECTORY, Run, runs_below
 
@@ -57,15 +57,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of run folders")
     parser.add_argument("--out", type=Path, required=True, help="where OUT/FOLDER/RUN goes")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         for given in options.runs:
             for path in runs_below(given):
                 inside = path.resolve().relative_to(given.resolve().parent)
                 keep(Run(path), options.out / inside)
                 print(options.out / inside)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 
 _PLACE = re.compile(r"<!-- table (?P<name>[\w./-]+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -48,14 +48,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("page", type=Path, help="Markdown file")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something would change")
     options = parser.parse_args(args)
-    try:
+    with one_line_errors():
         if not options.page.is_file():
             raise UserError(f"there is no page {options.page}: give a Markdown file")
         page = options.page.read_text(encoding="utf-8")
         new = filled(page, options.page.parent)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     if options.check:
         raise SystemExit(int(new != page))
     options.page.write_text(new, encoding="utf-8")

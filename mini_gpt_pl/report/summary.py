@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
@@ -148,11 +149,8 @@ def main() -> None:
     """Print the closing table of a run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
-    try:
+    with one_line_errors():
         print_summary(Run(parser.parse_args().run), table_console())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import nulls, pca
 from mini_gpt_pl.geometry.trajectory import Trajectory
@@ -276,13 +276,10 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=0, help="priority: up to 19, to stay out of the way of training")
     options = parser.parse_args()
     os.nice(options.nice)
-    try:
+    with one_line_errors():
         for name, data in draw_files(Trajectory.load(options.trajectory), options.whole).items():
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / f"{name}.png").write_bytes(data)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
