@@ -214,6 +214,20 @@ def test_a_defect_that_jumps_because_gradients_vanish_is_told_from_one_that_does
     assert real.reading.startswith("**reproduces**")
 
 
+def test_runs_that_ended_at_their_stop_say_nothing_of_what_comes_behind(tmp_path: Path) -> None:
+    # The third evaluation with 98 % is the last one: there is no record behind the stop.
+    run = write(tmp_path / "a", grokking(1800), VANISHING)
+    assert one(run).cut.last == STEPS[-1]
+    told = judged([run])["Explosion of the defect"]
+    assert told.reading.startswith("**undecided**: no records behind the stop") and "nan" not in told.here + told.null
+
+
+def test_the_share_across_a_subspace_is_a_ratio_of_lengths(tmp_path: Path) -> None:
+    kind = commutator(constant(8.0), constant(1.0), on_path=constant(0.6), on_path_isotropic=constant(0.28))
+    told = judged([write(tmp_path / "a", grokking(1200), kind)])["Where the commutator points"]
+    assert "80.000 % of its length across" in told.here and "96.000 % across" in told.null
+
+
 def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_path: Path) -> None:
     early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
     everywhere = family(tmp_path / "everywhere", {True: early, False: early})

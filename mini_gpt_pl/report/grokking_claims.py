@@ -5,6 +5,7 @@ A claim that takes runs that are not there is left out.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,11 @@ def _share(value: float) -> str:
 
 
 def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """Range of some values, one value alone as it is."""
-    low, high = form(min(values)), form(max(values))
+    """Range of the values that are known, one value alone as it is."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    low, high = form(min(known)), form(max(known))
     return low if low == high else f"{low} to {high}"
 
 
@@ -219,6 +223,8 @@ def _explodes(runs: Sequence[GrokkingRun]) -> Claim | None:
         median([getattr(change, name) for change in grokked]) for name in ("gradient", "c", "defect")
     )
     factors = f"median factors from plateau to after: D × {defect:.2g}, ‖g‖ × {gradient:.2g}, c × {c:.2g}"
+    if math.isnan(defect):
+        factors = "none has records behind its stop"
     null = f"operations that do not: × {_spread(others, '{:.0f}'.format)}" if others else "no other operation"
     return Claim(
         "The defect explodes at grokking: 500 to 2,000 × its baseline, 30 to 50 × without grokking",
@@ -231,12 +237,14 @@ def _explodes(runs: Sequence[GrokkingRun]) -> Claim | None:
 
 
 def _jump(gradient: float, c: float, defect: float) -> str:
-    """Read factors from the plateau to behind the grok step."""
+    """Read factors from the plateau to behind the stop; NaN where runs have no records there."""
+    if math.isnan(defect):
+        return "**undecided**: no records behind the stop; train on after it."
     if gradient < 1 and c < 1 < defect:
         return "**1/‖g‖**: D jumps as gradients vanish, and c, which has no 1/‖g‖ in it, falls."
     if defect > 1:
         return "**reproduces**: c, which has no 1/‖g‖ in it, does not fall while D rises."
-    return "**does not reproduce**: D is no larger behind the grok step."
+    return "**does not reproduce**: D is no larger behind the stop."
 
 
 def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
@@ -282,15 +290,15 @@ def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
         return None
     isotropic = median([a / b for a, b in zip(values[""], values["_isotropic"], strict=False)])
     ratio, below = median(values["_ratio"]), median(values["_below"])
-    across = 1 - median(values[""]) ** 2
-    by_chance = 1 - median(values["_isotropic"]) ** 2
+    # The published rho is a ratio of lengths, not a share of energy, which would be its square.
+    across, by_chance = (math.sqrt(1 - median(values[name]) ** 2) for name in ("", "_isotropic"))
     verdict = "a null" if 0.05 < below < 0.95 else "more than chance" if below >= 0.95 else "less than chance"
     return Claim(
         "The commutator is orthogonal to the path's subspace, 99.996 to 99.999 %, and 1.4 to 2.2 × random on it",
-        f"{100 * across:.3f} % across; length inside {isotropic:.2f} × isotropic, {ratio:.2f} × the same matrices "
-        "(medians)",
-        f"any vector: {100 * by_chance:.3f} % across, 1.00; the measured share is above {_share(below)} of matched "
-        "random subspaces",
+        f"{100 * across:.3f} % of its length across; inside {isotropic:.2f} × isotropic, {ratio:.2f} × the same "
+        "matrices (medians)",
+        f"any vector: {100 * by_chance:.3f} % across, 1.00 inside; the measured share is above {_share(below)} of "
+        "matched random subspaces",
         f"**{verdict}** for the path so far.",
         "commutators",
         "Where the commutator points",

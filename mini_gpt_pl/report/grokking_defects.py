@@ -32,7 +32,20 @@ _STEP = "{:,.0f}"
 
 @dataclass(frozen=True)
 class Change:
-    """A defect around generalisation; ratios are NaN for a run that does not generalise."""
+    """A defect around generalisation.
+
+    Ratios are NaN for a run that does not generalise, and for one that has no records behind its stop: one that ended
+    there says nothing of what comes after.
+
+    Args:
+        baseline: Median of the first three defects, 0.1 at least.
+        before: Largest defect before t90 over the baseline.
+        after: Largest defect from t90 on over the baseline; NaN without t90.
+        defect: D behind the stop over D on the plateau, medians.
+        gradient: The same of ‖g‖.
+        c: The same of c.
+        c_theta2: The same of c‖θ‖².
+    """
 
     baseline: float
     before: float
