@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,10 +168,60 @@ def test_published_numbers_stand_beside_runs_that_repeat_the_paper_alone(tmp_pat
     onsets = numbers(found["grokking_onsets"], "seed")
     assert onsets.loc[137, "onset, paper"] == 2000 and onsets.loc[137, "lead, paper"] == 1600
     assert numbers(found["grokking_last_defect"], "seed").loc[137, "D, paper"] == 219
-    for changed in ({"modulus": 59}, {"lr": 3e-3}, {"train_fraction": 0.3}):
+    for changed in (
+        {"modulus": 59},
+        {"lr": 3e-3},
+        {"train_fraction": 0.3},
+        {"batch_size": None},
+        {"mirror_together": True},
+        {"split_seed": 5},
+    ):
         other = write(tmp_path / str(changed), grokking(1200), VANISHING, config("sub", 137, **changed))
         for table in tables([other]).values():
             assert not [column for column in table.frame if "paper" in str(column)], (table.name, changed)
+
+
+def test_what_is_turned_off_is_a_difference_and_what_is_not_said_is_none(tmp_path: Path) -> None:
+    def told(name: str, part: str, key: str, value: Any) -> tuple[str, ...]:
+        configuration = config()
+        configuration[part][key] = value
+        return one(write(tmp_path / name, grokking(1200), {}, configuration)).differs
+
+    assert told("clip", "trainer", "gradient_clip_val", None) == ("clipping none instead of 1",)
+    assert told("batch", "data", "batch_size", None) == ("sequences a step all instead of 512",)
+    assert told("blocks", "model", "identical_blocks", False) == ("identical blocks False instead of True",)
+    assert told("split", "data", "split_seed", 42) == told("same", "data", "split_seed", None) == ()
+    silent = config()
+    del silent["trainer"]["gradient_clip_val"], silent["data"]["batch_size"]
+    assert one(write(tmp_path / "silent", grokking(1200), {}, silent)).differs == ()
+
+
+def test_snapshots_of_another_cadence_are_no_repetition(tmp_path: Path) -> None:
+    for decay, expected in ((1.0, ("steps a snapshot 50 instead of 100",)), (0.0, ())):
+        told = config(decay=decay)
+        told["trainer"]["callbacks"][0]["init_args"]["schedule"] = {"every": 50}
+        assert one(write(tmp_path / str(decay), grokking(1200), {}, told)).differs == expected
+
+
+def tie(run: Run) -> Run:
+    """The run with its weights held to another's length."""
+    told = yaml.safe_load((run.path / "config.yaml").read_text())
+    told["trainer"]["callbacks"].append(
+        {"class_path": "mini_gpt_pl.grokking.tied_norm.TiedNorm", "init_args": {"run": "other"}}
+    )
+    (run.path / "config.yaml").write_text(yaml.safe_dump(told))
+    return Run(run.path)
+
+
+def test_a_run_of_tied_norm_is_no_control_without_decay(tmp_path: Path) -> None:
+    runs = family(tmp_path / "runs", {True: VANISHING, False: VANISHING})
+    free = write(tmp_path / "free", memorising(), VANISHING, config(decay=0.0))
+    tied = tie(write(tmp_path / "tied", memorising(), VANISHING, config(decay=0.0)))
+    controls = {"Without weight decay", "Zeros and spikes without decay"}
+    assert controls & set(judged([*runs, tied])) == set()
+    assert controls & set(judged([*runs, free])) == controls
+    assert one(tied).unit != one(free).unit and "tied norm" in one(tied).kind
+    assert one(tied).differs == ("norm tied to another run's instead of free",)
 
 
 def test_without_decay_the_published_value_is_that_of_the_control(tmp_path: Path) -> None:
@@ -337,7 +388,7 @@ def test_an_arm_of_an_intervention_is_no_seed_of_its_baseline(tmp_path: Path) ->
         told["trainer"]["callbacks"].append({"class_path": name, "init_args": {"run": "other"}})
         (run.path / "config.yaml").write_text(yaml.safe_dump(told))
     known = grokking_runs([Run(run.path) for run in (baseline, arm, tied)])
-    assert [run.operation for run in known] == ["add", "add, norm tied"]
+    assert [run.operation for run in known] == ["add", "add, tied norm"]
     assert len(grokking_runs([Run(arm.path)])) == 1  # alone it has its own report
 
 

@@ -162,7 +162,8 @@ def _contrast(runs: Sequence[GrokkingRun]) -> Claim | None:
 
 def _no_decay(runs: Sequence[GrokkingRun]) -> Claim | None:
     window = common_windows(runs)[0] if runs else None
-    free, grokked = (_cells([r for r in runs if cond(r)], window) for cond in (_is_free, _is_grokked))
+    sides = ([run for run in runs if run.is_free], [run for run in runs if run.groks and run.decay])
+    free, grokked = (_cells(side, window) for side in sides)
     if not free or not grokked:
         return None
     of_free = statistics.fmean(_excess(free, "walk"))
@@ -177,14 +178,6 @@ def _no_decay(runs: Sequence[GrokkingRun]) -> Claim | None:
         "paths",
         "Without weight decay",
     )
-
-
-def _is_free(run: GrokkingRun) -> bool:
-    return not run.decay
-
-
-def _is_grokked(run: GrokkingRun) -> bool:
-    return bool(run.groks and run.decay)
 
 
 def _motion(runs: Sequence[GrokkingRun]) -> Claim | None:
@@ -326,7 +319,7 @@ def _aligned(runs: Sequence[GrokkingRun]) -> Claim | None:
 
 
 def _zeros(runs: Sequence[GrokkingRun]) -> Claim | None:
-    chosen = [run for run in runs if not run.decay and run.name]
+    chosen = [run for run in runs if run.is_free and run.name]
     if not chosen:
         return None
     defects = [v for run in chosen for v in run.commutator("defect").tolist()]

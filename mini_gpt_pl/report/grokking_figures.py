@@ -151,10 +151,10 @@ def curves(runs: Sequence[Run]) -> Figure:
     for axes, (title, series) in zip(grid, panels, strict=True):
         labelled: set[str] = set()
         for run in known:
-            label = "" if run.unit in labelled else run.unit
-            labelled.add(run.unit)
+            label = "" if run.kind in labelled else run.kind
+            labelled.add(run.kind)
             colour = DISTINCT[units.index(run.operation) % len(DISTINCT)]
-            line(axes, series(run), label, colour, lw=1, ls="-" if run.decay else "--")  # type: ignore[arg-type]
+            line(axes, series(run), label, colour, lw=1, ls="--" if run.is_free else "-")  # type: ignore[arg-type]
         axes.set_title(title)
         if title != "test accuracy":
             axes.set_yscale("log")

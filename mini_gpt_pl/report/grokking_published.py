@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mini_gpt_pl.report.settings import OWN_SEED
+
 SEEDS = (42, 137, 2024)
 """Order of all tuples over seeds."""
 SETTING: dict[str, Any] = {
@@ -23,6 +25,11 @@ SETTING: dict[str, Any] = {
     "clipping": 1.0,
     "modulus": 97,
     "training fraction": 0.5,
+    "mirror pairs together": False,
+    "split": OWN_SEED,
+    "identical blocks": True,
+    "eps": 1e-8,
+    "steps a snapshot": 100,
 }
 """Facts of the paper's runs, but for operation, seed, length and weight decay (1, or none)."""
 

@@ -90,7 +90,17 @@ class GrokkingRun:
     def operation(self) -> str:
         """The operation, or what else it learned; apart where the length of the weights was held to another run's."""
         name = str(self.facts["operation"] or self.run.task)
-        return f"{name}, norm tied" if self.run.callback_settings("TiedNorm") else name
+        return f"{name}, tied norm" if self.is_tied else name
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether its weights were held to the length that another run's had: neither decayed nor free of it."""
+        return bool(self.run.callback_settings("TiedNorm"))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is a control without weight decay."""
+        return not self.decay and not self.is_tied
 
     @property
     def was_disturbed(self) -> bool:
@@ -115,8 +125,13 @@ class GrokkingRun:
 
     @property
     def unit(self) -> str:
-        """What runs share that are no independent draws: the operation, and whether its weights decay."""
-        return self.operation if self.decay else f"{self.operation}, no decay"
+        """What runs share that are no independent draws: operation, decay and learning rate."""
+        return f"{self.kind}, decay {plain(self.decay)}, lr {plain(self.rate)}"
+
+    @property
+    def kind(self) -> str:
+        """The operation, and whether it is a control."""
+        return f"{self.operation}, no decay" if self.is_free else self.operation
 
     @property
     def last(self) -> int:
@@ -141,9 +156,19 @@ class GrokkingRun:
 
     @cached_property
     def differs(self) -> tuple[str, ...]:
-        """What is not as in the paper, its learning rate aside; empty for a run that repeats it."""
-        decay = [] if self.decay in (0.0, 1.0) else [f"weight decay {plain(self.decay)} instead of 1"]
-        return (*differences(self.facts, SETTING, ("learning rate",)), *decay)
+        """What is not as in the paper, its learning rate aside; empty for a run that repeats it.
+
+        The paper's snapshots are 100 steps apart in the runs with weight decay at its main rate alone.
+        """
+        free = ["learning rate"]
+        if not self.decay or self.rate != SETTING["learning rate"]:
+            free.append("steps a snapshot")
+        found = differences(self.facts, SETTING, free)
+        if self.decay not in (0.0, 1.0):
+            found.append(f"weight decay {plain(self.decay)} instead of 1")
+        if self.is_tied:
+            found.append("norm tied to another run's instead of free")
+        return tuple(found)
 
     @property
     def repeats(self) -> bool:
