@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from grokking_runs import (
@@ -34,6 +35,7 @@ from mini_gpt_pl.report.comparison import require_comparable
 from mini_gpt_pl.report.grokking_claims import Claim, claims
 from mini_gpt_pl.report.grokking_clocks import ONSET, clock_steps, separation
 from mini_gpt_pl.report.grokking_comparison import grokking_comparison
+from mini_gpt_pl.report.grokking_groups import distinct, groups_of
 from mini_gpt_pl.report.grokking_runs import GrokkingRun, Window, common_windows, grokking_runs, phases
 from mini_gpt_pl.report.grokking_tables import grokking_tables, short
 from mini_gpt_pl.report.page import write_report
@@ -106,6 +108,50 @@ def test_runs_are_compared_over_the_same_steps_whatever_their_own(tmp_path: Path
     table = tables([run.run for run in runs])["grokking_pc1_windows"]
     # A window of three snapshots has no PC1 worth the name, and is left out.
     assert set(table.frame["window"]) == {w.words for w in common_windows(runs) if w.name != "transition"}
+
+
+def test_runs_of_other_cadences_are_thinned_to_the_snapshots_that_all_have(tmp_path: Path) -> None:
+    often, rarely = (write(tmp_path / str(k), memorising(), {}, config(seed=k), every=k) for k in (1, 2))
+    (window, *_) = common_windows(grokking_runs([often, rarely]))
+    paths = [run.window(window) for run in grokking_runs([often, rarely])]
+    assert [path.steps for path in paths] == [list(STEPS[::2])] * 2
+    found = tables([often, rarely])
+    assert list(found["grokking_pc1_published"].frame["snapshots"].unique()) == ["11 to 21"]
+    assert list(found["grokking_pc1_windows"].frame["snapshots"].unique()) == ["11"]
+    own = weights_of(1, 1.0).numpy()[::2, 20:40]
+    alone = numbers(
+        tables([often, write(tmp_path / "b", memorising(), {}, config("sub"), every=2)])["grokking_pc1_windows"],
+        "operation",
+        "weights",
+    )
+    assert alone.loc[("add", "L0 K"), "measured"] == pytest.approx(centred_pc1(own), rel=1e-9)
+
+
+def test_seeds_of_a_setting_differ_in_nothing_else_and_count_once(tmp_path: Path) -> None:
+    told = [config(seed=1), config(seed=2), config(seed=3, batch_size=64), config(seed=1)]
+    runs = grokking_runs([write(tmp_path / str(k), grokking(1200), VANISHING, c) for k, c in enumerate(told)])
+    assert [[run.seed for run in group] for group in groups_of(distinct(runs))] == [[1, 2], [3]]
+    found = tables([run.run for run in runs])
+    assert "not counted again: 3." in found["grokking_runs"].notes[1]
+    rows = found["grokking_pc1_published"].frame.drop_duplicates("else")
+    assert rows[["else", "seeds"]].to_numpy().tolist() == [
+        ["sequences a step 512", "2"],
+        ["sequences a step 64", "1"],
+    ]
+
+
+def test_of_several_commutators_the_one_within_a_task_is_reported_and_named(tmp_path: Path) -> None:
+    told = config()
+    for name, losses in (("add_mul", ["add", "mul"]), ("mul_mul", ["mul", "mul"])):
+        probe = {"class_path": "callbacks.CommutatorProbe", "init_args": {"name": name, "losses": losses}}
+        told["trainer"]["callbacks"].append(probe)
+    values = {f"{name}/{k}": v for name in ("add_mul", "mul_mul") for k, v in VANISHING.items()}
+    run = one(write(tmp_path / "a", grokking(1200), values, told))
+    assert (run.names, run.name) == (("add_mul", "mul_mul"), "mul_mul")
+    note = "The commutator is mul_mul; a also measured add_mul, which this does not show."
+    for name in ("grokking_onsets", "grokking_discrimination", "grokking_last_defect"):
+        assert note in tables([run.run])[name].notes, name
+    assert note in {table.name: table for table in grokking_tables(run.run)}["grokking_defect"].notes
 
 
 # --------------------------------------------------------------------------------------------------- the paths
@@ -290,6 +336,67 @@ def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_pa
     assert split is not None and (split.auc, split.units) == (1.0, 4)
     # Four operations cannot have p < 0.05, however well they are told apart.
     assert split.p > 0.05 and judged(right)["Early warning"].reading.startswith("**undecided**: 4 operations")
+
+
+def test_runs_without_decay_are_no_operations_that_do_not_generalise(tmp_path: Path) -> None:
+    early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
+    runs = family(tmp_path / "runs", {True: early, False: early})
+    free = [
+        write(tmp_path / f"{name}{seed}", memorising(), never, config(name, seed=seed, decay=0.0))
+        for name in ("add", "mul")
+        for seed in (1, 2)
+    ]
+    tied = tie(write(tmp_path / "tied", memorising(), never, config(decay=0.0)))
+    row = numbers(tables([*runs, *free, tied])["grokking_discrimination"], "clock").loc[ONSET]
+    assert row["operations that do not"] == "600 to 600 (6 of 6)" and row["no decay"] == "never (4 runs)"
+    assert row["AUC, operations that do not"] == 0.5 and row["AUC, no decay"] == 1.0
+    told = judged([*runs, *free, tied])["Early warning"]
+    assert "6 of 6 runs that do not generalise and 0 of 4 without decay" in told.null
+
+
+def test_an_operation_of_which_some_seeds_generalise_has_an_area_and_no_p(tmp_path: Path) -> None:
+    early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
+    runs = family(tmp_path / "runs", {True: early, False: never})
+    runs.append(write(tmp_path / "late", memorising(), never, config("add", seed=9)))
+    found = tables(runs)["grokking_discrimination"]
+    assert written(found, "clock").loc[ONSET, "AUC, operations that do not"] == "1.00"
+    assert not [column for column in found.frame if column.startswith(("p, ", "smallest p"))]
+    assert any("of add, decay 1, lr 1e-3 some seeds" in note for note in found.notes)
+    assert "operations have no p" in judged(runs)["Early warning"].reading
+
+
+def test_clocks_are_compared_within_one_learning_rate(tmp_path: Path) -> None:
+    late, early = (commutator(rises(at, 1.0, 100.0), constant(1.0)) for at in (1000, 500))
+    runs = []
+    for lr, kind in ((1e-3, late), (1e-2, early)):
+        for operation, groks in (("add", True), ("x3_xy", False)):
+            accuracies = grokking(1200) if groks else memorising()
+            runs.append(write(tmp_path / f"{operation}{lr}", accuracies, kind, config(operation, lr=lr)))
+    found = numbers(tables(runs)["grokking_discrimination"], "clock").loc[ONSET]
+    # Pooled, the early onsets of one rate would precede those of the other.
+    assert found["lr"].tolist() == ["1e-3", "1e-2"]
+    assert found["AUC, operations that do not"].tolist() == [0.5, 0.5]
+    assert found["runs that generalise"].tolist() == ["1,000 to 1,000 (1 of 1)", "500 to 500 (1 of 1)"]
+    assert len({run.unit for run in grokking_runs(runs)}) == 4
+
+
+def test_correlations_are_given_memorisation_and_the_norm(tmp_path: Path) -> None:
+    runs = []
+    for seed in range(1, 9):
+        memorised, halved, at = 100 * (1 + seed % 3), 600 + 100 * (seed * 5 % 7), 1000 + 100 * (seed * 3 % 8)
+        accuracies = {"train": rises(memorised, 0.2), "test": rises(at)}
+        kind = commutator(rises(100 * (seed * 7 % 5) + 300, 1.0, 100.0), constant(1.0))
+        run = write(tmp_path / str(seed), accuracies, kind, config(seed=seed))
+        frame = pd.read_csv(run.path / "metrics.csv")
+        frame["eval/weight_norm"] = np.where(frame["step"] < halved, 100.0, 40.0)
+        frame.to_csv(run.path / "metrics.csv", index=False)
+        runs.append(Run(run.path))
+    row = numbers(tables(runs)["grokking_discrimination"], "clock").loc[ONSET]
+    known = [(clock_steps(run), run.steps["t90"]) for run in grokking_runs(runs)]
+    columns = np.array([[c[ONSET], t90, c["train 99 %"], c["‖θ‖ halved"]] for c, t90 in known], dtype=float)
+    design = np.column_stack([np.ones(8), columns[:, 2:]])
+    left = columns[:, :2] - design @ np.linalg.lstsq(design, columns[:, :2], rcond=None)[0]
+    assert row["r, train 99 % and ‖θ‖ halved given"] == pytest.approx(np.corrcoef(left.T)[0, 1], abs=1e-9)
 
 
 def test_clocks_are_one_rule_on_every_series_and_placebos(tmp_path: Path) -> None:

@@ -12,8 +12,19 @@ from dataclasses import dataclass
 
 from mini_gpt_pl.geometry.discrimination import Discrimination
 from mini_gpt_pl.report.findings import Finding
-from mini_gpt_pl.report.grokking_clocks import ONSET, PLACEBO, clock_steps, separation, sign_of
+from mini_gpt_pl.report.grokking_clocks import (
+    DO_NOT,
+    ONSET,
+    OTHERS,
+    PLACEBO,
+    clock_steps,
+    rate_of,
+    separation,
+    sides,
+    sign_of,
+)
 from mini_gpt_pl.report.grokking_defects import change_at_grok
+from mini_gpt_pl.report.grokking_groups import distinct
 from mini_gpt_pl.report.grokking_runs import DECAYING, GrokkingRun, Window, common_windows, grokking_runs, median
 from mini_gpt_pl.report.grokking_tables import inside
 from mini_gpt_pl.report.sheet import Table, tabulate, word
@@ -48,7 +59,7 @@ class Claim:
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
     """Judge every claim that the runs allow."""
-    known = grokking_runs(runs)
+    known = distinct(grokking_runs(runs))
     found = [judge(known) for judge in _CLAIMS]
     return [claim for claim in found if claim is not None]
 
@@ -241,34 +252,53 @@ def _jump(gradient: float, c: float, defect: float) -> str:
 
 
 def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
+    rate = rate_of(runs)
+    runs = [run for run in runs if run.rate == rate]
     found = sign_of(runs)
     if found is None:
         return None
     test, ahead, count = found
-    measured = [run for run in runs if run.name]
-    others = [run for run in measured if not run.groks]
-    fired = sum(clock_steps(run)[ONSET] is not None for run in others)
-    placebo = sum(run.steps["train_99"] is not None for run in measured if run.groks)
+    placebo = sum(run.steps["train_99"] is not None for run in sides(runs, DO_NOT)[0])
     split, control = (separation(runs, clock) for clock in (ONSET, PLACEBO))
-    apart = "" if split is None else f"; AUC {split.auc:.2f} (p {split.p:.2g}, at best {split.smallest:.2g})"
-    plain = "" if control is None else f", AUC {control.auc:.2f}"
+    plain_area = "" if control is None else f", AUC {control.auc:.2f}"
     return Claim(
         "The onset of the defect precedes grokking in 12 of 12 runs, p = 2^-12",
-        f"in {ahead} of {count}{apart}; {test.positive} of {test.units} operations, p {test.p:.2g}",
-        f"it also comes in {fired} of {len(others)} runs that do not generalise; 99 % of the training set leads in "
-        f"{placebo} of {count}{plain}",
+        f"in {ahead} of {count}{_area(split)}; {test.positive} of {test.units} operations, p {test.p:.2g}",
+        f"it also comes in {_fired(runs)}; 99 % of the training set leads in {placebo} of {count}{plain_area}",
         _warning(split) + " That it comes first is shared with whatever happens early.",
         "onset",
         "Early warning",
     )
 
 
+def _area(split: Discrimination | None) -> str:
+    """An AUC against operations that do not generalise, with its p where it has one."""
+    if split is None:
+        return ""
+    p = "no p" if math.isnan(split.p) else f"p {split.p:.2g}, at best {split.smallest:.2g}"
+    return f"; AUC {split.auc:.2f} ({p})"
+
+
+def _fired(runs: Sequence[GrokkingRun]) -> str:
+    """In how many runs of each kind that do not generalise the onset comes."""
+    words = {DO_NOT: "runs that do not generalise", "no decay": "without decay"}
+    told = []
+    for kind in OTHERS:
+        others = sides(runs, kind)[1]
+        if others:
+            fired = sum(clock_steps(run)[ONSET] is not None for run in others)
+            told.append(f"{fired} of {len(others)} {words[kind]}")
+    return " and ".join(told) or "no other runs, as there are none"
+
+
 def _warning(split: Discrimination | None) -> str:
     """What an AUC allows to say; a high one of few operations allows nothing."""
     if split is None:
-        return "**undecided**: it takes runs that generalise and runs that do not."
+        return "**undecided**: it takes operations that generalise and operations that do not."
     if split.auc <= _TELLS_APART:
         return "**no warning**: it does not tell the two kinds of runs apart."
+    if math.isnan(split.p):
+        return "**undecided**: of an operation some seeds generalise and others do not, so operations have no p."
     if split.p < 0.05:
         return "**a warning**: it tells the two kinds of runs apart."
     return f"**undecided**: {split.units} operations are too few to tell."

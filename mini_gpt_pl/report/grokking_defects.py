@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mini_gpt_pl.report.grokking_groups import commutator_note, group_cells, groups_of, run_cells, setting_note
 from mini_gpt_pl.report.grokking_published import (
     LAST_DEFECT,
     ON_PATH,
@@ -15,15 +16,7 @@ from mini_gpt_pl.report.grokking_published import (
     PROJECTION_NOTE,
     of_seed,
 )
-from mini_gpt_pl.report.grokking_runs import (
-    GrokkingRun,
-    group_cells,
-    groups_of,
-    median,
-    reached,
-    run_cells,
-    setting_note,
-)
+from mini_gpt_pl.report.grokking_runs import GrokkingRun, median, reached
 from mini_gpt_pl.report.grokking_tables import BASES, inside, projected
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
@@ -86,7 +79,7 @@ def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
         if change is None:
             continue
         paper = ONSETS[run.operation].ratio if run.operation in ONSETS and run.repeats and run.decay else ()
-        cells: dict[str, Cell] = {**run_cells(run), "t90": reached(run, "t90")}
+        cells: dict[str, Cell] = {**run_cells(run, runs), "t90": reached(run, "t90")}
         cells |= {"D, baseline": number(change.baseline, "{:.2f}")}
         cells["largest D before, × baseline"] = number(change.before, "{:.0f}")
         cells["largest D after, × baseline"] = number(change.after, "{:.0f}")
@@ -104,6 +97,7 @@ def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
         "before. After / before: median of the records behind the stop over the median of those between 99 % of the "
         "training set and 10 % of the test set.",
         ONSET_NOTE,
+        commutator_note(runs),
         setting_note(runs),
     ]
     return tabulate("grokking_defect_change", "What jumps when a run generalises: the defect, or 1/‖g‖?", rows, notes)
@@ -117,7 +111,7 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
             continue
         known = LAST_DEFECT.get(run.operation, ()) if run.repeats and run.decay else ()
         step = int(run.commutator("norm_a").index[-1])
-        cells: dict[str, Cell] = {**run_cells(run), "step": number(step, _STEP)}
+        cells: dict[str, Cell] = {**run_cells(run, runs), "step": number(step, _STEP)}
         cells["D"] = number(run.run.last(f"commutator/{run.name}/defect"), "{:.4g}")
         cells["D, paper"] = number(of_seed(known, run.seed), "{:.4g}")
         for column, name, form in (
@@ -135,6 +129,7 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
         "Unresolved: share of the records in which some bracket was below rounding in float64. Below noise: share in "
         "which a difference of float32 weights would have been.",
         ONSET_NOTE,
+        commutator_note(runs),
         setting_note(runs),
     ]
     return tabulate("grokking_last_defect", "Defect at the end of each run", rows, notes)
@@ -148,13 +143,14 @@ def projections(runs: Sequence[GrokkingRun]) -> Table:
             for basis, words in BASES.items():
                 cells = _projection(group, phase, basis)
                 if cells is not None:
-                    head = {**group_cells(group), "phase": word(phase), "basis": word(words)}
+                    head = {**group_cells(group, runs), "phase": word(phase), "basis": word(words)}
                     rows.append(head | cells)
     notes = [
         "Length of the bracket inside the subspace over that of random directions: isotropic in all weights (as "
         "published), and inside the same matrices, which is the matched null; medians over records and seeds. Above: "
         "share of the matched random subspaces that hold less, 0.5 by chance.",
         PROJECTION_NOTE,
+        commutator_note(runs),
         setting_note(runs),
     ]
     return tabulate("grokking_projections_runs", "Where the commutator points", rows, notes)

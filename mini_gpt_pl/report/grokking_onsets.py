@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.scaling import scaling
 from mini_gpt_pl.report.grokking_clocks import ONSET, clock_steps, leads, sign
+from mini_gpt_pl.report.grokking_groups import commutator_note, run_cells, setting_note
 from mini_gpt_pl.report.grokking_published import ONSET_NOTE, ONSETS, RATES, Onsets, of_seed
-from mini_gpt_pl.report.grokking_runs import GrokkingRun, reached, run_cells, setting_note
+from mini_gpt_pl.report.grokking_runs import GrokkingRun, reached
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
@@ -30,7 +31,7 @@ def onsets(runs: Sequence[GrokkingRun]) -> Table:
         lead = leads([onset], [run.steps["t90"]])
         rows.append(
             {
-                **run_cells(run),
+                **run_cells(run, runs),
                 "onset": word("never") if onset is None else number(onset, _STEP),
                 "onset, paper": number(published.get("onset"), _STEP),
                 "train 99 %": reached(run, "train_99"),
@@ -49,6 +50,7 @@ def onsets(runs: Sequence[GrokkingRun]) -> Table:
         "training set was learned.",
         ONSET_NOTE,
         sign(runs),
+        commutator_note(runs),
         setting_note(runs),
     ]
     return tabulate("grokking_onsets", "Onset of the defect and generalisation", rows, notes)

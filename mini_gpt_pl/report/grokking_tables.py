@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from mini_gpt_pl.geometry import resampled
+from mini_gpt_pl.report.grokking_groups import commutator_note
 from mini_gpt_pl.report.grokking_runs import (
     DECAYING,
     NULLS,
@@ -234,6 +235,7 @@ def defect(run: GrokkingRun) -> Table:
         "√(‖g_A‖ ‖g_B‖); relative: over ‖H_B g_A‖ + ‖H_A g_B‖. D holds 1/‖g‖, the others do not.",
         "Resolved: share of the samples whose bracket is more than rounding; the others have no D, rather than one of "
         "0. Float32 signal below 1: a difference of float32 weights would have shown rounding instead.",
+        commutator_note([run]),
     )
     return tabulate("grokking_defect", "Commutator defect against the gradient's length", rows, notes)
 
