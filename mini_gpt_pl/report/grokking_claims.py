@@ -23,10 +23,11 @@ from mini_gpt_pl.report.grokking_clocks import (
     sides,
     sign_of,
 )
+from mini_gpt_pl.report.grokking_commutators import inside
 from mini_gpt_pl.report.grokking_defects import change_at_grok
 from mini_gpt_pl.report.grokking_groups import distinct
+from mini_gpt_pl.report.grokking_published import NOT_REPEATED
 from mini_gpt_pl.report.grokking_runs import DECAYING, GrokkingRun, Window, common_windows, grokking_runs, median
-from mini_gpt_pl.report.grokking_tables import inside
 from mini_gpt_pl.report.sheet import Table, tabulate, word
 from mini_gpt_pl.runs import Run
 
@@ -74,7 +75,8 @@ def claims_table(runs: Sequence[Run]) -> Table:
         f"All cells are computed. A PC1 counts as above or below a null from {100 * _MARGIN:.0f} points on. Decay, ‖d‖ "
         "and ‖e‖: the two decaying walks, which keep the lengths of increments and of innovations."
     )
-    return tabulate("grokking_claims", "What the studies say, and what these runs say", rows, [note])
+    title = "What the studies say, and what these runs say"
+    return tabulate("grokking_claims", title, rows, [note, NOT_REPEATED])
 
 
 def grokking_findings(runs: Sequence[Run]) -> list[Finding]:

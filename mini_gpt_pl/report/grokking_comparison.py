@@ -19,7 +19,7 @@ from mini_gpt_pl.report.grokking_groups import (
     run_cells,
     setting_note,
 )
-from mini_gpt_pl.report.grokking_onsets import onsets, rates
+from mini_gpt_pl.report.grokking_onsets import onsets, rates, rules
 from mini_gpt_pl.report.grokking_published import PC1, PC1_NO_DECAY, PC1_NOTE
 from mini_gpt_pl.report.grokking_runs import (
     DECAYING,
@@ -54,6 +54,7 @@ def grokking_comparison(runs: Sequence[Run]) -> list[Table]:
         fixed_windows(known),
         persistence(known),
         onsets(known),
+        rules(known),
         rates(known),
     ]
     tables += [discrimination(known), defect_at_grok(known), last_defects(known), projections(known)]

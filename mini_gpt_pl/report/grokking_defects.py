@@ -6,18 +6,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mini_gpt_pl.report.grokking_groups import commutator_note, group_cells, groups_of, run_cells, setting_note
+from mini_gpt_pl.report.grokking_commutators import BASES, GRADIENTS_NOTE, inside, projected
+from mini_gpt_pl.report.grokking_groups import (
+    commutator_note,
+    group_cells,
+    groups_of,
+    published_onsets,
+    run_cells,
+    setting_note,
+    spread,
+)
 from mini_gpt_pl.report.grokking_published import (
     LAST_DEFECT,
+    LAST_DEFECT_NOTE,
     ON_PATH,
     ON_SINGULAR,
     ONSET_NOTE,
-    ONSETS,
     PROJECTION_NOTE,
-    of_seed,
 )
 from mini_gpt_pl.report.grokking_runs import GrokkingRun, median, reached
-from mini_gpt_pl.report.grokking_tables import BASES, inside, projected
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
 _STEP = "{:,.0f}"
@@ -78,12 +85,12 @@ def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
         change = change_at_grok(run)
         if change is None:
             continue
-        paper = ONSETS[run.operation].ratio if run.operation in ONSETS and run.repeats and run.decay else ()
+        paper = published_onsets(run)
         cells: dict[str, Cell] = {**run_cells(run, runs), "t90": reached(run, "t90")}
         cells |= {"D, baseline": number(change.baseline, "{:.2f}")}
         cells["largest D before, × baseline"] = number(change.before, "{:.0f}")
         cells["largest D after, × baseline"] = number(change.after, "{:.0f}")
-        cells["paper, whole run"] = number(of_seed(paper, run.seed), "{:,.0f}")
+        cells["paper, whole run"] = spread(() if paper is None else paper.ratio, "{:,.0f}")
         for column, value in (
             ("D", change.defect),
             ("‖g‖", change.gradient),
@@ -113,9 +120,12 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
         step = int(run.commutator("norm_a").index[-1])
         cells: dict[str, Cell] = {**run_cells(run, runs), "step": number(step, _STEP)}
         cells["D"] = number(run.run.last(f"commutator/{run.name}/defect"), "{:.4g}")
-        cells["D, paper"] = number(of_seed(known, run.seed), "{:.4g}")
+        cells["D, paper"] = spread(known, "{:.4g}")
         for column, name, form in (
             ("‖g‖", "norm_a", "{:.2g}"),
+            ("‖g_B‖", "norm_b", "{:.2g}"),
+            ("cos(g_A, g_B)", "gradient_cosine", "{:+.2f}"),
+            ("‖bracket‖", "bracket", "{:.2g}"),
             ("c", "c", "{:.3g}"),
             ("relative", "relative", "{:.2f}"),
             ("float32 signal", "float32_signal", "{:.2g}"),
@@ -128,6 +138,8 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
     notes = [
         "Unresolved: share of the records in which some bracket was below rounding in float64. Below noise: share in "
         "which a difference of float32 weights would have been.",
+        GRADIENTS_NOTE,
+        LAST_DEFECT_NOTE,
         ONSET_NOTE,
         commutator_note(runs),
         setting_note(runs),

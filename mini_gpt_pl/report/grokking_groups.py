@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mini_gpt_pl.report.beside import listed
+from mini_gpt_pl.report.grokking_published import ONSETS, ONSETS_NO_DECAY, Onsets
 from mini_gpt_pl.report.grokking_runs import GrokkingRun
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Cell, number, word
@@ -69,6 +70,22 @@ def run_cells(run: GrokkingRun, runs: Sequence[GrokkingRun]) -> dict[str, Cell]:
     cells = group_cells([run], runs)
     del cells["seeds"]
     return cells | {"seed": number(run.seed, "{:.0f}")}
+
+
+def spread(values: Sequence[float], form: str) -> Cell:
+    """Least and greatest of some published values; a dash without any."""
+    if not values:
+        return number(None)
+    low, high = form.format(min(values)), form.format(max(values))
+    ends = {"low": float(min(values)), "high": float(max(values))}
+    return Cell(low if low == high else f"{low} to {high}", None, ends)
+
+
+def published_onsets(run: GrokkingRun) -> Onsets | None:
+    """What is published of the onsets of a run's operation; None for a run that does not repeat the paper's."""
+    if not run.repeats:
+        return None
+    return (ONSETS_NO_DECAY if run.is_free else ONSETS).get(run.operation)
 
 
 def setting_note(runs: Sequence[GrokkingRun]) -> str | None:
