@@ -58,13 +58,17 @@ def write(
     accuracies: Mapping[str, Series],
     commutators: Mapping[str, Series],
     configuration: Mapping[str, Any] | None = None,
+    every: int = 1,
 ) -> Run:
-    """Write a run folder: its accuracies by set, and its commutator's numbers by name, as functions of the step."""
+    """Write a run folder: its accuracies by set, and its commutator's numbers by name, as functions of the step.
+
+    Of the snapshots only each `every`-th is recorded.
+    """
     told = config() if configuration is None else dict(configuration)
     decay = told["model"]["optimizer"]["init_args"]["weight_decay"]
     folder.mkdir(parents=True)
     rows, trajectory = IncrementRows(WEIGHTS, torch.float64), Trajectory.empty(WEIGHTS)
-    for step, values in zip(STEPS, weights_of(told["data"]["seed"], decay), strict=True):
+    for step, values in list(zip(STEPS, weights_of(told["data"]["seed"], decay), strict=True))[::every]:
         new = rows.increment(Vector(values, WEIGHTS))
         trajectory.append(step, rows.dots(new), survival=KEPT ** (decay * step))
         rows.push(new)
@@ -72,7 +76,7 @@ def write(
     (folder / "config.yaml").write_text(yaml.safe_dump(told))
     table = {f"eval/{name}_accuracy": series for name, series in accuracies.items()}
     table |= {"eval/train_loss": lambda s: 4.0 if s < 300 else 0.01, "eval/weight_norm": lambda s: 118 * 0.9995**s}
-    table |= {f"commutator/all/{name}": series for name, series in commutators.items()}
+    table |= {f"commutator/{name if '/' in name else f'all/{name}'}": of for name, of in commutators.items()}
     frame = pd.DataFrame({name: [series(step) for step in STEPS] for name, series in table.items()}, index=STEPS)
     frame.loc[0, ["eval/train_accuracy", "eval/test_accuracy"]] = np.nan
     frame.rename_axis("step").to_csv(folder / "metrics.csv")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from grokking_runs import (
@@ -33,6 +35,7 @@ from mini_gpt_pl.report.comparison import require_comparable
 from mini_gpt_pl.report.grokking_claims import Claim, claims
 from mini_gpt_pl.report.grokking_clocks import ONSET, clock_steps, separation
 from mini_gpt_pl.report.grokking_comparison import grokking_comparison
+from mini_gpt_pl.report.grokking_groups import distinct, groups_of
 from mini_gpt_pl.report.grokking_runs import GrokkingRun, Window, common_windows, grokking_runs, phases
 from mini_gpt_pl.report.grokking_tables import grokking_tables, short
 from mini_gpt_pl.report.page import write_report
@@ -107,6 +110,50 @@ def test_runs_are_compared_over_the_same_steps_whatever_their_own(tmp_path: Path
     assert set(table.frame["window"]) == {w.words for w in common_windows(runs) if w.name != "transition"}
 
 
+def test_runs_of_other_cadences_are_thinned_to_the_snapshots_that_all_have(tmp_path: Path) -> None:
+    often, rarely = (write(tmp_path / str(k), memorising(), {}, config(seed=k), every=k) for k in (1, 2))
+    (window, *_) = common_windows(grokking_runs([often, rarely]))
+    paths = [run.window(window) for run in grokking_runs([often, rarely])]
+    assert [path.steps for path in paths] == [list(STEPS[::2])] * 2
+    found = tables([often, rarely])
+    assert list(found["grokking_pc1_published"].frame["snapshots"].unique()) == ["11 to 21"]
+    assert list(found["grokking_pc1_windows"].frame["snapshots"].unique()) == ["11"]
+    own = weights_of(1, 1.0).numpy()[::2, 20:40]
+    alone = numbers(
+        tables([often, write(tmp_path / "b", memorising(), {}, config("sub"), every=2)])["grokking_pc1_windows"],
+        "operation",
+        "weights",
+    )
+    assert alone.loc[("add", "L0 K"), "measured"] == pytest.approx(centred_pc1(own), rel=1e-9)
+
+
+def test_seeds_of_a_setting_differ_in_nothing_else_and_count_once(tmp_path: Path) -> None:
+    told = [config(seed=1), config(seed=2), config(seed=3, batch_size=64), config(seed=1)]
+    runs = grokking_runs([write(tmp_path / str(k), grokking(1200), VANISHING, c) for k, c in enumerate(told)])
+    assert [[run.seed for run in group] for group in groups_of(distinct(runs))] == [[1, 2], [3]]
+    found = tables([run.run for run in runs])
+    assert "not counted again: 3." in found["grokking_runs"].notes[1]
+    rows = found["grokking_pc1_published"].frame.drop_duplicates("else")
+    assert rows[["else", "seeds"]].to_numpy().tolist() == [
+        ["sequences a step 512", "2"],
+        ["sequences a step 64", "1"],
+    ]
+
+
+def test_of_several_commutators_the_one_within_a_task_is_reported_and_named(tmp_path: Path) -> None:
+    told = config()
+    for name, losses in (("add_mul", ["add", "mul"]), ("mul_mul", ["mul", "mul"])):
+        probe = {"class_path": "callbacks.CommutatorProbe", "init_args": {"name": name, "losses": losses}}
+        told["trainer"]["callbacks"].append(probe)
+    values = {f"{name}/{k}": v for name in ("add_mul", "mul_mul") for k, v in VANISHING.items()}
+    run = one(write(tmp_path / "a", grokking(1200), values, told))
+    assert (run.names, run.name) == (("add_mul", "mul_mul"), "mul_mul")
+    note = "The commutator is mul_mul; a also measured add_mul, which this does not show."
+    for name in ("grokking_onsets", "grokking_discrimination", "grokking_last_defect"):
+        assert note in tables([run.run])[name].notes, name
+    assert note in {table.name: table for table in grokking_tables(run.run)}["grokking_defect"].notes
+
+
 # --------------------------------------------------------------------------------------------------- the paths
 
 
@@ -165,12 +212,64 @@ def test_published_numbers_stand_beside_runs_that_repeat_the_paper_alone(tmp_pat
     pc1 = numbers(found["grokking_pc1_published"], "weights")
     assert pc1.loc["L0 Q", "paper"] == 0.684 and pc1.loc["L1 O", "paper"] == 0.671
     onsets = numbers(found["grokking_onsets"], "seed")
-    assert onsets.loc[137, "onset, paper"] == 2000 and onsets.loc[137, "lead, paper"] == 1600
-    assert numbers(found["grokking_last_defect"], "seed").loc[137, "D, paper"] == 219
-    for changed in ({"modulus": 59}, {"lr": 3e-3}, {"train_fraction": 0.3}):
+    # Another draw than the paper's run of that seed: the range of its three seeds is beside it.
+    assert [onsets.loc[137, f"onset, paper {end}"] for end in ("low", "high")] == [2000, 2100]
+    assert written(found["grokking_onsets"], "seed").loc["137", "lead, paper"] == "1,100 to 1,600"
+    assert written(found["grokking_last_defect"], "seed").loc["137", "D, paper"] == "219 to 513"
+    for changed in (
+        {"modulus": 59},
+        {"lr": 3e-3},
+        {"train_fraction": 0.3},
+        {"batch_size": None},
+        {"mirror_together": True},
+        {"split_seed": 5},
+    ):
         other = write(tmp_path / str(changed), grokking(1200), VANISHING, config("sub", 137, **changed))
         for table in tables([other]).values():
             assert not [column for column in table.frame if "paper" in str(column)], (table.name, changed)
+
+
+def test_what_is_turned_off_is_a_difference_and_what_is_not_said_is_none(tmp_path: Path) -> None:
+    def told(name: str, part: str, key: str, value: Any) -> tuple[str, ...]:
+        configuration = config()
+        configuration[part][key] = value
+        return one(write(tmp_path / name, grokking(1200), {}, configuration)).differs
+
+    assert told("clip", "trainer", "gradient_clip_val", None) == ("clipping none instead of 1",)
+    assert told("batch", "data", "batch_size", None) == ("sequences a step all instead of 512",)
+    assert told("blocks", "model", "identical_blocks", False) == ("identical blocks False instead of True",)
+    assert told("split", "data", "split_seed", 42) == told("same", "data", "split_seed", None) == ()
+    silent = config()
+    del silent["trainer"]["gradient_clip_val"], silent["data"]["batch_size"]
+    assert one(write(tmp_path / "silent", grokking(1200), {}, silent)).differs == ()
+
+
+def test_snapshots_of_another_cadence_are_no_repetition(tmp_path: Path) -> None:
+    for decay, expected in ((1.0, ("steps a snapshot 50 instead of 100",)), (0.0, ())):
+        told = config(decay=decay)
+        told["trainer"]["callbacks"][0]["init_args"]["schedule"] = {"every": 50}
+        assert one(write(tmp_path / str(decay), grokking(1200), {}, told)).differs == expected
+
+
+def tie(run: Run) -> Run:
+    """The run with its weights held to another's length."""
+    told = yaml.safe_load((run.path / "config.yaml").read_text())
+    told["trainer"]["callbacks"].append(
+        {"class_path": "mini_gpt_pl.grokking.tied_norm.TiedNorm", "init_args": {"run": "other"}}
+    )
+    (run.path / "config.yaml").write_text(yaml.safe_dump(told))
+    return Run(run.path)
+
+
+def test_a_run_of_tied_norm_is_no_control_without_decay(tmp_path: Path) -> None:
+    runs = family(tmp_path / "runs", {True: VANISHING, False: VANISHING})
+    free = write(tmp_path / "free", memorising(), VANISHING, config(decay=0.0))
+    tied = tie(write(tmp_path / "tied", memorising(), VANISHING, config(decay=0.0)))
+    controls = {"Without weight decay", "Zeros and spikes without decay"}
+    assert controls & set(judged([*runs, tied])) == set()
+    assert controls & set(judged([*runs, free])) == controls
+    assert one(tied).unit != one(free).unit and "tied norm" in one(tied).kind
+    assert one(tied).differs == ("norm tied to another run's instead of free",)
 
 
 def test_without_decay_the_published_value_is_that_of_the_control(tmp_path: Path) -> None:
@@ -190,8 +289,11 @@ def test_rates_have_means_and_an_exponent_from_four_on(tmp_path: Path) -> None:
     three, four = (tables(runs[: 3 * count])["grokking_rates"] for count in (3, 4))
     assert any("a power law takes at least 4" in note for note in three.notes)
     assert not any("a power law takes at least 4" in note for note in four.notes)
-    shown = numbers(four, "lr").loc["1e-3"]
-    assert shown["t90"] == 1500 and shown["t90, paper"] == 2717
+    shown = numbers(four, "operation", "lr")
+    assert shown.loc[("add", "1e-3"), "t90"] == shown.loc[("all that generalise", "1e-3"), "t90"] == 1500
+    assert shown.loc[("all that generalise", "1e-3"), "t90, paper"] == 2717
+    assert np.isnan(shown.loc[("add", "1e-3"), "t90, paper"])
+    assert written(four, "operation", "lr").loc[("all that generalise", "1e-3"), "onsets, paper"] == "500 to 2,100"
 
 
 # ------------------------------------------------------------------------------------------------------ claims
@@ -214,6 +316,20 @@ def test_a_defect_that_jumps_because_gradients_vanish_is_told_from_one_that_does
     assert real.reading.startswith("**reproduces**")
 
 
+def test_runs_that_ended_at_their_stop_say_nothing_of_what_comes_behind(tmp_path: Path) -> None:
+    # The third evaluation with 98 % is the last one: there is no record behind the stop.
+    run = write(tmp_path / "a", grokking(1800), VANISHING)
+    assert one(run).cut.last == STEPS[-1]
+    told = judged([run])["Explosion of the defect"]
+    assert told.reading.startswith("**undecided**: no records behind the stop") and "nan" not in told.here + told.null
+
+
+def test_the_share_across_a_subspace_is_a_ratio_of_lengths(tmp_path: Path) -> None:
+    kind = commutator(constant(8.0), constant(1.0), on_path=constant(0.6), on_path_isotropic=constant(0.28))
+    told = judged([write(tmp_path / "a", grokking(1200), kind)])["Where the commutator points"]
+    assert "80.000 % of its length across" in told.here and "96.000 % across" in told.null
+
+
 def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_path: Path) -> None:
     early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
     everywhere = family(tmp_path / "everywhere", {True: early, False: early})
@@ -225,6 +341,95 @@ def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_pa
     assert split is not None and (split.auc, split.units) == (1.0, 4)
     # Four operations cannot have p < 0.05, however well they are told apart.
     assert split.p > 0.05 and judged(right)["Early warning"].reading.startswith("**undecided**: 4 operations")
+
+
+def test_runs_without_decay_are_no_operations_that_do_not_generalise(tmp_path: Path) -> None:
+    early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
+    runs = family(tmp_path / "runs", {True: early, False: early})
+    free = [
+        write(tmp_path / f"{name}{seed}", memorising(), never, config(name, seed=seed, decay=0.0))
+        for name in ("add", "mul")
+        for seed in (1, 2)
+    ]
+    tied = tie(write(tmp_path / "tied", memorising(), never, config(decay=0.0)))
+    row = numbers(tables([*runs, *free, tied])["grokking_discrimination"], "clock").loc[ONSET]
+    assert row["operations that do not"] == "600 to 600 (6 of 6)" and row["no decay"] == "never (4 runs)"
+    assert row["AUC, operations that do not"] == 0.5 and row["AUC, no decay"] == 1.0
+    told = judged([*runs, *free, tied])["Early warning"]
+    assert "6 of 6 runs that do not generalise and 0 of 4 without decay" in told.null
+
+
+def test_an_operation_of_which_some_seeds_generalise_has_an_area_and_no_p(tmp_path: Path) -> None:
+    early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
+    runs = family(tmp_path / "runs", {True: early, False: never})
+    runs.append(write(tmp_path / "late", memorising(), never, config("add", seed=9)))
+    found = tables(runs)["grokking_discrimination"]
+    assert written(found, "clock").loc[ONSET, "AUC, operations that do not"] == "1.00"
+    assert not [column for column in found.frame if str(column).startswith(("p, ", "smallest p"))]
+    assert any("of add, decay 1, lr 1e-3 some seeds" in note for note in found.notes)
+    assert "operations have no p" in judged(runs)["Early warning"].reading
+
+
+def test_clocks_are_compared_within_one_learning_rate(tmp_path: Path) -> None:
+    late, early = (commutator(rises(at, 1.0, 100.0), constant(1.0)) for at in (1000, 500))
+    runs = []
+    for lr, kind in ((1e-3, late), (1e-2, early)):
+        for operation, groks in (("add", True), ("x3_xy", False)):
+            accuracies = grokking(1200) if groks else memorising()
+            runs.append(write(tmp_path / f"{operation}{lr}", accuracies, kind, config(operation, lr=lr)))
+    found = numbers(tables(runs)["grokking_discrimination"], "clock").loc[ONSET]
+    # Pooled, the early onsets of one rate would precede those of the other.
+    assert found["lr"].tolist() == ["1e-3", "1e-2"]
+    assert found["AUC, operations that do not"].tolist() == [0.5, 0.5]
+    assert found["runs that generalise"].tolist() == ["1,000 to 1,000 (1 of 1)", "500 to 500 (1 of 1)"]
+    assert len({run.unit for run in grokking_runs(runs)}) == 4
+
+
+def test_every_rule_of_onset_stands_side_by_side(tmp_path: Path) -> None:
+    # Above ten baselines and 20 from step 900 on; above ten baselines and 5 from 500 on.
+    defect: Series = lambda step: 1.0 if step < 500 else 15.0 if step < 900 else 60.0  # noqa: E731
+    run = write(tmp_path / "a", grokking(1200), commutator(defect, constant(1.0)))
+    row = numbers(tables([run])["grokking_onset_rules"], "operation").loc["add"]
+    assert (row["10 × and 20"], row["10 × and 5"], row["3 × the first 30 %"]) == (900, 500, 500)
+    assert row["lead / stop, 10 × and 20"] == pytest.approx(300 / 1400)
+
+
+def test_initial_weights_have_the_direction_of_unit_rows_and_where_the_path_ends(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", grokking(1200), VANISHING)
+    found = {table.name: table for table in grokking_tables(run)}
+    row = numbers(found["grokking_theta0"], "window", "weights").loc[("to the stop, 0 to 1,400", "L0 K")]
+    own = weights_of(42, 1.0).numpy()[:15, 20:40]
+    drifts = own[1:] - own[0]
+    unit = drifts / np.linalg.norm(drifts, axis=1, keepdims=True)
+    for column, rows in (("cos(v_b, θ₀)", unit), ("cos(raw v_b, θ₀)", drifts)):
+        first = np.linalg.svd(rows)[2][0]
+        assert abs(row[column]) == pytest.approx(abs(first @ own[0]) / np.linalg.norm(own[0]), rel=1e-6), column
+    assert row["‖θ‖"] == pytest.approx(np.linalg.norm(own[-1]))
+    assert row["‖θ‖: decay alone"] == pytest.approx(KEPT**1400 * np.linalg.norm(own[0]))
+    cosine = own[0] @ own[-1] / np.linalg.norm(own[0]) / np.linalg.norm(own[-1])
+    assert row["cos(θ, θ₀)"] == pytest.approx(cosine)
+    numbered = numbers(found["grokking_components"], "window", "weights", "number")
+    assert {"walk", "decay, ‖d‖", "decay, ‖e‖", "AR(1)", "permuted"} <= set(numbered)
+    assert set(numbered.index.get_level_values(2)) == {"raw PC1", "k90", "k95", "k99", "PC1 without θ₀"}
+
+
+def test_correlations_are_given_memorisation_and_the_norm(tmp_path: Path) -> None:
+    runs = []
+    for seed in range(1, 9):
+        memorised, halved, at = 100 * (1 + seed % 3), 600 + 100 * (seed * 5 % 7), 1000 + 100 * (seed * 3 % 8)
+        accuracies = {"train": rises(memorised, 0.2), "test": rises(at)}
+        kind = commutator(rises(100 * (seed * 7 % 5) + 300, 1.0, 100.0), constant(1.0))
+        run = write(tmp_path / str(seed), accuracies, kind, config(seed=seed))
+        frame = pd.read_csv(run.path / "metrics.csv")
+        frame["eval/weight_norm"] = np.where(frame["step"] < halved, 100.0, 40.0)
+        frame.to_csv(run.path / "metrics.csv", index=False)
+        runs.append(Run(run.path))
+    row = numbers(tables(runs)["grokking_discrimination"], "clock").loc[ONSET]
+    known = [(clock_steps(run), run.steps["t90"]) for run in grokking_runs(runs)]
+    columns = np.array([[c[ONSET], t90, c["train 99 %"], c["‖θ‖ halved"]] for c, t90 in known], dtype=float)
+    design = np.column_stack([np.ones(8), columns[:, 2:]])
+    left = columns[:, :2] - design @ np.linalg.lstsq(design, columns[:, :2], rcond=None)[0]
+    assert row["r, train 99 % and ‖θ‖ halved given"] == pytest.approx(np.corrcoef(left.T)[0, 1], abs=1e-9)
 
 
 def test_clocks_are_one_rule_on_every_series_and_placebos(tmp_path: Path) -> None:
@@ -323,7 +528,7 @@ def test_an_arm_of_an_intervention_is_no_seed_of_its_baseline(tmp_path: Path) ->
         told["trainer"]["callbacks"].append({"class_path": name, "init_args": {"run": "other"}})
         (run.path / "config.yaml").write_text(yaml.safe_dump(told))
     known = grokking_runs([Run(run.path) for run in (baseline, arm, tied)])
-    assert [run.operation for run in known] == ["add", "add, norm tied"]
+    assert [run.operation for run in known] == ["add", "add, tied norm"]
     assert len(grokking_runs([Run(arm.path)])) == 1  # alone it has its own report
 
 

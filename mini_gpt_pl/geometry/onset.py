@@ -117,7 +117,7 @@ def negative_curvature(steps: Sequence[int], lowest: Sequence[Number]) -> int | 
     return first_below(steps, lowest, -0.01, 3, "first")
 
 
-# Rules for a commutator defect, all of which a report can show side by side.
+# Rules for a commutator defect. A report on several runs shows them side by side.
 RULES: Mapping[str, Rule] = {
     "tenfold": tenfold,
     "tenfold_slow": tenfold_slow,

@@ -9,7 +9,7 @@ where theta_a are the weights at the part's first snapshot and d'_j the incremen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,8 +39,14 @@ def part(gram: Float[Tensor, "*batch n n"], chosen: Sequence[int]) -> Float[Tens
     return pca.inner_products(gram, basis)
 
 
-def window(trajectory: Trajectory, first: int = 0, last: int | None = None, every: int | None = None) -> Trajectory:
-    """Cut a trajectory to a window of steps and thin it to a cadence.
+def window(
+    trajectory: Trajectory,
+    first: int = 0,
+    last: int | None = None,
+    every: int | None = None,
+    steps: Collection[int] | None = None,
+) -> Trajectory:
+    """Cut a trajectory to a window of steps and thin it to a cadence, or to the snapshots that other runs have too.
 
     Its survival starts at 1 again: decay pulls on the weights that the window starts from.
 
@@ -49,6 +55,7 @@ def window(trajectory: Trajectory, first: int = 0, last: int | None = None, ever
         first: Step that the window starts at.
         last: Step that it ends at; the run's last for None.
         every: Keep the snapshots whose step is a multiple of this, beside the first one; all of them for None.
+        steps: Keep the snapshots at these steps only; all of them for None.
 
     Raises:
         UserError: Fewer than three snapshots are left.
@@ -57,7 +64,7 @@ def window(trajectory: Trajectory, first: int = 0, last: int | None = None, ever
         window(run.trajectory, 0, 3000, every=100)  # what runs of any length and cadence can be compared by
     """
     end = trajectory.steps[-1] if last is None and trajectory.steps else last or 0
-    inside = [k for k, step in enumerate(trajectory.steps) if first <= step <= end]
+    inside = [k for k, step in enumerate(trajectory.steps) if first <= step <= end and (steps is None or step in steps)]
     chosen = [k for k in inside if every is None or k == inside[0] or trajectory.steps[k] % every == 0]
     if len(chosen) < 3:
         raise UserError(

@@ -5,16 +5,29 @@ A claim that takes runs that are not there is left out.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mini_gpt_pl.geometry.discrimination import Discrimination
 from mini_gpt_pl.report.findings import Finding
-from mini_gpt_pl.report.grokking_clocks import ONSET, PLACEBO, clock_steps, separation, sign_of
+from mini_gpt_pl.report.grokking_clocks import (
+    DO_NOT,
+    ONSET,
+    OTHERS,
+    PLACEBO,
+    clock_steps,
+    rate_of,
+    separation,
+    sides,
+    sign_of,
+)
+from mini_gpt_pl.report.grokking_commutators import inside
 from mini_gpt_pl.report.grokking_defects import change_at_grok
+from mini_gpt_pl.report.grokking_groups import distinct
+from mini_gpt_pl.report.grokking_published import NOT_REPEATED
 from mini_gpt_pl.report.grokking_runs import DECAYING, GrokkingRun, Window, common_windows, grokking_runs, median
-from mini_gpt_pl.report.grokking_tables import inside
 from mini_gpt_pl.report.sheet import Table, tabulate, word
 from mini_gpt_pl.runs import Run
 
@@ -47,7 +60,7 @@ class Claim:
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
     """Judge every claim that the runs allow."""
-    known = grokking_runs(runs)
+    known = distinct(grokking_runs(runs))
     found = [judge(known) for judge in _CLAIMS]
     return [claim for claim in found if claim is not None]
 
@@ -62,7 +75,8 @@ def claims_table(runs: Sequence[Run]) -> Table:
         f"All cells are computed. A PC1 counts as above or below a null from {100 * _MARGIN:.0f} points on. Decay, ‖d‖ "
         "and ‖e‖: the two decaying walks, which keep the lengths of increments and of innovations."
     )
-    return tabulate("grokking_claims", "What the studies say, and what these runs say", rows, [note])
+    title = "What the studies say, and what these runs say"
+    return tabulate("grokking_claims", title, rows, [note, NOT_REPEATED])
 
 
 def grokking_findings(runs: Sequence[Run]) -> list[Finding]:
@@ -75,8 +89,11 @@ def _share(value: float) -> str:
 
 
 def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """Range of some values, one value alone as it is."""
-    low, high = form(min(values)), form(max(values))
+    """Range of the values that are known, one value alone as it is."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    low, high = form(min(known)), form(max(known))
     return low if low == high else f"{low} to {high}"
 
 
@@ -158,7 +175,8 @@ def _contrast(runs: Sequence[GrokkingRun]) -> Claim | None:
 
 def _no_decay(runs: Sequence[GrokkingRun]) -> Claim | None:
     window = common_windows(runs)[0] if runs else None
-    free, grokked = (_cells([r for r in runs if cond(r)], window) for cond in (_is_free, _is_grokked))
+    sides = ([run for run in runs if run.is_free], [run for run in runs if run.groks and run.decay])
+    free, grokked = (_cells(side, window) for side in sides)
     if not free or not grokked:
         return None
     of_free = statistics.fmean(_excess(free, "walk"))
@@ -173,14 +191,6 @@ def _no_decay(runs: Sequence[GrokkingRun]) -> Claim | None:
         "paths",
         "Without weight decay",
     )
-
-
-def _is_free(run: GrokkingRun) -> bool:
-    return not run.decay
-
-
-def _is_grokked(run: GrokkingRun) -> bool:
-    return bool(run.groks and run.decay)
 
 
 def _motion(runs: Sequence[GrokkingRun]) -> Claim | None:
@@ -219,6 +229,8 @@ def _explodes(runs: Sequence[GrokkingRun]) -> Claim | None:
         median([getattr(change, name) for change in grokked]) for name in ("gradient", "c", "defect")
     )
     factors = f"median factors from plateau to after: D × {defect:.2g}, ‖g‖ × {gradient:.2g}, c × {c:.2g}"
+    if math.isnan(defect):
+        factors = "none has records behind its stop"
     null = f"operations that do not: × {_spread(others, '{:.0f}'.format)}" if others else "no other operation"
     return Claim(
         "The defect explodes at grokking: 500 to 2,000 × its baseline, 30 to 50 × without grokking",
@@ -231,43 +243,64 @@ def _explodes(runs: Sequence[GrokkingRun]) -> Claim | None:
 
 
 def _jump(gradient: float, c: float, defect: float) -> str:
-    """Read factors from the plateau to behind the grok step."""
+    """Read factors from the plateau to behind the stop; NaN where runs have no records there."""
+    if math.isnan(defect):
+        return "**undecided**: no records behind the stop; train on after it."
     if gradient < 1 and c < 1 < defect:
         return "**1/‖g‖**: D jumps as gradients vanish, and c, which has no 1/‖g‖ in it, falls."
     if defect > 1:
         return "**reproduces**: c, which has no 1/‖g‖ in it, does not fall while D rises."
-    return "**does not reproduce**: D is no larger behind the grok step."
+    return "**does not reproduce**: D is no larger behind the stop."
 
 
 def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
+    rate = rate_of(runs)
+    runs = [run for run in runs if run.rate == rate]
     found = sign_of(runs)
     if found is None:
         return None
     test, ahead, count = found
-    measured = [run for run in runs if run.name]
-    others = [run for run in measured if not run.groks]
-    fired = sum(clock_steps(run)[ONSET] is not None for run in others)
-    placebo = sum(run.steps["train_99"] is not None for run in measured if run.groks)
+    placebo = sum(run.steps["train_99"] is not None for run in sides(runs, DO_NOT)[0])
     split, control = (separation(runs, clock) for clock in (ONSET, PLACEBO))
-    apart = "" if split is None else f"; AUC {split.auc:.2f} (p {split.p:.2g}, at best {split.smallest:.2g})"
-    plain = "" if control is None else f", AUC {control.auc:.2f}"
+    plain_area = "" if control is None else f", AUC {control.auc:.2f}"
     return Claim(
         "The onset of the defect precedes grokking in 12 of 12 runs, p = 2^-12",
-        f"in {ahead} of {count}{apart}; {test.positive} of {test.units} operations, p {test.p:.2g}",
-        f"it also comes in {fired} of {len(others)} runs that do not generalise; 99 % of the training set leads in "
-        f"{placebo} of {count}{plain}",
+        f"in {ahead} of {count}{_area(split)}; {test.positive} of {test.units} operations, p {test.p:.2g}",
+        f"it also comes in {_fired(runs)}; 99 % of the training set leads in {placebo} of {count}{plain_area}",
         _warning(split) + " That it comes first is shared with whatever happens early.",
         "onset",
         "Early warning",
     )
 
 
+def _area(split: Discrimination | None) -> str:
+    """An AUC against operations that do not generalise, with its p where it has one."""
+    if split is None:
+        return ""
+    p = "no p" if math.isnan(split.p) else f"p {split.p:.2g}, at best {split.smallest:.2g}"
+    return f"; AUC {split.auc:.2f} ({p})"
+
+
+def _fired(runs: Sequence[GrokkingRun]) -> str:
+    """In how many runs of each kind that do not generalise the onset comes."""
+    words = {DO_NOT: "runs that do not generalise", "no decay": "without decay"}
+    told = []
+    for kind in OTHERS:
+        others = sides(runs, kind)[1]
+        if others:
+            fired = sum(clock_steps(run)[ONSET] is not None for run in others)
+            told.append(f"{fired} of {len(others)} {words[kind]}")
+    return " and ".join(told) or "no other runs, as there are none"
+
+
 def _warning(split: Discrimination | None) -> str:
     """What an AUC allows to say; a high one of few operations allows nothing."""
     if split is None:
-        return "**undecided**: it takes runs that generalise and runs that do not."
+        return "**undecided**: it takes operations that generalise and operations that do not."
     if split.auc <= _TELLS_APART:
         return "**no warning**: it does not tell the two kinds of runs apart."
+    if math.isnan(split.p):
+        return "**undecided**: of an operation some seeds generalise and others do not, so operations have no p."
     if split.p < 0.05:
         return "**a warning**: it tells the two kinds of runs apart."
     return f"**undecided**: {split.units} operations are too few to tell."
@@ -282,15 +315,15 @@ def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
         return None
     isotropic = median([a / b for a, b in zip(values[""], values["_isotropic"], strict=False)])
     ratio, below = median(values["_ratio"]), median(values["_below"])
-    across = 1 - median(values[""]) ** 2
-    by_chance = 1 - median(values["_isotropic"]) ** 2
+    # The published rho is a ratio of lengths, not a share of energy, which would be its square.
+    across, by_chance = (math.sqrt(1 - median(values[name]) ** 2) for name in ("", "_isotropic"))
     verdict = "a null" if 0.05 < below < 0.95 else "more than chance" if below >= 0.95 else "less than chance"
     return Claim(
         "The commutator is orthogonal to the path's subspace, 99.996 to 99.999 %, and 1.4 to 2.2 × random on it",
-        f"{100 * across:.3f} % across; length inside {isotropic:.2f} × isotropic, {ratio:.2f} × the same matrices "
-        "(medians)",
-        f"any vector: {100 * by_chance:.3f} % across, 1.00; the measured share is above {_share(below)} of matched "
-        "random subspaces",
+        f"{100 * across:.3f} % of its length across; inside {isotropic:.2f} × isotropic, {ratio:.2f} × the same "
+        "matrices (medians)",
+        f"any vector: {100 * by_chance:.3f} % across, 1.00 inside; the measured share is above {_share(below)} of "
+        "matched random subspaces",
         f"**{verdict}** for the path so far.",
         "commutators",
         "Where the commutator points",
@@ -318,7 +351,7 @@ def _aligned(runs: Sequence[GrokkingRun]) -> Claim | None:
 
 
 def _zeros(runs: Sequence[GrokkingRun]) -> Claim | None:
-    chosen = [run for run in runs if not run.decay and run.name]
+    chosen = [run for run in runs if run.is_free and run.name]
     if not chosen:
         return None
     defects = [v for run in chosen for v in run.commutator("defect").tolist()]

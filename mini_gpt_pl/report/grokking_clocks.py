@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 
-from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import onset
-from mini_gpt_pl.geometry.discrimination import Discrimination, SignTest, auc, compare_clocks, sign_test
+from mini_gpt_pl.geometry.discrimination import Clock, Discrimination, SignTest, auc, compare_clocks, sign_test
+from mini_gpt_pl.report.grokking_groups import commutator_note
+from mini_gpt_pl.report.grokking_published import SETTING
 from mini_gpt_pl.report.grokking_runs import LOSS, GrokkingRun
-from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
+from mini_gpt_pl.report.settings import plain
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
 Steps = list[int | None]
 ONSET = "D, 10 × and 20"
 """The paper's rule."""
-PLACEBO = "train 99 %"
+PLACEBO, NORM = "train 99 %", "‖θ‖ halved"
+GIVEN = (PLACEBO, NORM)
+"""Plain clocks whose part is taken out of the others' correlations with the step of generalisation."""
 _tenfold = partial(onset.tenfold, above=0.0)
 
 
@@ -36,7 +41,7 @@ def clock_steps(run: GrokkingRun) -> dict[str, int | None]:
     }
     found = {clock: _struck(run.commutator(name), rule) for clock, (name, rule) in rules.items()}
     found[PLACEBO] = run.steps["train_99"]
-    found["‖θ‖ halved"] = _struck(run.series("eval/weight_norm"), _fallen_to(0.5))
+    found[NORM] = _struck(run.series("eval/weight_norm"), _fallen_to(0.5))
     found["training loss, a tenth"] = _struck(run.series(LOSS), _fallen_to(0.1))
     return found
 
@@ -59,80 +64,141 @@ def leads(onsets: Sequence[int | None], generalised: Sequence[int | None]) -> li
 
 
 def sign(runs: Sequence[GrokkingRun]) -> str | None:
-    """The sign test of the leads with operations as units, in a sentence; None without a run that generalises."""
+    """The sign test of the leads over units, in a sentence; None without a run that generalises."""
     found = sign_of(runs)
     if found is None:
         return None
     test, ahead, count = found
     return (
-        f"Leads are positive in {ahead} of {count} runs. Seeds of one operation share its threshold and are one unit: "
-        f"{test.positive} of {test.units} units, p = {test.p:.2g} (not 2^-{count})."
+        f"Leads are positive in {ahead} of {count} runs. Seeds of one operation, decay and learning rate "
+        f"share a threshold and are one unit: {test.positive} of {test.units} units, p = {test.p:.2g} (not 2^-{count})."
     )
 
 
 def sign_of(runs: Sequence[GrokkingRun]) -> tuple[SignTest, int, int] | None:
-    """Sign test over operations, runs with a positive lead, and all that generalise; None if there are none."""
-    chosen = [run for run in runs if run.groks and run.name]
+    """Sign test over units, runs with a positive lead, and all that generalise; None if there are none."""
+    chosen = sides(runs, DO_NOT)[0]
     if not chosen:
         return None
     found = leads([clock_steps(run)[ONSET] for run in chosen], [run.steps["t90"] for run in chosen])
     return sign_test(found, [run.unit for run in chosen]), sum(value > 0 for value in found), len(found)
 
 
-def separation(runs: Sequence[GrokkingRun], clock: str) -> Discrimination | None:
-    """How well a clock tells runs that generalise from those that do not; None where there are not both.
+DO_NOT = "operations that do not"
+OTHERS: Mapping[str, Callable[[GrokkingRun], bool]] = {
+    DO_NOT: lambda run: bool(run.decay),
+    "no decay": lambda run: run.is_free,
+}
+"""Kinds of runs that do not generalise. Without decay nothing shrinks, so these say other things than operations."""
 
-    Units are operations with or without decay; where seeds of one did and did not generalise, single runs.
+
+def rate_of(runs: Sequence[GrokkingRun]) -> float | None:
+    """Learning rate of most runs with a commutator that generalise, the paper's if it is one; None without any.
+
+    Steps of several rates are not to be compared.
     """
-    sides = [[run for run in runs if run.groks is kind and run.name] for kind in (True, False)]
-    if not all(sides):
+    rates = [run.rate for run in sides(runs, DO_NOT)[0]]
+    return max(rates, key=lambda rate: (rate == SETTING["learning rate"], rates.count(rate)), default=None)
+
+
+def sides(runs: Sequence[GrokkingRun], others: str) -> tuple[list[GrokkingRun], list[GrokkingRun]]:
+    """Runs with a commutator that generalise under decay, and those of one kind of `OTHERS`.
+
+    Runs whose norm is tied to another run's are that run over again, and in neither.
+    """
+    measured = [run for run in runs if run.name and not run.is_tied]
+    chosen = [run for run in measured if run.groks and run.decay]
+    return chosen, [run for run in measured if not run.groks and OTHERS[others](run)]
+
+
+def separation(
+    runs: Sequence[GrokkingRun], clock: str, others: str = "operations that do not"
+) -> Discrimination | None:
+    """How well a clock tells runs that generalise from one kind of runs that do not; None where there are not both.
+
+    Units are operation, decay and learning rate. Where seeds of one did and did not generalise, labels cannot be
+    exchanged between whole units: there is an area, and no p (NaN).
+    """
+    pair = sides(runs, others)
+    if not all(pair):
         return None
-    times = [[clock_steps(run)[clock] for run in side] for side in sides]
-    units = ([run.unit for run in sides[0]], [run.unit for run in sides[1]])
-    try:
-        return auc(times[0], times[1], units)
-    except UserError:
-        return auc(times[0], times[1])
+    times = [[clock_steps(run)[clock] for run in side] for side in pair]
+    units = ([run.unit for run in pair[0]], [run.unit for run in pair[1]])
+    if set(units[0]) & set(units[1]):
+        return replace(auc(times[0], times[1]), p=math.nan, smallest=math.nan, units=len({*units[0], *units[1]}))
+    return auc(times[0], times[1], units)
+
+
+def mixed_note(runs: Sequence[GrokkingRun]) -> str | None:
+    """Name the units of which some seeds generalise and others do not; None if there are none."""
+    chosen, others = sides(runs, DO_NOT)
+    both = sorted({run.unit for run in chosen} & {run.unit for run in others})
+    if not both:
+        return None
+    return (
+        f"No p beside some AUC: of {'; '.join(both)} some seeds generalise and others do not, so labels cannot be "
+        "exchanged between whole units."
+    )
 
 
 def discrimination(runs: Sequence[GrokkingRun]) -> Table:
-    """Every clock: where it strikes, whether it tells the two kinds apart, and whether it knows when."""
-    measured = [run for run in runs if run.name]
-    chosen = [run for run in measured if run.groks]
-    if not measured:
-        return tabulate("grokking_discrimination", "", [])
-    struck = {name: [clock_steps(run)[name] for run in chosen] for name in clock_steps(measured[0])}
-    clocks = compare_clocks(struck, [run.steps["t90"] for run in chosen], given=(PLACEBO,)) if chosen else {}
-    rows: list[Row] = []
-    for name in clock_steps(measured[0]):
-        split = separation(runs, name)
-        clock = clocks.get(name)
-        others = [clock_steps(run)[name] for run in measured if not run.groks]
-        rows.append(
-            {
-                "clock": word(name),
-                "runs that generalise": word(_range(struck[name])),
-                "others": word(_range(others)),
-                "AUC": number(None if split is None else split.auc, "{:.2f}"),
-                "p": number(None if split is None else split.p, "{:.2g}"),
-                "smallest p": number(None if split is None else split.smallest, "{:.2g}"),
-                "leads": word("-" if clock is None else f"{clock.ahead} of {len(chosen)}"),
-                "median lead": number(_finite(None if clock is None else clock.lead), "{:,.0f}"),
-                "r with t90": number(None if clock is None else clock.correlation, "{:+.2f}"),
-                "r, train 99 % given": number(None if clock is None or name == PLACEBO else clock.partial, "{:+.2f}"),
-                "p of r": number(None if clock is None or name == PLACEBO else clock.p, "{:.2g}"),
-            }
-        )
+    """Every clock, rate by rate: where it strikes, whether it tells the kinds apart, and whether it knows when."""
+    rates = sorted({run.rate for run in runs if run.name and not run.is_tied})
+    rows = [row for rate in rates for row in _of_rate([run for run in runs if run.rate == rate], rate)]
     notes = [
         "First and last step at which a clock strikes, and in how many runs. 10 ×: above ten times the median of the "
         "first three records; the last three clocks are placebos, which only happen early.",
-        "AUC: chance that a run that generalises has its onset before one that does not; 0.5 says nothing, and a clock "
-        "that warns is above it. p under exchange of whole units (operations); with so few units it cannot be below "
-        "the next column.",
-        "A clock with a large lead need not know more: r is its correlation over runs with the step of generalisation, "
-        "with and without the placebo's part; a clock that strikes at one step in all runs has none.",
+        "AUC: chance that a run that generalises has its onset before an operation that does not, or before a run "
+        "without decay; 0.5 says nothing, and a clock that warns is above it. p under exchange of whole units "
+        "(operation, decay and learning rate); with so few units it cannot be below the next column.",
+        "A clock with a large lead need not know more: r is its correlation over runs with the step of generalisation; "
+        f"then with the parts of {' and '.join(GIVEN)} taken out, which takes six runs. A clock that strikes at one "
+        "step in all runs has none.",
+        mixed_note(runs),
+        commutator_note(runs),
     ]
     return tabulate("grokking_discrimination", "Does an onset tell which runs generalise, and when?", rows, notes)
+
+
+def _of_rate(runs: Sequence[GrokkingRun], rate: float) -> list[Row]:
+    """Rows of the runs of one learning rate: steps of several rates are not to be compared."""
+    kinds = {others: sides(runs, others)[1] for others in OTHERS}
+    chosen = sides(runs, DO_NOT)[0]
+    known = [*chosen, *(run for side in kinds.values() for run in side)]
+    if not known:
+        return []
+    struck = {name: [clock_steps(run)[name] for run in chosen] for name in clock_steps(known[0])}
+    clocks = compare_clocks(struck, [run.steps["t90"] for run in chosen], given=GIVEN) if chosen else {}
+    rows: list[Row] = []
+    for name, of_chosen in struck.items():
+        cells = {"lr": word(plain(rate)), "clock": word(name), "runs that generalise": word(_range(of_chosen))}
+        for others, side in kinds.items():
+            cells |= _apart(runs, name, others, [clock_steps(run)[name] for run in side])
+        rows.append(cells | _when(clocks.get(name), len(chosen), control=name in GIVEN))
+    return rows
+
+
+def _apart(runs: Sequence[GrokkingRun], clock: str, others: str, struck: Steps) -> dict[str, Cell]:
+    split = separation(runs, clock, others)
+    return {
+        others: word(_range(struck)),
+        f"AUC, {others}": number(None if split is None else split.auc, "{:.2f}"),
+        f"p, {others}": number(None if split is None else split.p, "{:.2g}"),
+        f"smallest p, {others}": number(None if split is None else split.smallest, "{:.2g}"),
+    }
+
+
+def _when(clock: Clock | None, count: int, *, control: bool) -> dict[str, Cell]:
+    """Lead and correlations of a clock; none are given to those that are taken out of the others'."""
+    if clock is None:
+        return {}
+    return {
+        "leads": word(f"{clock.ahead} of {count}"),
+        "median lead": number(_finite(clock.lead), "{:,.0f}"),
+        "r with t90": number(clock.correlation, "{:+.2f}"),
+        f"r, {' and '.join(GIVEN)} given": number(None if control else clock.partial, "{:+.2f}"),
+        "p of r": number(None if control else clock.p, "{:.2g}"),
+    }
 
 
 def _range(steps: Sequence[int | None]) -> str:
@@ -144,5 +210,5 @@ def _range(steps: Sequence[int | None]) -> str:
     return f"{min(known):,} to {max(known):,} ({len(known)} of {len(steps)})"
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -11,7 +11,15 @@ import pandas as pd
 from mini_gpt_pl.report.grokking_claims import claims_table
 from mini_gpt_pl.report.grokking_clocks import discrimination
 from mini_gpt_pl.report.grokking_defects import defect_at_grok, last_defects, projections
-from mini_gpt_pl.report.grokking_onsets import onsets, rates
+from mini_gpt_pl.report.grokking_groups import (
+    distinct,
+    group_cells,
+    groups_of,
+    repeated_note,
+    run_cells,
+    setting_note,
+)
+from mini_gpt_pl.report.grokking_onsets import onsets, rates, rules
 from mini_gpt_pl.report.grokking_published import PC1, PC1_NO_DECAY, PC1_NOTE
 from mini_gpt_pl.report.grokking_runs import (
     DECAYING,
@@ -23,11 +31,7 @@ from mini_gpt_pl.report.grokking_runs import (
     Window,
     common_windows,
     grokking_runs,
-    group_cells,
-    groups_of,
     reached,
-    run_cells,
-    setting_note,
 )
 from mini_gpt_pl.report.grokking_tables import short
 from mini_gpt_pl.report.sheet import Cell, Row, Table, gap, number, tabulate, word
@@ -39,16 +43,18 @@ _MATRICES = ("Q", "K", "V", "O")
 
 def grokking_comparison(runs: Sequence[Run]) -> list[Table]:
     """Make every table that runs of the second task allow; none for runs of another task."""
-    known = grokking_runs(runs)
+    everything = grokking_runs(runs)
+    known = distinct(everything)
     if not known:
         return []
     tables = [
         claims_table(runs),
-        overview(known),
+        overview(everything),
         pc1(known),
         fixed_windows(known),
         persistence(known),
         onsets(known),
+        rules(known),
         rates(known),
     ]
     tables += [discrimination(known), defect_at_grok(known), last_defects(known), projections(known)]
@@ -63,7 +69,7 @@ def overview(runs: Sequence[GrokkingRun]) -> Table:
         rows.append(
             {
                 "run": word(run.label),
-                **run_cells(run),
+                **run_cells(run, runs),
                 **{"train 99 %" if name == "train_99" else name: reached(run, name) for name in _SHOWN},
                 "steps": number(run.last, _STEP),
                 **{f"{name} accuracy at the end": number(s.iloc[-1], _SHARE) for name, s in ends.items()},
@@ -71,7 +77,7 @@ def overview(runs: Sequence[GrokkingRun]) -> Table:
             }
         )
     note = "t50, t90, t98: first evaluation with that test accuracy; stop: the third in a row with 98 %."
-    return tabulate("grokking_runs", "The runs", rows, [note])
+    return tabulate("grokking_runs", "The runs", rows, [note, repeated_note(runs)])
 
 
 _SHOWN = ("train_99", "t50", "t90", "t98", "stop")
@@ -107,7 +113,8 @@ def _pc1_table(name: str, title: str, runs: Sequence[GrokkingRun], window: Windo
             found = [path[label]["pc1_centred"] for path in of_seed if label in path]
             values = {key: [one[key] for one in found] for key in ("measured", *NULLS)}
             head = {"window": word("each to its stop" if window is None else window.words)}
-            cells: dict[str, Cell] = {**head, **group_cells(group), "weights": word(short(label))}
+            cells: dict[str, Cell] = {**head, **group_cells(group, runs), "weights": word(short(label))}
+            cells["snapshots"] = word(_snapshots(group, window))
             cells["measured"] = number(statistics.fmean(values["measured"]), _SHARE, _sd(values["measured"]))
             if published:
                 cells["paper"] = number(_paper_pc1(group[0], short(label)), _SHARE)
@@ -122,9 +129,16 @@ def _pc1_table(name: str, title: str, runs: Sequence[GrokkingRun], window: Windo
     return tabulate(name, title, rows, notes)
 
 
+def _snapshots(group: Sequence[GrokkingRun], window: Window | None) -> str:
+    """How many of them a PC1 is of, over the seeds."""
+    counts = [len(run.window(window or run.cut)) for run in group if run.path(window or run.cut)]
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
 _WINDOWS_NOTE = (
     "Mean over the seeds ± their standard deviation. All runs are cut at the same steps, the medians over the runs "
-    "that generalise: a share depends on the length of a path before anything else. Windows of a few snapshots say "
+    "that generalise, and only snapshots that all of them have count: a share depends on the length of a path and on "
+    "the number of its snapshots before anything else. Windows of a few snapshots say "
     "little."
 )
 
@@ -158,7 +172,7 @@ def persistence(runs: Sequence[GrokkingRun]) -> Table:
             whole = [run for run in group if run.run.trunk in run.path(window)]
             if not whole:
                 continue
-            cells = {"window": word(window.words), **group_cells(group)}
+            cells = {"window": word(window.words), **group_cells(group, runs)}
             increments = [run.path(window)[run.run.trunk]["autocorrelation"] for run in whole]
             cells["increments"] = number(statistics.fmean(one["measured"] for one in increments), _COSINE)
             for null in DECAYING:

@@ -6,25 +6,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mini_gpt_pl.report.grokking_commutators import BASES, GRADIENTS_NOTE, inside, projected
+from mini_gpt_pl.report.grokking_groups import (
+    commutator_note,
+    group_cells,
+    groups_of,
+    published_onsets,
+    run_cells,
+    setting_note,
+    spread,
+)
 from mini_gpt_pl.report.grokking_published import (
     LAST_DEFECT,
+    LAST_DEFECT_NOTE,
     ON_PATH,
     ON_SINGULAR,
     ONSET_NOTE,
-    ONSETS,
     PROJECTION_NOTE,
-    of_seed,
 )
-from mini_gpt_pl.report.grokking_runs import (
-    GrokkingRun,
-    group_cells,
-    groups_of,
-    median,
-    reached,
-    run_cells,
-    setting_note,
-)
-from mini_gpt_pl.report.grokking_tables import BASES, inside, projected
+from mini_gpt_pl.report.grokking_runs import GrokkingRun, median, reached
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
 _STEP = "{:,.0f}"
@@ -32,7 +32,20 @@ _STEP = "{:,.0f}"
 
 @dataclass(frozen=True)
 class Change:
-    """A defect around generalisation; ratios are NaN for a run that does not generalise."""
+    """A defect around generalisation.
+
+    Ratios are NaN for a run that does not generalise, and for one that has no records behind its stop: one that ended
+    there says nothing of what comes after.
+
+    Args:
+        baseline: Median of the first three defects, 0.1 at least.
+        before: Largest defect before t90 over the baseline.
+        after: Largest defect from t90 on over the baseline; NaN without t90.
+        defect: D behind the stop over D on the plateau, medians.
+        gradient: The same of ‖g‖.
+        c: The same of c.
+        c_theta2: The same of c‖θ‖².
+    """
 
     baseline: float
     before: float
@@ -72,12 +85,12 @@ def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
         change = change_at_grok(run)
         if change is None:
             continue
-        paper = ONSETS[run.operation].ratio if run.operation in ONSETS and run.repeats and run.decay else ()
-        cells: dict[str, Cell] = {**run_cells(run), "t90": reached(run, "t90")}
+        paper = published_onsets(run)
+        cells: dict[str, Cell] = {**run_cells(run, runs), "t90": reached(run, "t90")}
         cells |= {"D, baseline": number(change.baseline, "{:.2f}")}
         cells["largest D before, × baseline"] = number(change.before, "{:.0f}")
         cells["largest D after, × baseline"] = number(change.after, "{:.0f}")
-        cells["paper, whole run"] = number(of_seed(paper, run.seed), "{:,.0f}")
+        cells["paper, whole run"] = spread(() if paper is None else paper.ratio, "{:,.0f}")
         for column, value in (
             ("D", change.defect),
             ("‖g‖", change.gradient),
@@ -91,6 +104,7 @@ def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
         "before. After / before: median of the records behind the stop over the median of those between 99 % of the "
         "training set and 10 % of the test set.",
         ONSET_NOTE,
+        commutator_note(runs),
         setting_note(runs),
     ]
     return tabulate("grokking_defect_change", "What jumps when a run generalises: the defect, or 1/‖g‖?", rows, notes)
@@ -104,11 +118,14 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
             continue
         known = LAST_DEFECT.get(run.operation, ()) if run.repeats and run.decay else ()
         step = int(run.commutator("norm_a").index[-1])
-        cells: dict[str, Cell] = {**run_cells(run), "step": number(step, _STEP)}
+        cells: dict[str, Cell] = {**run_cells(run, runs), "step": number(step, _STEP)}
         cells["D"] = number(run.run.last(f"commutator/{run.name}/defect"), "{:.4g}")
-        cells["D, paper"] = number(of_seed(known, run.seed), "{:.4g}")
+        cells["D, paper"] = spread(known, "{:.4g}")
         for column, name, form in (
             ("‖g‖", "norm_a", "{:.2g}"),
+            ("‖g_B‖", "norm_b", "{:.2g}"),
+            ("cos(g_A, g_B)", "gradient_cosine", "{:+.2f}"),
+            ("‖bracket‖", "bracket", "{:.2g}"),
             ("c", "c", "{:.3g}"),
             ("relative", "relative", "{:.2f}"),
             ("float32 signal", "float32_signal", "{:.2g}"),
@@ -121,7 +138,10 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
     notes = [
         "Unresolved: share of the records in which some bracket was below rounding in float64. Below noise: share in "
         "which a difference of float32 weights would have been.",
+        GRADIENTS_NOTE,
+        LAST_DEFECT_NOTE,
         ONSET_NOTE,
+        commutator_note(runs),
         setting_note(runs),
     ]
     return tabulate("grokking_last_defect", "Defect at the end of each run", rows, notes)
@@ -135,13 +155,14 @@ def projections(runs: Sequence[GrokkingRun]) -> Table:
             for basis, words in BASES.items():
                 cells = _projection(group, phase, basis)
                 if cells is not None:
-                    head = {**group_cells(group), "phase": word(phase), "basis": word(words)}
+                    head = {**group_cells(group, runs), "phase": word(phase), "basis": word(words)}
                     rows.append(head | cells)
     notes = [
         "Length of the bracket inside the subspace over that of random directions: isotropic in all weights (as "
         "published), and inside the same matrices, which is the matched null; medians over records and seeds. Above: "
         "share of the matched random subspaces that hold less, 0.5 by chance.",
         PROJECTION_NOTE,
+        commutator_note(runs),
         setting_note(runs),
     ]
     return tabulate("grokking_projections_runs", "Where the commutator points", rows, notes)

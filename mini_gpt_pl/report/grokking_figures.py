@@ -18,7 +18,14 @@ from mini_gpt_pl.report.plotting import BACKBONE, DISTINCT, GREY, NULL, PC2, RES
 from mini_gpt_pl.runs import Run
 
 _SERIES = (("defect", "D", RESIDUAL), ("norm_a", "‖g‖", GREY), ("c", "c", BACKBONE), ("relative", "relative", PC2))
-_MARKERS = {"measured": "o", "walk": "x", "decaying_walk": "d", "innovation_walk": "s", "permuted": "+"}
+_MARKERS = {
+    "measured": "o",
+    "walk": "x",
+    "decaying_walk": "d",
+    "innovation_walk": "s",
+    "autoregressive_walk": "^",
+    "permuted": "+",
+}
 
 
 def _only(run: Run) -> GrokkingRun:
@@ -54,7 +61,7 @@ def learning(run: Run) -> Figure:
 
 
 def growing_pc1(run: Run) -> Figure:
-    """Centred PC1 of the first snapshots, for every matrix of the last block and the whole, beside both decaying nulls.
+    """Centred PC1 of the first snapshots beside its nulls: every matrix of the last block, every W_V, and the whole.
 
     Raises:
         UserError: It is no run of the second task, or has too few snapshots.
@@ -62,7 +69,8 @@ def growing_pc1(run: Run) -> Figure:
     one, trajectory = _only(run), run.trajectory
     if len(trajectory) < 8:
         raise UserError(f"the run {run.path} has {len(trajectory)} snapshots: growing windows take 8")
-    groups: list[str | None] = [*trajectory.groups[-4:], None]
+    groups: list[str | None] = [group for group in trajectory.groups[:-4] if group.endswith("w_v")]
+    groups += [*trajectory.groups[-4:], None]
     figure = Figure(figsize=(WIDTH, 2.6 * ((len(groups) + 1) // 2)))
     grid = figure.subplots((len(groups) + 1) // 2, 2, sharex=True, sharey=True).flatten()
     ends = windows.growing_ends(len(trajectory), 40)
@@ -113,12 +121,12 @@ def pc1(run: Run) -> Figure:
     for spare in grid[len(shown) :]:
         spare.set_visible(False)
     handles, words = grid[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="outside lower center", ncols=5)
+    figure.legend(handles, words, loc="outside lower center", ncols=6)
     return figure
 
 
 def _points(axes: Axes, found: Mapping[str, Mapping[str, float]], labels: Sequence[str]) -> None:
-    colours = dict(zip(_MARKERS, (BACKBONE, GREY, NULL, RESIDUAL, PC2), strict=True))
+    colours = dict(zip(_MARKERS, (BACKBONE, GREY, NULL, RESIDUAL, SWITCH, PC2), strict=True))
     for name, marker in _MARKERS.items():
         heights = [labels.index(label) for label in found]
         style: dict[str, Any] = {"mfc": "none"} if name != "measured" else {}
@@ -151,10 +159,10 @@ def curves(runs: Sequence[Run]) -> Figure:
     for axes, (title, series) in zip(grid, panels, strict=True):
         labelled: set[str] = set()
         for run in known:
-            label = "" if run.unit in labelled else run.unit
-            labelled.add(run.unit)
+            label = "" if run.kind in labelled else run.kind
+            labelled.add(run.kind)
             colour = DISTINCT[units.index(run.operation) % len(DISTINCT)]
-            line(axes, series(run), label, colour, lw=1, ls="-" if run.decay else "--")  # type: ignore[arg-type]
+            line(axes, series(run), label, colour, lw=1, ls="--" if run.is_free else "-")  # type: ignore[arg-type]
         axes.set_title(title)
         if title != "test accuracy":
             axes.set_yscale("log")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import pandas as pd
@@ -16,7 +16,6 @@ from mini_gpt_pl.geometry import innovations, nulls, onset, resampled, windows
 from mini_gpt_pl.geometry.centred import centred_statistics
 from mini_gpt_pl.geometry.innovations import Correlation
 from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.report.beside import listed
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.grokking_published import SETTING
 from mini_gpt_pl.report.settings import differences, facts, plain
@@ -56,11 +55,13 @@ class Window:
         name: What happens in it.
         first: Step that it starts at.
         last: Step that it ends at.
+        steps: The snapshots in it that count; all of them for None.
     """
 
     name: str
     first: int
     last: int
+    steps: tuple[int, ...] | None = field(default=None, repr=False)
 
     @property
     def words(self) -> str:
@@ -90,7 +91,17 @@ class GrokkingRun:
     def operation(self) -> str:
         """The operation, or what else it learned; apart where the length of the weights was held to another run's."""
         name = str(self.facts["operation"] or self.run.task)
-        return f"{name}, norm tied" if self.run.callback_settings("TiedNorm") else name
+        return f"{name}, tied norm" if self.is_tied else name
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether its weights were held to the length that another run's had: neither decayed nor free of it."""
+        return bool(self.run.callback_settings("TiedNorm"))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is a control without weight decay."""
+        return not self.decay and not self.is_tied
 
     @property
     def was_disturbed(self) -> bool:
@@ -115,8 +126,13 @@ class GrokkingRun:
 
     @property
     def unit(self) -> str:
-        """What runs share that are no independent draws: the operation, and whether its weights decay."""
-        return self.operation if self.decay else f"{self.operation}, no decay"
+        """What runs share that are no independent draws: operation, decay and learning rate."""
+        return f"{self.kind}, decay {plain(self.decay)}, lr {plain(self.rate)}"
+
+    @property
+    def kind(self) -> str:
+        """The operation, and whether it is a control."""
+        return f"{self.operation}, no decay" if self.is_free else self.operation
 
     @property
     def last(self) -> int:
@@ -128,12 +144,28 @@ class GrokkingRun:
         return self.run.series(name) if (self.run.path / METRICS).is_file() else pd.Series(dtype=float)
 
     @cached_property
-    def name(self) -> str:
-        """Of the weights whose commutator was measured; empty if none was."""
+    def names(self) -> tuple[str, ...]:
+        """Of all commutators that were measured: a run of several tasks has them within tasks and across."""
         if not (self.run.path / METRICS).is_file():
-            return ""
+            return ()
         found = [str(c) for c in self.run.metrics.columns if str(c).endswith("/defect") and str(c).count("/") == 2]
-        return found[0].split("/")[1] if found else ""
+        return tuple(name.split("/")[1] for name in found)
+
+    @cached_property
+    def name(self) -> str:
+        """Of the commutator that is reported; empty if none was measured.
+
+        Of several that of the training loss, else the first of one task (one loss for both batches), else the first.
+        """
+        told = {
+            probe.get("name", "all"): probe.get("losses") for probe in self.run.callback_settings("CommutatorProbe")
+        }
+
+        def rank(name: str) -> int:
+            losses = told.get(name)
+            return 0 if losses is None else 1 + (losses[0] != losses[1])
+
+        return min(self.names, key=rank, default="")
 
     def commutator(self, name: str) -> pd.Series[float]:
         """Number of the commutator probe by step; empty without one."""
@@ -141,9 +173,19 @@ class GrokkingRun:
 
     @cached_property
     def differs(self) -> tuple[str, ...]:
-        """What is not as in the paper, its learning rate aside; empty for a run that repeats it."""
-        decay = [] if self.decay in (0.0, 1.0) else [f"weight decay {plain(self.decay)} instead of 1"]
-        return (*differences(self.facts, SETTING, ("learning rate",)), *decay)
+        """What is not as in the paper, its learning rate aside; empty for a run that repeats it.
+
+        The paper's snapshots are 100 steps apart in the runs with weight decay at its main rate alone.
+        """
+        free = ["learning rate"]
+        if not self.decay or self.rate != SETTING["learning rate"]:
+            free.append("steps a snapshot")
+        found = differences(self.facts, SETTING, free)
+        if self.decay not in (0.0, 1.0):
+            found.append(f"weight decay {plain(self.decay)} instead of 1")
+        if self.is_tied:
+            found.append("norm tied to another run's instead of free")
+        return tuple(found)
 
     @property
     def repeats(self) -> bool:
@@ -187,7 +229,7 @@ class GrokkingRun:
         Raises:
             UserError: The window holds fewer than three snapshots.
         """
-        return windows.window(self.run.trajectory, window.first, window.last)
+        return windows.window(self.run.trajectory, window.first, window.last, steps=window.steps)
 
     def path(self, window: Window) -> dict[str, Numbers]:
         """Numbers of each group and of the whole in a window, beside their nulls; empty with under four snapshots."""
@@ -267,18 +309,23 @@ def phases(steps: Mapping[str, int | None], last: int) -> list[Window]:
 
 
 def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
-    """The same steps for all runs: as far as the shortest goes, and the median phases of those that generalise."""
-    last = min(run.last for run in runs)
-    whole = Window("all runs alike", 0, last)
-    reference = [run.steps for run in runs if run.groks and run.decay]
-    if not reference:
-        return [whole]
-    middle: dict[str, int | None] = {}
-    for name in ("train_99", "t10", "stop"):
-        reached = [steps[name] for steps in reference]
-        known = [last if step is None else min(step, last) for step in reached]
-        middle[name] = int(statistics.median_low(known))
-    return [whole, *phases(middle, last)]
+    """The same steps for all runs: as far as the shortest goes, and the median phases of those that generalise.
+
+    Only snapshots that all runs have count, so that a run recorded more often is thinned: a PC1 depends on the number
+    of snapshots.
+    """
+    recorded = [run.run.trajectory.steps for run in runs]
+    shared = tuple(sorted(set(recorded[0]).intersection(*recorded[1:])))
+    last = shared[-1] if shared else 0
+    found = [Window("all runs alike", 0, last)]
+    if reference := [run.steps for run in runs if run.groks and run.decay]:
+        middle: dict[str, int | None] = {}
+        for name in ("train_99", "t10", "stop"):
+            reached = [steps[name] for steps in reference]
+            known = [last if step is None else min(step, last) for step in reached]
+            middle[name] = int(statistics.median_low(known))
+        found += phases(middle, last)
+    return [replace(window, steps=shared) for window in found]
 
 
 def grokking_runs(runs: Sequence[Run]) -> list[GrokkingRun]:
@@ -302,43 +349,7 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(known) if known else math.nan
 
 
-def groups_of(runs: Sequence[GrokkingRun]) -> list[list[GrokkingRun]]:
-    """Runs that differ in their seed only, in the order in which they were given."""
-    found: dict[tuple[object, ...], list[GrokkingRun]] = {}
-    for run in runs:
-        found.setdefault((run.operation, run.decay, run.rate), []).append(run)
-    return list(found.values())
-
-
-def group_cells(group: Sequence[GrokkingRun]) -> dict[str, Cell]:
-    """What the runs of `groups_of` have in common."""
-    first = group[0]
-    return {
-        "operation": word(first.operation),
-        "lr": word(plain(first.rate)),
-        "decay": word(plain(first.decay)),
-        "seeds": number(len(group), "{:.0f}"),
-    }
-
-
-def run_cells(run: GrokkingRun) -> dict[str, Cell]:
-    """What a single run was."""
-    cells = group_cells([run])
-    del cells["seeds"]
-    return cells | {"seed": number(run.seed, "{:.0f}")}
-
-
 def reached(run: GrokkingRun, name: str) -> Cell:
     """Step of a milestone, in words where it was never reached."""
     step = run.steps[name]
     return word("never") if step is None else number(step, "{:,.0f}")
-
-
-def setting_note(runs: Sequence[GrokkingRun]) -> str | None:
-    """Say why there are no published numbers beside runs that do not repeat the paper's."""
-    other = next((run for run in runs if run.differs), None)
-    if other is None:
-        return None
-    return (
-        f"Published numbers stand only beside runs that repeat the paper's; {other.label} has {listed(other.differs)}."
-    )

@@ -143,7 +143,7 @@ GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "Onset and lead",
         "Onset of the defect by the published rule, beside rules on other series and placebo clocks.",
         (),
-        ("grokking_onsets", "grokking_rates", "grokking_discrimination"),
+        ("grokking_onset*", "grokking_rates", "grokking_discrimination"),
     ),
     Section(
         "commutators",

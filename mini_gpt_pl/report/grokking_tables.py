@@ -1,13 +1,12 @@
-"""Tables of one run of the second task: milestones, PC1 by phase beside every null, persistence, and commutators."""
+"""Tables of one run of the second task: milestones, PC1 by phase beside every null, and persistence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
-import pandas as pd
-
-from mini_gpt_pl.geometry import resampled
+from mini_gpt_pl.geometry import innovations, nulls, pca, resampled
+from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.report.grokking_commutators import defect, projections, value_at
 from mini_gpt_pl.report.grokking_runs import (
     DECAYING,
     NULLS,
@@ -16,9 +15,7 @@ from mini_gpt_pl.report.grokking_runs import (
     TRAIN,
     GrokkingRun,
     Numbers,
-    Window,
     grokking_runs,
-    median,
 )
 from mini_gpt_pl.report.sheet import Cell, Row, Table, gap, number, tabulate, word
 from mini_gpt_pl.runs import Run
@@ -63,15 +60,9 @@ def _at(words: str, step: int | None, run: GrokkingRun) -> Row:
     if step is None:
         return {"milestone": word(words), "step": word("never")}
     shown = {"training accuracy": TRAIN, "test accuracy": TEST}
-    cells = {column: number(_value(run.series(name), step), _SHARE) for column, name in shown.items()}
-    weights = number(_value(run.series("eval/weight_norm"), step), "{:.1f}")
+    cells = {column: number(value_at(run.series(name), step), _SHARE) for column, name in shown.items()}
+    weights = number(value_at(run.series("eval/weight_norm"), step), "{:.1f}")
     return {"milestone": word(words), "step": number(step, _STEP), **cells, "‖θ‖": weights}
-
-
-def _value(series: pd.Series[float], step: int) -> float:
-    """Value of the last record up to a step."""
-    until = series.loc[:step]
-    return float(until.iloc[-1]) if len(until) else math.nan
 
 
 # ------------------------------------------------------------------------------------------------------- paths
@@ -108,36 +99,46 @@ def short(label: str) -> str:
 
 
 def quantiles(run: GrokkingRun) -> Table:
-    """Where the centred PC1 to the stop lies among draws of each null in as many dimensions as the weights have."""
+    """Where the numbers of the path to the stop lie among draws of each null in as many dimensions as the weights."""
     rows: list[Row] = []
     for label in run.path(run.cut):
         trajectory = run.window(run.cut)
         group = None if label == run.run.trunk else label
         dim = trajectory.dim_of(group)
-        found = resampled.place(trajectory.gram(group), trajectory.survival, dim, _DRAWS)["pc1_centred"]
-        cells = {"weights": word(short(label)), "measured": number(found.value, _SHARE)}
-        for null, column in NULLS.items():
-            band = found.bands[null]
-            cells[column] = word(f"{band.low:.1%} to {band.high:.1%}") if band.low == band.low else word("-")
-            cells[f"above, {column}"] = number(band.below, "{:.2f}")
-        rows.append(cells)
+        found = resampled.place(trajectory.gram(group), trajectory.survival, dim, _DRAWS)
+        for name, (words, form) in {"pc1_centred": ("centred PC1", _SHARE), **_COMPONENTS}.items():
+            head = {"weights": word(short(label)), "number": word(words)}
+            rows.append(head | _among(found[name], form))
     note = (
         f"95 % of {_DRAWS} draws in as many dimensions as there are weights, and the share of the draws that the "
         "measured value is above. No z: a null's spread shrinks with the number of weights."
     )
-    return tabulate("grokking_quantiles", "Centred PC1 to the stop among its nulls", rows, [note, NULLS_NOTE])
+    return tabulate("grokking_quantiles", "The path to the stop among its nulls", rows, [note, NULLS_NOTE])
+
+
+def _among(found: resampled.Placed, form: str) -> dict[str, Cell]:
+    cells = {"measured": number(found.value, form)}
+    for null, column in NULLS.items():
+        band = found.bands[null]
+        ends = f"{form.format(band.low)} to {form.format(band.high)}"
+        known = Cell(ends, None, {"low": band.low, "high": band.high})
+        cells[column] = number(None) if math.isnan(band.low) else known
+        cells[f"above, {column}"] = number(band.below, "{:.2f}")
+    return cells
 
 
 # Statistic -> column and form.
 _COMPONENTS = {
     "pc1": ("raw PC1", _SHARE),
+    "k90_centred": ("k90", _COUNT),
     "k95_centred": ("k95", _COUNT),
     "k99_centred": ("k99", _COUNT),
     "pc1_centred_off": ("PC1 without θ₀", _SHARE),
 }
 _INITIAL = {
     "cos_theta0_centred": ("cos(v₁, θ₀)", _COSINE),
-    "cos_theta0": ("cos(v_b, θ₀)", _COSINE),
+    "cos_theta0_unit": ("cos(v_b, θ₀)", _COSINE),
+    "cos_theta0": ("cos(raw v_b, θ₀)", _COSINE),
     "energy_theta0": ("drift energy on θ₀", _SHARE),
 }
 
@@ -145,34 +146,60 @@ _INITIAL = {
 def components(run: GrokkingRun) -> Table:
     """Uncentred PC1, numbers of components, and PC1 with the axis θ₀ projected out, to the stop and by phase."""
     note = (
-        "k95, k99: components that hold 95 and 99 % of the centred spread. Without θ₀: that axis projected out first."
+        "k90, k95, k99: components that hold 90, 95 and 99 % of the centred spread. Without θ₀: that axis projected "
+        "out first."
     )
-    rows = _beside_decay(run, _COMPONENTS)
+    rows: list[Row] = []
+    for window in run.phases:
+        for label, found in run.path(window).items():
+            for name, (words, form) in _COMPONENTS.items():
+                head = {"window": word(window.words), "weights": word(short(label)), "number": word(words)}
+                rows.append(head | against(found, name, form))
     return tabulate("grokking_components", "Numbers of components, and PC1 in other ways", rows, [note, NULLS_NOTE])
 
 
 def initial_weights(run: GrokkingRun) -> Table:
     """How much of the path is the weights that it starts from, to the stop and by phase."""
     note = (
-        "θ₀: the weights that the window starts from. v₁: first centred direction; v_b: first direction of the drift. "
+        "θ₀: the weights that the window starts from, θ those that it ends at; decay alone leaves cos(θ, θ₀) = 1. v₁: "
+        "first centred direction; v_b: first direction of the drift, its rows of length 1; raw v_b: rows as they are. "
         "Signs are such that the last coordinate is positive, so that decay has negative cosines."
     )
-    rows = _beside_decay(run, _INITIAL)
+    rows = _beside_decay(run)
     return tabulate("grokking_theta0", "How much of the path is the initial weights", rows, [note, NULLS_NOTE])
 
 
-def _beside_decay(run: GrokkingRun, shown: Mapping[str, tuple[str, str]]) -> list[Row]:
-    """Numbers of every window and group beside the two nulls that decay."""
+def _beside_decay(run: GrokkingRun) -> list[Row]:
+    """How much of every window and group is theta_0, beside the two nulls that decay."""
     rows: list[Row] = []
     for window in run.phases:
         for label, found in run.path(window).items():
             cells: dict[str, Cell] = {"window": word(window.words), "weights": word(short(label))}
-            for name, (column, form) in shown.items():
+            cells |= _ends(run.window(window), None if label == run.run.trunk else label)
+            for name, (column, form) in _INITIAL.items():
                 cells[column] = number(found[name]["measured"], form)
                 for null in DECAYING:
                     cells[f"{column}: {NULLS[null]}"] = number(found[name][null], form)
             rows.append(cells)
     return rows
+
+
+def _ends(path: Trajectory, group: str | None) -> dict[str, Cell]:
+    """Length and direction of the weights that a path ends at, beside what its own decay leaves of its walks."""
+    gram = path.gram(group)
+    walks = {
+        "": gram,
+        "decaying_walk": nulls.decaying_walk(gram, path.survival),
+        "innovation_walk": innovations.innovation_walk(gram, path.survival),
+    }
+    start, *_, end = pca.weights(len(gram))
+    lengths = {name: float(pca.norms(one, end[None])[0]) for name, one in walks.items()}
+    cosines = {name: pca.cosine(one, start, end) for name, one in walks.items()}
+    first = float(pca.norms(gram, start[None])[0])
+    cells = {"‖θ‖": number(lengths[""], "{:.3g}"), "‖θ‖: decay alone": number(first * path.survival[-1], "{:.3g}")}
+    cells |= {f"‖θ‖: {NULLS[null]}": number(lengths[null], "{:.3g}") for null in DECAYING}
+    cells["cos(θ, θ₀)"] = number(cosines[""], _COSINE)
+    return cells | {f"cos(θ, θ₀): {NULLS[null]}": number(cosines[null], _COSINE) for null in DECAYING}
 
 
 def persistence(run: GrokkingRun) -> Table:
@@ -202,108 +229,3 @@ def persistence(run: GrokkingRun) -> Table:
         "±: standard error over the pairs. Chance: standard deviation of isotropic innovations, a lower bound.",
     )
     return tabulate("grokking_persistence", "Do successive steps agree?", rows, notes)
-
-
-# ------------------------------------------------------------------------------------------------- commutators
-
-_DEFECT = {
-    "D": ("defect", "{:.3g}"),
-    "‖g‖": ("norm_a", "{:.3g}"),
-    "c": ("c", "{:.3g}"),
-    "c‖θ‖²": ("c_theta2", "{:.2g}"),
-    "relative": ("relative", "{:.2f}"),
-    "resolved": ("resolved", "{:.0%}"),
-    "float32 signal": ("float32_signal", "{:.2g}"),
-}
-
-
-def defect(run: GrokkingRun) -> Table:
-    """The commutator defect beside the gradient's length, and the forms of it without 1/‖g‖, step by step."""
-    rows: list[Row] = []
-    steps = run.commutator("norm_a").index
-    for step in (int(s) for s in steps):
-        accuracies = {"train": TRAIN, "test": TEST}
-        cells: dict[str, Cell] = {"step": number(step, _STEP), "phase": word(phase_at(run, step))}
-        cells |= {column: number(_value(run.series(name), step), _SHARE) for column, name in accuracies.items()}
-        cells["‖θ‖"] = number(_exactly(run.commutator("weights"), step), "{:.1f}")
-        for column, (name, form) in _DEFECT.items():
-            cells[column] = number(_exactly(run.commutator(name), step), form)
-        rows.append(cells)
-    notes = (
-        "D = ‖H_B g_A - H_A g_B‖ / (‖g_A‖ ‖g_B‖), in float64, median over the samples of a step; c = ‖bracket‖ / "
-        "√(‖g_A‖ ‖g_B‖); relative: over ‖H_B g_A‖ + ‖H_A g_B‖. D holds 1/‖g‖, the others do not.",
-        "Resolved: share of the samples whose bracket is more than rounding; the others have no D, rather than one of "
-        "0. Float32 signal below 1: a difference of float32 weights would have shown rounding instead.",
-    )
-    return tabulate("grokking_defect", "Commutator defect against the gradient's length", rows, notes)
-
-
-def phase_at(run: GrokkingRun, step: int) -> str:
-    """Phase of a run that a step lies in."""
-    own = run.phases[1:]
-    return next((window.name for window in own if step <= window.last), own[-1].name if own else "-")
-
-
-def _exactly(series: pd.Series[float], step: int) -> float:
-    return float(series.get(step, math.nan))
-
-
-BASES = {
-    "path": "the path so far",
-    "singular": "singular directions of the weights",
-    "rank_one": "random u v'",
-    "theta0": "θ₀ of each matrix",
-    "other": "another run's path",
-}
-
-
-def projections(run: GrokkingRun) -> Table:
-    """How much of the bracket lies in each subspace, by phase, beside random directions of the same blocks."""
-    rows: list[Row] = []
-    for window in run.phases[1:] or [run.cut]:
-        for basis, words in BASES.items():
-            shares = inside(run.commutator(f"on_{basis}"), window)
-            if not len(shares):
-                continue
-            rows.append({"window": word(window.words), "basis": word(words), **projected(run, basis, window)})
-        rows += _alignment_row(run, window)
-    notes = (
-        "Length of the bracket inside the subspace over its whole, medians over the records of a phase. Same blocks: "
-        "expectation for random directions inside the same matrices, as many in each; above: share of such random "
-        "subspaces that hold less, 0.5 by chance. Isotropic: random directions in all weights, √(K/P).",
-        "Last increment: root mean square of the cosine of the bracket with it; its null has the same coordinates with "
-        "coins for signs.",
-    )
-    return tabulate("grokking_projections", "Where the commutator points", rows, notes)
-
-
-def projected(run: GrokkingRun, basis: str, window: Window) -> dict[str, Cell]:
-    """Medians over a window of what one basis holds, and of its nulls."""
-    value, null, isotropic, ratio, below = (
-        median(inside(run.commutator(f"on_{basis}{suffix}"), window).tolist())
-        for suffix in ("", "_null", "_isotropic", "_ratio", "_below")
-    )
-    return {
-        "inside": number(value, "{:.4f}"),
-        "isotropic": number(isotropic, "{:.4f}"),
-        "over isotropic": number(value / isotropic, "{:.2f}"),
-        "same blocks": number(null, "{:.4f}"),
-        "over same blocks": number(ratio, "{:.2f}"),
-        "above": number(below, "{:.2f}"),
-    }
-
-
-def _alignment_row(run: GrokkingRun, window: Window) -> Sequence[Row]:
-    value, null = (
-        median(inside(run.commutator(name), window).tolist()) for name in ("alignment_rms", "alignment_flip")
-    )
-    if math.isnan(value):
-        return []
-    cells = {"inside": number(value, "{:.4f}"), "same blocks": number(null, "{:.4f}")}
-    cells["over same blocks"] = number(value / null, "{:.2f}")
-    return [{"window": word(window.words), "basis": word("the last increment"), **cells}]
-
-
-def inside(series: pd.Series[float], window: Window) -> pd.Series[float]:
-    """The records of a window, its first step left out, which belongs to the window before; not that of the start."""
-    return series[(series.index > window.first) & (series.index <= window.last)]

@@ -33,8 +33,9 @@ PAPER: dict[str, Any] = {
 def facts(run: Run) -> dict[str, Any]:
     """Collect what decides how a run goes; what a configuration does not say is None.
 
-    Keys are words for the reader. `tokenizer` is a name without folder and ending, so that one rank file under two
-    paths is one tokenizer.
+    Keys are words for the reader. A null that turns something off is a value of its own, such as "none" for clipping:
+    it is no agreement with what another run has. `tokenizer` is a name without folder and ending, so that one rank
+    file under two paths is one tokenizer.
     """
     config = run.settings
     model, data, trainer = (_mapping(config, part) for part in ("model", "data", "trainer"))
@@ -47,20 +48,39 @@ def facts(run: Run) -> dict[str, Any]:
         "warm-up": schedule.get("warmup"),
         "schedule length": schedule.get("total"),
         "steps": trainer.get("max_steps"),
-        "sequences a step": _product(data.get("batch_size"), trainer.get("accumulate_grad_batches")),
-        "clipping": trainer.get("gradient_clip_val"),
+        "sequences a step": _product(_said(data, "batch_size", "all"), trainer.get("accumulate_grad_batches")),
+        "clipping": _said(trainer, "gradient_clip_val", "none"),
         "lambda": _probe_weight(_mapping(model, "probe_weight")),
         "share of probe sequences": probe.get("p_probe"),
         "corpus": _mapping(data, "corpus").get("name"),
         "operation": data.get("operation"),
         "modulus": data.get("modulus"),
         "training fraction": data.get("train_fraction"),
+        **({} if run.task == "stories" else _residues(run, model, data)),
         "seed": data.get("seed", config.get("seed_everything")),
     }
 
 
+def _residues(run: Run, model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of the second task alone."""
+    recorder = next(iter(run.callback_settings("TrajectoryRecorder")), {})
+    operations, split = data.get("operations"), _said(data, "split_seed", OWN_SEED)
+    return {
+        "operations": None if operations is None else ", ".join(operations),
+        "mirror pairs together": data.get("mirror_together"),
+        "split": OWN_SEED if split == data.get("seed", run.settings.get("seed_everything")) else split,
+        "identical blocks": model.get("identical_blocks"),
+        "eps": _mapping(_mapping(model, "optimizer"), "init_args").get("eps"),
+        "steps a snapshot": _mapping(recorder, "schedule").get("every"),
+    }
+
+
+OWN_SEED = "by the seed"
+"""The split of a run that has no seed of its own for it."""
+
+
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
-    """Say which facts of `a` are other than those of `b`, as `steps 4000 instead of 10000`; unknown ones agree."""
+    """Say which facts of `a` are other than those of `b`, as `steps 4000 instead of 10000`; absent ones agree."""
     found = []
     for key, wanted in b.items():
         value = a.get(key)
@@ -150,7 +170,12 @@ def _name(path: Any) -> str | None:
 
 
 def _product(a: Any, b: Any) -> Any:
-    return None if a is None else a * (b or 1)
+    return a * (b or 1) if isinstance(a, int) else a
+
+
+def _said(config: Mapping[str, Any], key: str, null: str) -> Any:
+    """Value of a key, a word for one that is null, and None for one that is absent."""
+    return config[key] if config.get(key) is not None else null if key in config else None
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
