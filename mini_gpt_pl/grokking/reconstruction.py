@@ -47,7 +47,8 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
         Columns basis, k, share (of ||theta_T - theta_0||^2), and what the module's `evaluate` gives.
 
     Raises:
-        UserError: k is below 1, the path has not moved, the recorder kept some weights only, the runs are of different models, or snapshots are missing.
+        UserError: k is below 1, nothing has moved, the recorder kept some weights only, the runs are of different
+            models, or snapshots are missing.
     """
     if k < 1:
         raise UserError(f"{k} directions rebuild nothing: give --k 1 or more")
