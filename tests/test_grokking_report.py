@@ -343,6 +343,15 @@ def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_pa
     assert split.p > 0.05 and judged(right)["Early warning"].reading.startswith("**undecided**: 4 operations")
 
 
+def test_memory_that_comes_after_generalisation_leads_nowhere(tmp_path: Path) -> None:
+    late = {"train": rises(600, 0.2), "test": rises(400)}
+    early_onset = commutator(rises(300, 1.0, 100.0), constant(1.0))
+    runs = [write(tmp_path / str(seed), late, early_onset, config(seed=seed)) for seed in (1, 2)]
+    found = next(claim for claim in claims(runs) if claim.topic == "Early warning")
+    assert "99 % of the training set leads in 0 of 2" in found.null
+    assert found.null.startswith("all runs generalise")
+
+
 def test_runs_without_decay_are_no_operations_that_do_not_generalise(tmp_path: Path) -> None:
     early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
     runs = family(tmp_path / "runs", {True: early, False: early})

@@ -34,7 +34,7 @@ from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder, steps_in
 from mini_gpt_pl.geometry.subspace import Basis, Block
 from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs import Run, runs_below
 
 ATTENTION = r"attn\.w_[qkvo]$"
 LAYERS = "two layers of one run"
@@ -242,13 +242,16 @@ def main(args: Sequence[str] | None = None) -> None:
     from mini_gpt_pl.report.sheet import write_tables
 
     parser = CommandParser("overlaps", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs of one model, with snapshots")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="run folders of one model, with snapshots, or folders of these"
+    )
     parser.add_argument("--k", type=int, default=2, help="directions of each path")
     parser.add_argument("--until", type=int, help="last step that counts; that of the shortest run without it")
     parser.add_argument("--groups", default=ATTENTION, help="which recorded groups, searched in their names")
     parser.add_argument("--out", type=Path, help="folder for the tables, as CSV and Markdown")
     told = parser.parse_args(args)
-    tables = overlap_tables([Run(path) for path in told.runs], told.k, told.until, told.groups)
+    runs = [Run(path) for given in told.runs for path in runs_below(given)]
+    tables = overlap_tables(runs, told.k, told.until, told.groups)
     if told.out is not None:
         write_tables(tables, told.out)
     print(tables[0].markdown())

@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
+
 from mini_gpt_pl.geometry.discrimination import Discrimination
 from mini_gpt_pl.report.findings import Finding
 from mini_gpt_pl.report.grokking_clocks import (
@@ -260,13 +262,14 @@ def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
     if found is None:
         return None
     test, ahead, count = found
-    placebo = sum(run.steps["train_99"] is not None for run in sides(runs, DO_NOT)[0])
+    leads = [_lead_of_memory(run) for run in sides(runs, DO_NOT)[0]]
+    placebo = sum(lead is not None and lead > 0 for lead in leads)
     split, control = (separation(runs, clock) for clock in (ONSET, PLACEBO))
     plain_area = "" if control is None else f", AUC {control.auc:.2f}"
     return Claim(
         "The onset of the defect precedes grokking in 12 of 12 runs, p = 2^-12",
         f"in {ahead} of {count}{_area(split)}; {test.positive} of {test.units} operations, p {test.p:.2g}",
-        f"it also comes in {_fired(runs)}; 99 % of the training set leads in {placebo} of {count}{plain_area}",
+        f"{_fired(runs)}; 99 % of the training set leads in {placebo} of {count}{plain_area}",
         _warning(split) + " That it comes first is shared with whatever happens early.",
         "onset",
         "Early warning",
@@ -282,7 +285,7 @@ def _area(split: Discrimination | None) -> str:
 
 
 def _fired(runs: Sequence[GrokkingRun]) -> str:
-    """In how many runs of each kind that do not generalise the onset comes."""
+    """Say in how many runs of each kind that do not generalise the onset comes."""
     words = {DO_NOT: "runs that do not generalise", "no decay": "without decay"}
     told = []
     for kind in OTHERS:
@@ -290,7 +293,13 @@ def _fired(runs: Sequence[GrokkingRun]) -> str:
         if others:
             fired = sum(clock_steps(run)[ONSET] is not None for run in others)
             told.append(f"{fired} of {len(others)} {words[kind]}")
-    return " and ".join(told) or "no other runs, as there are none"
+    return f"it also comes in {' and '.join(told)}" if told else "all runs generalise"
+
+
+def _lead_of_memory(run: GrokkingRun) -> float | None:
+    """Steps from 99 % of the training set to t90, the lead of the placebo."""
+    first, last = run.steps["train_99"], run.steps["t90"]
+    return None if first is None or last is None else last - first
 
 
 def _warning(split: Discrimination | None) -> str:
@@ -313,7 +322,7 @@ def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
     }
     if not values["_ratio"]:
         return None
-    isotropic = median([a / b for a, b in zip(values[""], values["_isotropic"], strict=False)])
+    isotropic = median([v for run in runs if run.decay for v in _over_isotropic(run).tolist()])
     ratio, below = median(values["_ratio"]), median(values["_below"])
     # The published rho is a ratio of lengths, not a share of energy, which would be its square.
     across, by_chance = (math.sqrt(1 - median(values[name]) ** 2) for name in ("", "_isotropic"))
@@ -328,6 +337,12 @@ def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
         "commutators",
         "Where the commutator points",
     )
+
+
+def _over_isotropic(run: GrokkingRun) -> pd.Series:
+    """Length inside the path's subspace over that of isotropic vectors, record by record."""
+    value, null = (run.commutator(f"on_path{name}") for name in ("", "_isotropic"))
+    return inside((value / null).dropna(), run.cut)
 
 
 def _aligned(runs: Sequence[GrokkingRun]) -> Claim | None:
@@ -357,9 +372,12 @@ def _zeros(runs: Sequence[GrokkingRun]) -> Claim | None:
     defects = [v for run in chosen for v in run.commutator("defect").tolist()]
     below = [v < 1 for run in chosen for v in run.commutator("float32_signal").tolist()]
     unresolved = [v < 1 for run in chosen for v in run.commutator("resolved").tolist()]
+    if not below or not unresolved:
+        return None
+    told = _spread(defects, "{:.2g}".format) if defects else "no record resolved"
     return Claim(
         "Without weight decay the defect is mostly small, 0 in 90 of 378 records, with spikes to 724",
-        f"{_spread(defects, '{:.2g}'.format)}, unresolved in {statistics.fmean(unresolved):.0%} of the records",
+        f"{told}, unresolved in {statistics.fmean(unresolved):.0%} of the records",
         f"a difference of float32 weights would have been rounding in {statistics.fmean(below):.0%} of them",
         "**arithmetic**: zeros and spikes are what float32 subtraction makes of small gradients."
         if statistics.fmean(below) > statistics.fmean(unresolved)

@@ -109,7 +109,8 @@ def _pc1_table(name: str, title: str, runs: Sequence[GrokkingRun], window: Windo
     rows: list[Row] = []
     for group in groups_of(runs):
         of_seed = [run.path(window or run.cut) for run in group]
-        for label in of_seed[0]:
+        # A seed whose window is too short has no numbers; the others do.
+        for label in dict.fromkeys(label for path in of_seed for label in path):
             found = [path[label]["pc1_centred"] for path in of_seed if label in path]
             values = {key: [one[key] for one in found] for key in ("measured", *NULLS)}
             head = {"window": word("each to its stop" if window is None else window.words)}
