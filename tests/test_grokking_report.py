@@ -503,6 +503,7 @@ def test_a_report_on_several_runs_has_its_claims_and_no_stories(tmp_path: Path) 
     ]
     assert "p_ood" not in page and "More tables" not in page
     assert "Explosion of the defect" in page
+    assert page.count("<strong>1/‖g‖</strong>") == 2 and "**1/" not in page  # a finding, and a cell of the table
     assert (tmp_path / "report/tables/grokking_claims.md").is_file()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import matplotlib as mpl
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
@@ -29,6 +30,7 @@ from mini_gpt_pl.runs import Run
 _LARGEST_SVG = 110_000
 _PIXELS_PER_INCH = 96
 _NUMBER = re.compile(r"[-+−±]?[\d.,]|[-–]?$|nan$")
+_EMPHASIS = re.compile(r"\*\*(.+?)\*\*")
 _LONG = 40  # characters of a cell that needs a wide column
 
 
@@ -231,7 +233,13 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=_loader(), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["strong"] = _strong
     return environment.get_template("page.html")
+
+
+def _strong(text: str) -> Markup:
+    """Let the **emphasis** of Markdown, which tables share with their other format, be that of HTML."""
+    return Markup(_EMPHASIS.sub(r"<strong>\1</strong>", str(escape(text))))
 
 
 def _asset(name: str) -> str:
