@@ -34,8 +34,10 @@ from mini_gpt_pl.report import place
 from mini_gpt_pl.report.comparison import require_comparable
 from mini_gpt_pl.report.grokking_claims import Claim, claims
 from mini_gpt_pl.report.grokking_clocks import ONSET, clock_steps, separation
-from mini_gpt_pl.report.grokking_comparison import grokking_comparison
+from mini_gpt_pl.report.grokking_comparison import grokking_comparison, overview
+from mini_gpt_pl.report.grokking_defects import defect_at_grok, last_defects
 from mini_gpt_pl.report.grokking_groups import distinct, groups_of
+from mini_gpt_pl.report.grokking_onsets import onsets
 from mini_gpt_pl.report.grokking_runs import GrokkingRun, Window, common_windows, grokking_runs, phases
 from mini_gpt_pl.report.grokking_tables import grokking_tables, short
 from mini_gpt_pl.report.page import write_report
@@ -602,6 +604,16 @@ def test_the_page_has_the_tables_that_the_kept_runs_give_again() -> None:
         "grokking_last_defect",
     ):
         assert (KEPT_RUNS / f"small/tables/{name}.md").read_text() == again[name].markdown(), name
+
+
+def test_the_studys_configuration_is_repeated_and_its_tables_are_those_of_the_kept_runs() -> None:
+    runs = grokking_runs([Run(path) for path in sorted((KEPT_RUNS / "runs/grokking_paper").iterdir())])
+    assert len(runs) == 15 and not any(run.differs for run in runs)
+    assert {run.operation for run in runs if run.groks} == {"add", "sub", "mul", "x2_y2"}
+    assert [run.groks for run in runs if run.operation == "x3_xy"] == [False] * 3
+    for table in (overview(runs), onsets(runs), defect_at_grok(runs), last_defects(runs)):
+        kept = (KEPT_RUNS / f"paper/tables/{table.name}.md").read_text()
+        assert sorted(kept.splitlines()) == sorted(table.markdown().splitlines()), table.name
 
 
 def test_kept_runs_hold_what_the_smallest_configuration_promises() -> None:
