@@ -269,7 +269,7 @@ def test_a_kernel_without_second_derivative_is_named(beside: float) -> None:
         return value
 
     for first, second in ((loss, smooth), (smooth, loss)):
-        with one_line_error("differentiated twice.*gradient differences"):
+        with one_line_error("cannot be differentiated twice", commutator.NotTwiceError):
             commutator.by_hessian(first, second, theta)
     found = commutator.by_differences(loss, smooth, theta)
     expected = commutator.by_hessian(lambda t: torch.tanh(t).square().sum() + beside * t.square().sum(), smooth, theta)
