@@ -238,7 +238,7 @@ def ended(tmp_path: Path) -> Path:
 
 
 def test_runs_are_censored_at_their_cap(ended: Path) -> None:
-    _, shown, curves = tables(arms_below(ended))
+    _, shown, every, curves = tables(arms_below(ended))
     rows = {row["arm"]: row for row in shown.frame.to_dict("records")}
     assert list(rows) == ["late", "never", "none"]
     assert rows["none"]["median step"] == "1100" and rows["none"]["delay"] == "+0 (+0 to +0)"
@@ -248,6 +248,12 @@ def test_runs_are_censored_at_their_cap(ended: Path) -> None:
     assert rows["never"]["median step"] == "> 3000" and rows["never"]["delay"].startswith("> +2000 (> +1900")
     assert rows["never"]["train accuracy, lowest"] == "0.020"
     assert any("1 runs that have not ended" in note for note in shown.notes)
+    runs = every.frame[every.frame["arm"] == "late"]
+    assert runs["seed"].tolist() == ["1", "2", "3"] and runs["generalised"].tolist() == [
+        "1500",
+        "1200",
+        "not by the end",
+    ]
     late = curves.frame[curves.frame["arm"] == "late"]
     assert late["not yet"].tolist() == ["67%", "33%", "33%"] and late["at risk"].tolist() == ["3", "2", "1"]
 

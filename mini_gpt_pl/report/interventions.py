@@ -34,7 +34,7 @@ NOTES = (
 
 
 def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: str = "test_90") -> list[Table]:
-    """Make tables of what was claimed, of all arms, and of their survival curves.
+    """Make tables of what was claimed, of all arms, of every run, and of the arms' survival curves.
 
     Args:
         arms: Runs of each arm; those that have not ended are left out.
@@ -55,6 +55,7 @@ def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: 
     return [
         claims_table(found, control),
         tabulate("interventions", title, rows, [*NOTES, left_out]),
+        tabulate("interventions_runs", "Interventions: every run", _every_run(found), [NOTES[0]]),
         tabulate("interventions_survival", f"Interventions: share of runs without {milestone}", curves, [NOTES[0]]),
     ]
 
@@ -76,6 +77,21 @@ def _row(name: str, runs: Sequence[Ended], control: Sequence[Ended]) -> Row:
         "|P x| / |x|": number(statistics.fmean(run.parallel for run in runs), "{:.4f}"),
         "random in the same blocks": number(statistics.fmean(run.null for run in runs), "{:.4f}"),
     }
+
+
+def _every_run(arms: Mapping[str, Sequence[Ended]]) -> list[Row]:
+    return [
+        {
+            "arm": word(name),
+            "seed": number(run.seed, "{:.0f}"),
+            "generalised": word("not by the end") if run.at is None else number(run.at, "{:.0f}"),
+            "stopped": number(run.stopped, "{:.0f}"),
+            "train accuracy, lowest": number(run.train),
+            "||theta|| at the end": number(run.norm, "{:.1f}"),
+        }
+        for name, runs in arms.items()
+        for run in sorted(runs, key=lambda run: run.seed)
+    ]
 
 
 def _at(lived: Lifetimes, step: int) -> float:
