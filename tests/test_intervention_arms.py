@@ -360,7 +360,10 @@ def test_a_subspace_is_specific_only_beside_every_matched_one() -> None:
 def test_a_network_that_forgot_its_training_set_tests_nothing(
     projected: list[Ended], free: list[Ended], expected: str
 ) -> None:
-    assert expected in reading("Orthogonal flow", pca_s100=projected, decay_off_s100=free)
+    arms = {"pca_s100": projected, "decay_off_s100": free}
+    assert expected in reading("Orthogonal flow", **arms)
+    assert "every run generalises" in reading("Orthogonal flow", **arms, inside_s100=arm(*LATER))
+    assert "alone" not in reading("Orthogonal flow", **arms, inside_s100=arm(2000, None))
 
 
 def test_removal_kicks_and_updates_are_read_against_their_controls() -> None:
@@ -370,7 +373,9 @@ def test_removal_kicks_and_updates_are_read_against_their_controls() -> None:
     alike = both | {"remove": arm(None, *BARE[1:]), "blocks_remove": arm(None, *BARE[1:])}
     assert "not of this path" in reading("Motion along", **alike)
     assert "**erased**" in reading("Motion along", **(both | {"remove": arm(None, *BARE[1:], train=0.1)}))
-    assert "does not stand" in reading("Motion along", **(both | {"update_remove": arm(*BARE)}))
+    assert reading("Motion along", **(both | {"update_remove": arm(*BARE)})).endswith("and no later.")
+    sooner = both | {"update_remove": arm(*BARE), "remove": arm(*(step - 300 for step in BARE))}
+    assert reading("Motion along", **sooner).endswith("and earlier with remove.")
     kicks = {"kick": arm(*BARE), "kick_random": arm(*BARE)}
     assert reading("Kicks", **kicks).startswith("**stands**")
     assert "differ for kick" in reading("Kicks", **(kicks | {"kick_random": arm(*LATER)}))

@@ -138,6 +138,8 @@ def _confined(bench: _Bench) -> Row | None:
         reading = "**erased**: the training set is forgotten, with decay and without; no test of flow."
     else:
         reading = "**reproduces**: nothing generalises, and the training set is still known."
+    if bench.has("inside_s100") and not bench.fails("inside_s100"):
+        reading += " Confined within the attention matrices alone, every run generalises."
     return _row(
         "Orthogonal flow is necessary: at s = 1, 0 of 12 runs grok",
         bench.fates("pca_s100"),
@@ -161,7 +163,9 @@ def _along(bench: _Bench) -> Row | None:
     elif late:
         reading = f"**not necessary**: every run generalises without it, later with {', '.join(late)}."
     else:
-        reading = "**does not stand**: every run generalises without it, and no later."
+        earlier = [name for name in arms if bench.later(bench.control, name)]
+        when = f"earlier with {', '.join(earlier)}" if earlier else "no later"
+        reading = f"**does not stand**: every run generalises without it, and {when}."
     return _row(
         "Motion along the path is necessary (not tested)",
         f"without the parallel part of the gradient {bench.delays('remove')}, of the update "
