@@ -15,7 +15,7 @@ from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.staging import Staging, moment
 
-kernels = pytest.importorskip("mini_gpt_pl.geometry.row_kernels", reason="needs Triton")
+kernels = pytest.importorskip("mini_gpt_pl.row_kernels", reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = [torch.float32, torch.bfloat16]
 # Groups that begin and end inside a block, one without values, and one of several blocks.

@@ -15,7 +15,7 @@ from mini_gpt_pl.geometry.snapshots import StoredRow
 from mini_gpt_pl.geometry.staging import Staging
 
 try:
-    from mini_gpt_pl.geometry import row_kernels as kernels
+    from mini_gpt_pl import row_kernels as kernels
 except ImportError:  # no Triton, as in builds of torch for CPUs
     kernels = None  # type: ignore[assignment]
 
