@@ -381,6 +381,10 @@ def test_removal_kicks_and_updates_are_read_against_their_controls() -> None:
     assert "differ for kick" in reading("Kicks", **(kicks | {"kick_random": arm(*LATER)}))
     assert "lower rate**" in reading("(not tested)", update_s075=arm(*LATER), update_scale_s075=arm(*LATER))
     assert "more than" in reading("(not tested)", update_s075=arm(*LATER), update_scale_s075=arm(*BARE))
+    confined = {"update_s075": arm(*LATER), "update_scale_s075": arm(*LATER), "update_s100_decay_span": arm(None, None)}
+    assert "still known" in reading("(not tested)", **confined)
+    confined["update_s100_decay_span"] = arm(None, None, train=0.1)
+    assert "still known" not in reading("(not tested)", **confined)
     assert "no effect" in reading("(not tested)", update_s075=arm(*BARE), update_scale_s075=arm(*BARE))
 
 

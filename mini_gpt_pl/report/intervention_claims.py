@@ -201,6 +201,9 @@ def _update(bench: _Bench) -> Row | None:
         reading = "**more than a lower rate**: suppressing across the path costs more than scaling the whole update."
     else:
         reading = "**a lower rate**: scaling the whole update delays as much."
+    confined = "update_s100_decay_span"
+    if bench.has(confined) and not bench.reached(confined) and bench.accuracy(confined) >= _FORGOTTEN:
+        reading += " Confined to the path, decay included, no run generalises, and the training set is still known."
     return _row(
         "(not tested) the update in place of the gradient, which Adam cannot undo",
         bench.told("update_s075", "update_s100", "update_s100_decay_span"),
