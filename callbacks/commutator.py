@@ -129,7 +129,7 @@ class CommutatorProbe(DeferringProbe):
         self._pairs: BatchPairs | None = None
         self._other: Basis | None = None
         self._passing: Any = None
-        self._done = -1
+        self._asked_at = -1
         self._pending: list[Measured] = []
 
     @property
@@ -217,10 +217,7 @@ class CommutatorProbe(DeferringProbe):
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         step = trainer.global_step
-        if step == self._done:
-            return
-        self._done = step  # once per optimizer step, on its first micro-batch
-        if not self.due(step):
+        if not self.due_once(step):
             return
         with self.watch.running(), measuring(trainer, module):
             if (measured := self._measure(trainer, module, batch, step)) is not None:

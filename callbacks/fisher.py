@@ -110,7 +110,7 @@ class FisherProbe(DeferringProbe):
         self._fixed: list[Any] = []
         self._saved: list[list[Tensor]] = []
         self._complete = False
-        self._done = -1
+        self._asked_at = -1
         self._pending: list[tuple[int, Kind, fisher.Survey]] = []
         self._trainer: Trainer | None = None
         self._recorder: TrajectoryRecorder | None = None
@@ -226,10 +226,7 @@ class FisherProbe(DeferringProbe):
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
-        if not self._fixed or not self._complete or step == self._done:
-            return
-        self._done = step  # once per optimizer step, on its first micro-batch
-        if not self.due(step):
+        if not self._fixed or not self._complete or not self.due_once(step):
             return
         with self.watch.running():
             axes = self._axes()

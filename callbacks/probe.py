@@ -124,6 +124,7 @@ class Probe(Callback):
         self.answered = 0
         self._waits: dict[str, int] = {}
         self._last_step = 0
+        self._asked_at = -1
 
     def stepped(self, trainer: Trainer) -> bool:
         """Whether the optimizer has stepped since the last call; a micro-batch of an accumulation alone is no step."""
@@ -147,6 +148,14 @@ class Probe(Callback):
         self._waits[name] = self.stretch
         self.answered += 1
         return True
+
+    def due_once(self, step: int) -> bool:
+        """Whether to measure at this step, asked by each of its micro-batches: only the first one is answered.
+
+        A stretched schedule then counts steps, as it does without accumulation.
+        """
+        first, self._asked_at = step != self._asked_at, step
+        return first and self.due(step)
 
     def estimate(self, steps: int, dim: int) -> Estimate:
         """Say what the probe will take.

@@ -83,7 +83,6 @@ class RoutingProbe(DeferringProbe):
         self._recorder: TrajectoryRecorder | None = None
         self._batches: dict[str, Any] = {}
         self._deferred = Deferred()
-        self._done = -1
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
@@ -96,7 +95,7 @@ class RoutingProbe(DeferringProbe):
         if stage != "fit":
             return
         require_attention(pl_module, type(self).__name__)
-        self._trainer, self._batches, self._deferred, self._done = trainer, {}, Deferred(), -1
+        self._trainer, self._batches, self._deferred, self._asked_at = trainer, {}, Deferred(), -1
         self._recorder = find_recorder(trainer, type(self).__name__)
         if self._recorder.sketch is not None:
             raise UserError("RoutingProbe: directions cannot be rebuilt from sketches: give the recorder sketch null")
@@ -127,10 +126,7 @@ class RoutingProbe(DeferringProbe):
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
-        if step == self._done:
-            return
-        self._done = step  # once per optimizer step, on its first micro-batch
-        if not self.due(step):
+        if not self.due_once(step):
             return
         with self.watch.running(), measuring(trainer, module), torch.no_grad():
             found = self._measure(module, step)
