@@ -5,6 +5,7 @@ import functools
 import hashlib
 import pickle
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mini_gpt_pl.data.batch import Batch, Piped, collate
 from mini_gpt_pl.data.corpus import CorpusConfig, Split, TokenizedStories
 from mini_gpt_pl.data.datamodule import EVALUATION_SETS, ProbedStories
 from mini_gpt_pl.data.probe import Probe, ProbeConfig, choose_codewords, sample_rng
-from mini_gpt_pl.data.stream import TrainingBatches, TrainStream
+from mini_gpt_pl.data.stream import TrainingBatches, TrainStream, _StorySampler
 from mini_gpt_pl.data.tokenizer import load_tokenizer
 from mini_gpt_pl.objective import count_targets
 
@@ -87,12 +88,13 @@ def test_a_sample_is_a_function_of_its_key() -> None:
 def test_a_batch_is_its_examples_one_by_one() -> None:
     """Rows cut together, and one generator put to each sample, give the bytes of examples made alone."""
     batches = TrainingBatches(stories(), probe(), seed=5)
-    keys = [(epoch, index) for index in (7, 0, 21, 7, 3) for epoch in (0, 4, 2**40)] + [(1, i) for i in range(STORIES)]
-    alone = [probe().training_example(stories()[index], sample_rng(5, 1, epoch, index)) for epoch, index in keys]
-    masks = [example.probe_mask.any() for example in alone]
-    assert any(masks) and not all(masks) and any(len(stories()[index]) > CONTEXT + 1 for _, index in keys)
-    assert digest(batches.__getitems__(keys)) == digest(collate(alone))
-    assert digest(batches[keys[0]]) == digest(collate(alone[:1]))
+    rows = np.array([7, 0, 21, 7, 3, *range(STORIES)])
+    assert any(len(stories()[index]) > CONTEXT + 1 for index in rows)
+    for epoch in (0, 4, 2**40):
+        alone = [probe().training_example(stories()[index], sample_rng(5, 1, epoch, index)) for index in rows]
+        masks = [example.probe_mask.any() for example in alone]
+        assert any(masks) and not all(masks)
+        assert digest(batches[epoch, rows]) == digest(batches.__getitems__((epoch, rows))) == digest(collate(alone))
 
 
 def test_a_batch_arrives_from_a_pipe_as_it_was_sent() -> None:
@@ -105,8 +107,12 @@ def test_a_batch_arrives_from_a_pipe_as_it_was_sent() -> None:
 
 
 def test_an_epoch_visits_each_story_once_and_the_next_in_another_order() -> None:
-    keys = [key for batch in stream_of()._sampler for key in batch]
-    assert len(set(keys)) == len(keys) == 7 * BATCH and {epoch for epoch, _ in keys} == {0}
+    sampler = stream_of()._sampler
+    assert len(sampler) == 7
+    for epoch in range(2):
+        read = list(islice(sampler, 7 * epoch, 7 * (epoch + 1)))
+        visited = np.concatenate([rows for _, rows in read])
+        assert len(set(visited)) == len(visited) == 7 * BATCH and {number for number, _ in read} == {epoch}
     first, second = epochs(stream_of(), 1), epochs(stream_of(epoch=1), 1)
     assert not set(first) & set(second)
     assert epochs(stream_of(), 2) == first + second
@@ -216,6 +222,26 @@ def test_limit_ends_the_epoch_and_its_last_window() -> None:
     fresh.load_state_dict(stream.state_dict())
     assert epochs(fresh, 1) == epochs(stream, 1)
     assert fresh.state_dict()["epoch"] == 1
+
+
+@pytest.mark.parametrize(("window", "limit", "starts"), [(1, 99, 1), (2, 99, 1), (3, 99, 1), (4, 99, 1), (2, 3, 3)])
+def test_one_reader_goes_through_the_epochs(window: int, limit: int, starts: int, monkeypatch: Any) -> None:
+    """It passes over the stories that make no whole window; an epoch that is broken off needs another one."""
+    begun: list[object] = []
+    monkeypatch.setattr(_StorySampler, "__iter__", _counted(_StorySampler.__iter__, begun))
+    stream = stream_of(window, limit=lambda: limit)
+    seen = epochs(stream, 3)
+    assert len(begun) == starts
+    alone = [epochs(stream_of(window, limit=lambda: limit, epoch=epoch), 1) for epoch in range(3)]
+    assert seen == [*alone[0], *alone[1], *alone[2]]
+
+
+def _counted(method: Callable[..., Any], calls: list[object]) -> Callable[..., Any]:
+    def counted(self: object) -> Any:
+        calls.append(self)
+        return method(self)
+
+    return counted
 
 
 def test_reading_leaves_the_global_generators_alone() -> None:

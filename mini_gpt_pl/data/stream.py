@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,8 @@ from mini_gpt_pl.data.corpus import TokenizedStories
 from mini_gpt_pl.data.probe import Example, Probe, Stream, sample_rng
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.objective import IGNORE
+
+_Key = tuple[int, np.ndarray]  # an epoch and the stories of a batch; as an array they take a worker's pipe at once
 
 
 class TrainStream:
@@ -61,10 +63,14 @@ class TrainStream:
         self._epoch = epoch
         self._batches = 0
         self._begun = False
-        self._sampler = _EpochSampler(len(stories), batch_size, seed, rank, world_size)
+        self._sampler = _StorySampler(len(stories), batch_size, seed, rank, world_size)
+        # What reads ahead, and the micro-batch since the first epoch's that it gives next.
+        self._reader: Iterator[Batch] | None = None
+        self._next = 0
         self._loader: DataLoader[Batch] = DataLoader(
             TrainingBatches(stories, probe, seed),
-            batch_sampler=self._sampler,
+            # Typed as lists of indices, but any key reaches the dataset.
+            batch_sampler=self._sampler,  # type: ignore[arg-type]
             collate_fn=_send,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -86,12 +92,10 @@ class TrainStream:
         window = self._window()
         # A window that was left in its middle is read again from its start: all of it counts for the rest of it.
         position = self._batches - self._batches % window
-        self._sampler.epoch, self._sampler.first = self._epoch, position
-        reader = iter(self._loader)
         while position < self._epoch_length():
             # Lightning steps when the batch index is divisible by the window, and on the last batch.
             size = min(window - position % window, self._epoch_length() - position)
-            held = _as_one(list(islice(reader, size)))
+            held = _as_one(self._read(position, size))
             for batch in held[self._batches - position :]:
                 self._batches += 1
                 yield batch
@@ -122,7 +126,19 @@ class TrainStream:
     def close(self) -> None:
         """Stop the worker processes; a later iteration starts new ones."""
         # A persistent iterator ends its workers when the last reference to it goes.
-        self._loader._iterator = None
+        self._loader._iterator = self._reader = None
+
+    def _read(self, position: int, size: int) -> list[Batch]:
+        """Take ``size`` micro-batches of the epoch from ``position`` on."""
+        start = self._epoch * len(self._sampler) + position
+        # One reader goes through all epochs: to begin one anew, it would have to wait for workers with nothing ahead.
+        # It passes over the few micro-batches that make no whole window at an epoch's end.
+        if self._reader is None or not 0 <= start - self._next < self._window():
+            self._sampler.epoch, self._sampler.first = self._epoch, position
+            self._reader, self._next = iter(self._loader), start
+        taken = list(islice(self._reader, start - self._next, start - self._next + size))
+        self._next = start + size
+        return taken
 
     def _epoch_length(self) -> int:
         return int(min(len(self), self._limit()))
@@ -141,8 +157,8 @@ def _send(batch: Any) -> Any:
     return batch if get_worker_info() is None else Piped(batch)
 
 
-class _EpochSampler(Sampler[list[tuple[int, int]]]):
-    """One rank's batches of (epoch, story) from the micro-batch ``first`` of ``epoch`` on."""
+class _StorySampler(Sampler[_Key]):
+    """One rank's batches, without end, from the micro-batch ``first`` of ``epoch`` on."""
 
     def __init__(self, stories: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self.stories = stories
@@ -154,22 +170,25 @@ class _EpochSampler(Sampler[list[tuple[int, int]]]):
         self.first = 0
 
     def __len__(self) -> int:
+        """Micro-batches of an epoch."""
         return self.stories // self.global_batch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[_Key]:
         # Bound here: another iteration may move them while workers still read ahead in this one.
         epoch, first = self.epoch, self.first
-        order = sample_rng(self.seed, Stream.ORDER, epoch, 0).permutation(self.stories)
-        for batch in range(first, len(self)):
-            start = batch * self.global_batch + self.offset
-            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+        while True:
+            order = sample_rng(self.seed, Stream.ORDER, epoch, 0).permutation(self.stories)
+            for batch in range(first, len(self)):
+                start = batch * self.global_batch + self.offset
+                yield epoch, order[start : start + self.batch_size]
+            epoch, first = epoch + 1, 0
 
     def layout(self) -> dict[str, int]:
         return {"global_batch": self.global_batch, "stories": self.stories}
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Batches of training examples by the (epoch, story) of their rows.
+    """Batches of training examples by their epoch and the stories of their rows.
 
     Each row is what ``Probe.training_example`` makes of the story and ``sample_rng(seed, Stream.TRAIN, epoch, story)``.
     Only the draws and the rows that carry a probe are made one by one; inputs and targets are cut for all together.
@@ -185,15 +204,16 @@ class TrainingBatches(Dataset[Batch]):
         self.probe = probe
         self._generator = SampleGenerator(seed, Stream.TRAIN)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        return self.__getitems__([key])
+    def __getitem__(self, key: _Key) -> Batch:
+        return self.__getitems__(key)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+    def __getitems__(self, key: _Key) -> Batch:
+        epoch, stories = key
         probe, length = self.probe, self.probe.length
-        sequences = np.full((len(keys), length), probe.eos, dtype=self.stories.tokens.dtype)
-        ends = np.zeros(len(keys), dtype=np.int64)
+        sequences = np.full((len(stories), length), probe.eos, dtype=self.stories.tokens.dtype)
+        ends = np.zeros(len(stories), dtype=np.int64)
         probed: dict[int, Example] = {}
-        for row, (epoch, index) in enumerate(keys):
+        for row, index in enumerate(stories.tolist()):
             story, rng = self.stories[index], self._generator.at(epoch, index)
             if probe.asks(rng):
                 probed[row] = probe.inject(story, rng)
