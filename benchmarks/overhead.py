@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from typing_extensions import override
 from benchmarks.clock import described, here
 
 STOPWATCH_FILE = "stopwatch.json"
-PRESETS = {"standard": "configs/probes/standard.yaml", "every_step": "configs/probes/every_step.yaml"}
+PRESETS = ("standard=configs/probes/standard.yaml", "every_step=configs/probes/every_step.yaml")
 _OFF = "configs/probes/off.yaml"
 
 
@@ -108,11 +109,6 @@ def _shares(metrics: Path) -> dict[str, float]:
     return {name.removeprefix("overhead/"): share for name, share in last.items()}
 
 
-def measure(arguments: list[str], steps: int, *, probes: bool, start: int = 50) -> float:
-    """Milliseconds per step of one training, as configured or without its probes."""
-    return timed_run([*arguments, *([] if probes else ["-c", _OFF])], steps, start).ms_per_step
-
-
 def without_budget(preset: Path, start: int, folder: Path) -> Path:
     """Copy a preset whose probes keep no budget, and count their time from a step on."""
     config = yaml.safe_load(preset.read_text())
@@ -124,23 +120,28 @@ def without_budget(preset: Path, start: int, folder: Path) -> Path:
     return copy
 
 
+def arms(presets: Sequence[str], start: int, folder: Path) -> dict[str, str]:
+    """Give the configuration of each arm: `none`, and presets given as NAME=FILE, their budgets lifted."""
+    named = dict(preset.split("=", 1) for preset in presets)
+    return {"none": _OFF, **{name: str(without_budget(Path(file), start, folder)) for name, file in named.items()}}
+
+
 def main() -> None:
     """Print milliseconds per step without probes and with each preset, the ratios, and each probe's share."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--start", type=int, default=50, help="step at which the clock starts")
-    parser.add_argument("--presets", nargs="+", default=[f"{k}={v}" for k, v in PRESETS.items()], help="NAME=FILE")
+    parser.add_argument("--presets", nargs="+", default=PRESETS, help="NAME=FILE")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     options, rest = parser.parse_known_args()
+    timings: dict[str, list[Timing]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        named = dict(preset.split("=", 1) for preset in options.presets)
-        files = {name: str(without_budget(Path(file), options.start, Path(folder))) for name, file in named.items()}
-        arms = {"none": _OFF, **files}
-        timings: dict[str, list[Timing]] = {name: [] for name in arms}
+        files = arms(options.presets, options.start, Path(folder))
         for _ in range(options.repeats):  # alternating, so that a slow spell of the machine hits all
-            for name, file in arms.items():
-                timings[name].append(timed_run([*rest, "-c", file], options.steps, options.start))
+            for name, file in files.items():
+                timings.setdefault(name, []).append(timed_run([*rest, "-c", file], options.steps, options.start))
+                print(f"{name}: {timings[name][-1].ms_per_step:.2f} ms/step", flush=True)
     result = report(timings) | {"steps": options.steps - options.start} | described(here())
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -26,8 +26,9 @@ _ARMS = {
     "transformers": "Hugging Face's GPT-2 of the same shape, compiled, plain loop",
     "plain": "this model as plain operations on every position, compiled, plain loop (nanoGPT's tricks)",
     "packed": "this model as it trains, plain loop",
-    "lightning": "the same under Lightning, data and logging included, no probe",
-    "probes": "the same with the `standard` probes live",
+    "none": "the same under Lightning, data and logging included, no probe",
+    "standard": "the same with the `standard` probes live",
+    "every_step": "the same with the `every_step` probes live",
 }
 
 
@@ -38,8 +39,8 @@ def table(head: Sequence[str], rows: Rows) -> str:
 
 
 def throughput(found: Found) -> str:
-    """Milliseconds a step, tokens a second, and our speed with probes over each arm's."""
-    ms, speed, over = found["ms_per_step"], found["tokens_per_second"], found["probes_over"]
+    """Milliseconds a step, tokens a second, our speed with probes over each arm's, and what each probe takes."""
+    ms, speed, over = found["ms_per_step"], found["tokens_per_second"], found["over"]
     rows = [
         [_ARMS[arm], f"{ms[arm]:.2f}", f"{round(speed[arm], -3):,.0f}", f"{over[arm]:.2f}" if arm in over else ""]
         for arm in ms
@@ -47,7 +48,8 @@ def throughput(found: Found) -> str:
     caption = f"{found['share_computed']:.0%} of {found['positions_per_step']:,} positions are computed.".replace(
         "%", " %"
     )
-    return table(["arm", "ms a step", "tokens/s", "probes over it"], rows) + "\n\n" + caption
+    head = ["arm", "ms a step", "tokens/s", f"`{found['compared']}` over it"]
+    return "\n\n".join([table(head, rows), caption, overhead(found["overhead"])])
 
 
 def overhead(found: Found) -> str:
@@ -140,7 +142,6 @@ def ranks(found: Found) -> str:
 
 TABLES: dict[str, Callable[[Found], str]] = {
     "throughput_h100": throughput,
-    "overhead_h100": overhead,
     "overhead_cpu": overhead,
     "fisher_h100": fisher,
     "evaluation_h100": evaluation,

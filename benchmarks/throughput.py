@@ -10,8 +10,8 @@ stories:
 * `plain`: this project's model as plain operations on every position, in a plain loop; nanoGPT's tricks give this.
 * `packed`: this project's model as it trains, without the positions that no target needs and with the fused head, in a
   plain loop.
-* `lightning`: `packed` under the Trainer, with data loading and logging, without a probe.
-* `probes`: the same with the configured probes.
+* `none`: `packed` under the Trainer, with data loading and logging, without a probe.
+* `standard`, `every_step`: the same with the probes of a preset (`--presets`), as `benchmarks.overhead` has them.
 
 A token is a position of the (sequences x context) batch in every arm, padding included: the arms are given the same
 stories, and what they make of them differs. Plain loops have their batches on the device before the clock starts.
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import cycle, islice
@@ -35,7 +34,8 @@ import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from benchmarks.overhead import measure
+from benchmarks import overhead
+from benchmarks.clock import described, here, now
 from mini_gpt_pl.data.datamodule import Batch, ProbedStories
 from mini_gpt_pl.gpt import GPT
 from mini_gpt_pl.module import ProbedGPT
@@ -93,9 +93,16 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
-def plain_loop(name: str, model: ProbedGPT, batches: list[Batch], steps: int, *, compiled: bool) -> float:
-    """Train an arm without Lightning and return its milliseconds per step."""
+def plain_loop(name: str, model: ProbedGPT, batches: list[Batch], steps: int) -> float:
+    """Train an arm without Lightning, compiled on a GPU, and return its milliseconds per batch.
+
+    Raises:
+        ImportError: The peer's library is not installed.
+    """
     device = batches[0].tokens.device
+    compiled = device.type == "cuda"
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
     network, loss = arm(name, model)
     network.to(device).train()
     if compiled and name == "packed":
@@ -108,82 +115,84 @@ def plain_loop(name: str, model: ProbedGPT, batches: list[Batch], steps: int, *,
     begun = 0.0
     for step, batch in enumerate(islice(cycle(batches), _WARMUP + steps)):
         if step == _WARMUP:
-            begun = _now(device)
+            begun = now(device)
         with half:
             found = loss(batch)
         found.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _LIMIT)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return 1e3 * (_now(device) - begun) / steps
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return 1e3 * (now(device) - begun) / steps
 
 
 def main() -> None:
     """Print milliseconds per step and tokens per second of every arm, and their ratios to ours with probes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="steps under the clock, in every arm")
+    parser.add_argument("--steps", type=int, default=300, help="steps under the clock, in every plain loop")
+    parser.add_argument("--start", type=int, default=450, help="step at which the clock of a training starts")
+    parser.add_argument("--until", type=int, default=1250, help="last step of a training")
     parser.add_argument("--repeats", type=int, default=2, help="times that each arm is measured, alternating")
+    parser.add_argument("--presets", nargs="+", default=overhead.PRESETS, help="NAME=FILE; the first one is compared")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     options, rest = parser.parse_known_args()
     model, data, trainer = configured(rest)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     batches = [move_data_to_device(batch, device) for batch in islice(data.train_dataloader(), _BATCHES)]
     data.teardown()
-    compiled = device.type == "cuda"
-    times: dict[str, list[float]] = {name: [] for name in (*PLAIN_ARMS, "lightning", "probes")}
-    for _ in range(options.repeats):
-        for name in PLAIN_ARMS:
-            try:
-                torch._dynamo.reset()
-                times[name].append(plain_loop(name, model, batches, options.steps, compiled=compiled))
-            except ImportError as error:
-                print(f"{name} is left out: {error}")
-            torch.cuda.empty_cache()
-        for name in ("lightning", "probes"):
-            # From step `start` on, as start-up and compilation are no part of a step.
-            times[name].append(measure(rest, options.steps + 100, probes=name == "probes", start=100))
     accumulated = int(trainer.get("accumulate_grad_batches") or 1)
+    loops: dict[str, list[float]] = {}
+    trainings: dict[str, list[overhead.Timing]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = overhead.arms(options.presets, options.start, Path(folder))
+        for _ in range(options.repeats):
+            for name in PLAIN_ARMS:
+                try:
+                    taken = accumulated * plain_loop(name, model, batches, options.steps)
+                    loops.setdefault(name, []).append(taken)
+                    print(f"{name}: {taken:.2f} ms/step", flush=True)
+                except ImportError as error:
+                    print(f"{name} is left out: {error}")
+            for name, file in files.items():
+                timing = overhead.timed_run([*rest, "-c", file], options.until, options.start)
+                trainings.setdefault(name, []).append(timing)
+                print(f"{name}: {timing.ms_per_step:.2f} ms/step", flush=True)
     positions = batches[0].tokens.numel() * accumulated
     kept = sum(len(batch.rows) for batch in batches) / sum(batch.tokens.numel() for batch in batches)
-    result = report(times, positions, kept, accumulated)
-    result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    result["torch"] = torch.__version__
+    result = report(loops, trainings, positions, kept) | described(here())
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def report(times: dict[str, list[float]], positions: int, kept: float, accumulated: int) -> dict[str, Any]:
+def report(
+    loops: dict[str, list[float]], trainings: dict[str, list[overhead.Timing]], positions: int, kept: float
+) -> dict[str, Any]:
     """Print and collect the result.
 
     Args:
-        times: Milliseconds per step of each arm, a value a repeat; plain arms take one micro-batch a step.
+        loops: Milliseconds per optimizer step of each plain loop, a value a repeat.
+        trainings: Of each training under Lightning: `none`, then the presets, the first of which is compared.
         positions: Sequences times context of an optimizer step.
         kept: Share of the positions that a packed batch computes.
-        accumulated: Micro-batches in an optimizer step.
     """
-    taken = {
-        name: median(values) * (accumulated if name in PLAIN_ARMS else 1) for name, values in times.items() if values
-    }
+    repeats = loops | {name: [run.ms_per_step for run in runs] for name, runs in trainings.items()}
+    taken = {name: median(values) for name, values in repeats.items()}
     speeds = {name: 1e3 * positions / milliseconds for name, milliseconds in taken.items()}
+    compared = next(name for name in trainings if name != "none")
     for name, milliseconds in taken.items():
         print(f"{name:14s} {milliseconds:8.2f} ms/step {speeds[name]:12,.0f} tokens/s")
-    ratios = {name: speeds["probes"] / speed for name, speed in speeds.items() if name != "probes"}
+    ratios = {name: speeds[compared] / speed for name, speed in speeds.items() if name != compared}
     for name, ratio in ratios.items():
-        print(f"with probes over {name:14s} {ratio:6.3f}")
+        print(f"{compared} over {name:14s} {ratio:6.3f}")
     print(f"positions that are computed: {kept:.1%} of {positions:,}")
     return {
         "ms_per_step": taken,
-        "repeats_ms": times,
+        "repeats_ms": repeats,
         "tokens_per_second": speeds,
-        "probes_over": ratios,
+        "compared": compared,
+        "over": ratios,
         "positions_per_step": positions,
         "share_computed": kept,
+        "overhead": overhead.report(trainings),
     }
 
 

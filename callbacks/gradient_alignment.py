@@ -15,9 +15,8 @@ from callbacks.measuring import NamesItsLosses, measuring
 from callbacks.probe import Deferred, DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
-from mini_gpt_pl.geometry.alignment import cosines, noise_floor, with_total
+from mini_gpt_pl.geometry.alignment import cosines, noise_floor
 from mini_gpt_pl.geometry.axes import BACKBONE, Axes
-from mini_gpt_pl.geometry.products import squared_norms
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now
 
@@ -179,10 +178,9 @@ def part_gradients(module: LightningModule, batch: Any, selection: ParameterSele
 
 def _against(grad: Vector, axes: Axes) -> tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]:
     """Cosine and coordinate along the backbone: per group along its own, then of the whole along the whole's."""
-    row = grad.values[None]
-    along = axes.project(row)[0, list(axes).index(BACKBONE)]
-    length = with_total(squared_norms(row, axes.selection)[:, 0]).sqrt()
-    return torch.where(length == 0, 0.0, along / length), along
+    square, coordinates = axes.meet(grad)
+    along = coordinates[list(axes).index(BACKBONE)]
+    return torch.where(square == 0, 0.0, along / square.sqrt()), along
 
 
 def loss_scale(trainer: Trainer) -> float:

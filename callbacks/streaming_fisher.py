@@ -15,9 +15,7 @@ from callbacks.probe import DeferringProbe, Estimate
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry import fisher
-from mini_gpt_pl.geometry.alignment import with_total
 from mini_gpt_pl.geometry.axes import BACKBONE
-from mini_gpt_pl.geometry.products import squared_norms
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.logs import log_now
 
@@ -163,9 +161,8 @@ class StreamingFisher(DeferringProbe):
         assert self._recorder is not None
         axes = self._recorder.axes()
         assert axes is not None
-        row = vector.values[None]
-        norms = with_total(squared_norms(row, vector.selection)[:, 0])
-        return torch.stack([norms, axes.project(row)[0, list(axes).index(BACKBONE)].square()]) * factor**2
+        square, coordinates = axes.meet(vector)
+        return torch.stack([square, coordinates[list(axes).index(BACKBONE)].square()]) * factor**2
 
     # ---------------------------------------------------------------------------------------------- logging
 

@@ -24,27 +24,28 @@ def given(*more: str) -> list[str]:
 def test_throughput_measures_every_arm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[bool] = []
+    asked: list[str] = []
 
-    def measure(arguments: list[str], steps: int, *, probes: bool, start: int) -> float:
-        assert arguments == given() and steps > start
-        asked.append(probes)
-        return 8.0 if probes else 4.0
+    def timed_run(arguments: list[str], steps: int, start: int) -> overhead.Timing:
+        assert arguments[:-2] == given() and (steps, start) == (6, 4)
+        asked.append(Path(arguments[-1]).stem)
+        return overhead.Timing(4.0 if asked[-1] == "off" else 8.0, {"fraction": 0.25})
 
-    monkeypatch.setattr(throughput, "measure", measure)
+    monkeypatch.setattr(overhead, "timed_run", timed_run)
     monkeypatch.setattr(throughput, "_WARMUP", 1)
-    monkeypatch.setattr(
-        sys, "argv", ["throughput", "--steps", "2", "--repeats", "1", "--out", f"{tmp_path}/x.json", *given()]
-    )
+    few = ["--steps", "2", "--start", "4", "--until", "6", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["throughput", *few, "--out", f"{tmp_path}/x.json", *given()])
     throughput.main()
     found = json.loads((tmp_path / "x.json").read_text())
-    assert asked == [False, True]
-    assert set(found["ms_per_step"]) == {*throughput.PLAIN_ARMS, "lightning", "probes"}
-    assert found["probes_over"]["lightning"] == pytest.approx(0.5)
-    assert found["tokens_per_second"]["probes"] == pytest.approx(found["positions_per_step"] / 8e-3)
+    assert asked == ["off", "standard", "every_step"]
+    assert set(found["ms_per_step"]) == {*throughput.PLAIN_ARMS, "none", "standard", "every_step"}
+    assert found["compared"] == "standard" and found["over"]["none"] == pytest.approx(0.5)
+    assert found["overhead"]["over_none"] == {"standard": 1.0, "every_step": 1.0}
+    assert found["tokens_per_second"]["standard"] == pytest.approx(found["positions_per_step"] / 8e-3)
     assert 0 < found["share_computed"] <= 1
     assert all(value > 0 for value in found["ms_per_step"].values())
-    assert "with probes over plain" in capsys.readouterr().out
+    assert "standard over plain" in capsys.readouterr().out
+    assert "+100.0%" in page.throughput(found)
 
 
 def test_the_arms_train_the_same_loss() -> None:
@@ -69,7 +70,7 @@ def test_overhead_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "mine over none" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("preset", overhead.PRESETS.values())
+@pytest.mark.parametrize("preset", [preset.partition("=")[2] for preset in overhead.PRESETS])
 def test_presets_are_measured_without_a_budget(preset: str, tmp_path: Path) -> None:
     given_preset = yaml.safe_load(Path(preset).read_text())["trainer"]["callbacks"]
     copied = yaml.safe_load(overhead.without_budget(Path(preset), 7, tmp_path).read_text())["trainer"]["callbacks"]
@@ -85,7 +86,7 @@ def test_the_page_says_what_the_committed_runs_measured() -> None:
 
 
 SAMPLES: dict[str, dict[str, Any]] = {
-    "overhead_h100": {
+    "overhead_cpu": {
         "ms_per_step": {"none": 20.0, "standard": 20.2},
         "over_none": {"standard": 0.01},
         "shares": {"standard": {"TrajectoryRecorder": 0.004, "fraction": 0.01}},
@@ -119,7 +120,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 SAID = {
-    "overhead_h100": ["+1.0%", "0.40%", "20.20"],
+    "overhead_cpu": ["+1.0%", "0.40%", "20.20"],
     "fisher_h100": ["1.040", "1.0e-06"],
     "evaluation_h100": ["200", "10.0%"],
     "data_h100": ["0.50 of tiktoken", "4.0 of what training takes", "0.40%"],

@@ -328,6 +328,38 @@ def test_decay_rates_still_follow_the_kind_of_decay() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["adamw", "adamw-fused", "adamw-amsgrad", "adamw-maximize", "adam", "adam-forgetful"])
+def test_the_kernels_account_as_plain_operations_do(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(70, 64), (3,), (5000,)]  # less than a block, and several with a part of one
+    found = []
+    for place in ("cuda", "cpu"):
+        parameters = [nn.Parameter(normal(*shape, seed=i).float().to(place)) for i, shape in enumerate(shapes)]
+        if rule == "adamw-fused" and place == "cpu":
+            monkeypatch.setitem(RULES, rule, RULES["adamw"])
+        optimizer = RULES[rule](parameters)
+        split, others = (
+            DisplacementSplit(optimizer, parameters),
+            OtherSecondMoments(optimizer, parameters, [0.5, 0.9, 0.0]),
+        )
+        for k in range(4):
+            for i, parameter in enumerate(parameters):
+                parameter.grad = normal(*parameter.shape, seed=10 * k + i).float().to(place)
+            before = BeforeStep.of(optimizer, parameters, gradients=True)
+            torch.nn.utils.clip_grad_norm_(parameters, 0.7 * len(shapes))
+            optimizer.step()
+            split.account(optimizer, before)
+            others.feed(optimizer, before)
+        tensors = [
+            *others.state_dict()["values"],
+            *(t for part in split.moved.values() for t in part),
+            *split._raw.values,
+        ]
+        found.append([tensor.cpu().reshape(-1).double() for tensor in tensors])
+    for here, there in zip(*found, strict=True):
+        assert close(here, there, 2e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rule", ["adamw", "adamw-foreach", "adamw-fused", "adam-l2", "sgd-nesterov", "sgdw"])
 def test_on_a_gpu_nothing_waits_and_the_formula_holds(rule: str) -> None:
     parameters = [nn.Parameter(normal(*shape, seed=i).cuda()) for i, shape in enumerate(SMALL.shapes)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mini_gpt_pl.geometry import pca
 from mini_gpt_pl.geometry.alignment import with_total
-from mini_gpt_pl.geometry.products import inner_products, squared_norms
+from mini_gpt_pl.geometry.products import inner_products, products_at_once, squared_norms
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.trajectory import Trajectory
 
@@ -129,6 +129,20 @@ class Axes(Mapping[str, Axis]):
         """Coordinates of vectors of the selection along all unit directions; zero along one that vanishes."""
         inner = self._of_places(inner_products(vectors, self.rows, self.selection))
         return torch.where(self._lengths > 0, inner / self._lengths, 0.0)
+
+    def meet(self, vector: Vector) -> tuple[Float[Tensor, " G1"], Float[Tensor, "N G1"]]:
+        """Squared length of one vector, and its coordinates as `project` has them, in one pass where a GPU holds it.
+
+        Raises:
+            FingerprintError: The vector orders its coordinates differently.
+        """
+        self.selection.accept(vector.selection)
+        row = vector.values[None]
+        found = products_at_once([*self.rows, vector.values], vector.values, self.selection)
+        if found is None:
+            return with_total(squared_norms(row, self.selection)[:, 0]), self.project(row)[0]
+        inner = self._of_places(found[:, None, :-1])
+        return with_total(found[:, -1]), torch.where(self._lengths > 0, inner / self._lengths, 0.0)[0]
 
     @cached_property
     def _lengths(self) -> Float[Tensor, "N G1"]:

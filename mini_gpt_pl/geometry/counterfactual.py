@@ -12,6 +12,11 @@ from torch.optim import Optimizer
 from mini_gpt_pl.geometry.moments import BeforeStep, Ladder, Settings, group_of, seen_gradient, to_host, wide
 from mini_gpt_pl.geometry.selection import Vector, local_part
 
+try:
+    from mini_gpt_pl import step_kernels
+except ImportError:  # no Triton, as in builds of torch for CPUs
+    step_kernels = None  # type: ignore[assignment]
+
 
 class OtherSecondMoments:
     """Second moments that other beta2 would have made of the same gradients; the run itself never sees them.
@@ -32,7 +37,12 @@ class OtherSecondMoments:
         self.beta2 = tuple(beta2)
         self.counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
         counted = list(zip(parameters, self.counts, strict=True))
-        self.values = [[_start(optimizer, p, count, b) for p, count in counted] for b in beta2]
+        starts = [[_start(optimizer, p, count, b) for b in beta2] for p, count in counted]
+        # Those of one weight lie together where a kernel may take them all at once: sharded ones cannot.
+        self._stacks = [torch.stack(held) if type(held[0]) is Tensor else None for held in starts]
+        held = [start if stack is None else stack for start, stack in zip(starts, self._stacks, strict=True)]
+        self.values = [[of_weight[k] for of_weight in held] for k in range(len(beta2))]
+        self._betas = torch.tensor(self.beta2, device=parameters[0].device)
 
     def feed(self, optimizer: Optimizer, before: BeforeStep) -> None:
         """Take in the gradients of the step that has just been made; those of L2 decay need `before.weights`."""
@@ -41,6 +51,10 @@ class OtherSecondMoments:
             if settings.l2 != 0.0:
                 gradient = gradient + settings.l2 * wide(before.weights[i])
             self.counts[i] += 1
+            stack = self._stacks[i]
+            if stack is not None and step_kernels is not None and step_kernels.takes([stack, gradient, self._betas]):
+                step_kernels.feed(stack.flatten(1), gradient, self._betas)
+                continue
             for beta2, values in zip(self.beta2, self.values, strict=True):
                 values[i].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
 

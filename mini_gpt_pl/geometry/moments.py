@@ -175,7 +175,8 @@ class BeforeStep:
             gradients: Whether to copy the gradients.
             loss_scale: Factor that is still on the gradients.
         """
-        owner = {id(p): Settings.of(optimizer, group) for group in optimizer.param_groups for p in group["params"]}
+        groups = [(Settings.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
+        owner = {id(p): settings for settings, members in groups for p in members}
         settings = [owner.get(id(p)) if p.grad is not None else None for p in parameters]
         copies = [p.detach().clone() for p in parameters] if weights else []
         raw = []
@@ -227,9 +228,11 @@ def parts_of(optimizer: Optimizer, settings: Settings, parameter: Tensor, before
 
 
 def seen_gradient(optimizer: Optimizer, settings: Settings, parameter: Tensor) -> Tensor:
-    """Gradient that the step used, signed for descent, without L2: accumulated, reduced and clipped."""
+    """Gradient that the step used, signed for descent, without L2: accumulated, reduced, clipped. To be read only."""
     assert parameter.grad is not None
-    grad = wide(parameter.grad) * settings.sign
+    grad = wide(parameter.grad)
+    if settings.sign != 1.0:
+        grad = grad * settings.sign
     if settings.overwrites and settings.beta1 != 0.0:
         grad = grad - settings.beta1 * wide(optimizer.state[parameter]["momentum_buffer"])
     return grad

@@ -12,7 +12,7 @@ which the tests hold it to. Relative to a small <x, y> the error is larger by wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.geometry.selection import ParameterSelection
+
+try:
+    from mini_gpt_pl import row_kernels
+except ImportError:  # no Triton, as in builds of torch for CPUs
+    row_kernels = None  # type: ignore[assignment]
 
 # Coordinates that are summed in the vectors' own precision.
 _TILE = 1 << 12
@@ -41,6 +46,19 @@ def inner_products(
     a, b = a.to(dtype), b.to(dtype)
     with _full_precision(a.device):
         return selection.total(torch.stack([_products(a[:, span], b[:, span]) for span in selection.slices]))
+
+
+def products_at_once(
+    rows: Sequence[Float[Tensor, " D"]], new: Float[Tensor, " D"], selection: ParameterSelection
+) -> Float[Tensor, "G n"] | None:
+    """Inner products of one vector with rows, per group, in float64, by one kernel for all groups; None without a GPU.
+
+    A probe that looks at every step has no time for some kernels a group.
+    """
+    if row_kernels is None or not row_kernels.takes([*rows, new]):
+        return None
+    spans = [(span.start, span.stop) for span in selection.slices]
+    return selection.total(row_kernels.inner_products(rows, new, spans))
 
 
 def squared_norms(a: Float[Tensor, "M D"], selection: ParameterSelection) -> Float[Tensor, "G M"]:
