@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _COLUMNS, _WARPS = 4096, 4
@@ -68,11 +68,14 @@ def inner_products(
     blocks, lows, highs, _, edges = _blocks(tuple(spans), new.device, _COLUMNS)
     partial = torch.empty(len(blocks), len(rows), dtype=torch.float64, device=new.device)
     for first, last, dtype in _runs(rows):
-        table = _table(rows[first:last], new.device)
+        table = addresses(rows[first:last], new.device)
         _dot_rows[(len(blocks),)](
             table, new, blocks, lows, highs, partial[:, first:], len(new), last - first, len(rows),
             KIND=_TYPES[dtype], COLUMNS=_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
+    counts = {hi - lo for lo, hi in pairwise(edges)}
+    if len(counts) == 1:  # groups of one size, as the blocks of a transformer are
+        return partial.view(len(spans), counts.pop(), len(rows)).sum(1)
     return torch.stack([partial[lo:hi].sum(0) for lo, hi in pairwise(edges)])
 
 
@@ -92,7 +95,7 @@ def combine(
     moved = weights.float().to(device)
     for first, last, dtype in _runs(rows):
         _add_rows[(len(blocks),)](
-            _table(rows[first:last], device), moved[:, :, first:last].contiguous(), out, blocks, lows, highs, groups,
+            addresses(rows[first:last], device), moved[:, :, first:last].contiguous(), out, blocks, lows, highs, groups,
             dim, last - first, len(spans), KIND=_TYPES[dtype], N=count, M=triton.next_power_of_2(count),
             COLUMNS=_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
@@ -117,12 +120,13 @@ def _runs(rows: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
     return [(lo, hi, rows[lo].dtype) for lo, hi in pairwise([*edges, len(rows)])]
 
 
-def _table(rows: Sequence[Tensor], device: torch.device) -> Tensor:
-    return _to(torch.tensor([row.data_ptr() for row in rows], dtype=torch.int64), device)
+def addresses(tensors: Sequence[Tensor], device: torch.device) -> Int[Tensor, " n"]:
+    """Where tensors lie, in a table for kernels; they must be kept until the kernels have run."""
+    return to_device(torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64), device)
 
 
-def _to(values: Tensor, device: torch.device) -> Tensor:
-    """Move without waiting for the device."""
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Move to where kernels read it, without waiting for the device."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
@@ -135,5 +139,5 @@ def _blocks(
     counts = torch.tensor([len(part) for part in numbers])
     ends = torch.tensor(spans, dtype=torch.int64).repeat_interleave(counts, 0)
     groups = torch.arange(len(spans)).repeat_interleave(counts)
-    tables = [_to(part, device) for part in (torch.cat(numbers), ends[:, 0].clone(), ends[:, 1].clone(), groups)]
+    tables = [to_device(part, device) for part in (torch.cat(numbers), ends[:, 0].clone(), ends[:, 1].clone(), groups)]
     return tables[0], tables[1], tables[2], tables[3], [0, *counts.cumsum(0).tolist()]

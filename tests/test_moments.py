@@ -356,7 +356,7 @@ def test_the_kernels_account_as_plain_operations_do(rule: str, monkeypatch: pyte
         ]
         found.append([tensor.cpu().reshape(-1).double() for tensor in tensors])
     for here, there in zip(*found, strict=True):
-        assert close(here, there, 2e-6)
+        assert close(here, there, 1e-5)  # the two clip by norms that are rounded differently, and parts cancel
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

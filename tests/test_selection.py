@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -132,6 +135,23 @@ def test_a_model_that_does_not_fit() -> None:
         selection.weights(other)
     with pytest.raises(ValueError, match="shapes"):
         selection.flatten(list(other.parameters()))
+
+
+def test_parameters_are_found_again_where_they_were_and_seen_when_they_change() -> None:
+    net = Net()
+    selection = ParameterSelection.of(net, BY_KIND)
+    first = selection.parameters(net)
+    assert all(a is b for a, b in zip(first, selection.parameters(net), strict=True))
+    name = selection.names[1]
+    net.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.zeros(selection.shapes[1]))
+    again = selection.parameters(net)
+    assert again[1] is net.get_parameter(name) is not first[1] and again[0] is first[0]
+    twin = copy.deepcopy(net)
+    assert selection.parameters(twin)[0] is twin.get_parameter(selection.names[0])
+    gone = weakref.ref(net)
+    del net, first, again
+    gc.collect()
+    assert gone() is None  # what is remembered keeps no model alive
 
 
 SHAPES = st.lists(st.lists(st.integers(1, 4), max_size=3).map(tuple), min_size=1, max_size=5)

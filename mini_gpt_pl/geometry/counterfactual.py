@@ -37,26 +37,25 @@ class OtherSecondMoments:
         self.beta2 = tuple(beta2)
         self.counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
         counted = list(zip(parameters, self.counts, strict=True))
-        starts = [[_start(optimizer, p, count, b) for b in beta2] for p, count in counted]
-        # Those of one weight lie together where a kernel may take them all at once: sharded ones cannot.
-        self._stacks = [torch.stack(held) if type(held[0]) is Tensor else None for held in starts]
-        held = [start if stack is None else stack for start, stack in zip(starts, self._stacks, strict=True)]
-        self.values = [[of_weight[k] for of_weight in held] for k in range(len(beta2))]
+        self.values = [[_start(optimizer, p, count, b) for p, count in counted] for b in beta2]
         self._betas = torch.tensor(self.beta2, device=parameters[0].device)
 
     def feed(self, optimizer: Optimizer, before: BeforeStep) -> None:
         """Take in the gradients of the step that has just been made; those of L2 decay need `before.weights`."""
+        at_once = []
         for i, settings, parameter in before.touched():
             gradient = seen_gradient(optimizer, settings, parameter)
             if settings.l2 != 0.0:
                 gradient = gradient + settings.l2 * wide(before.weights[i])
             self.counts[i] += 1
-            stack = self._stacks[i]
-            if stack is not None and step_kernels is not None and step_kernels.takes([stack, gradient, self._betas]):
-                step_kernels.feed(stack.flatten(1), gradient, self._betas)
+            tensors = [gradient, *(values[i] for values in self.values)]
+            if step_kernels is not None and step_kernels.takes([*tensors, self._betas]):
+                at_once.append(tensors)
                 continue
             for beta2, values in zip(self.beta2, self.values, strict=True):
                 values[i].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        if at_once:
+            step_kernels.feed(at_once, self._betas)
 
     def steps(self, before: BeforeStep, ladder: Ladder) -> dict[float, tuple[Vector, Vector]]:
         """The normalised rung and the full update under each beta2, signed as steps."""

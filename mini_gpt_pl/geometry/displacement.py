@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mini_gpt_pl.geometry.moments import BeforeStep, Settings, flatten, parts_of, to_host, wide
+from mini_gpt_pl.geometry.moments import BeforeStep, Parts, Settings, flatten, parts_of, to_host, wide
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 
 try:
@@ -51,46 +51,53 @@ class DisplacementSplit:
 
     def account(self, optimizer: Optimizer, before: BeforeStep) -> None:
         """Take in the step that has just been made; `before` needs weights and gradients."""
+        at_once: dict[tuple[Settings, int], list[list[Tensor]]] = {}
         for i, settings, parameter in before.touched():
             self.counts[i] += 1
-            if self._account_at_once(i, settings, optimizer.state.get(parameter, {}), before):
-                continue
-            parts = parts_of(optimizer, settings, parameter, before.weights[i])
-            raw = self._raw.feed(i, settings, before.gradients[i]) / parts.bias1
-            scale = settings.lr / parts.denominator
-            rest = parts.numerator - raw
-            self.moved["gradient"][i].addcmul_(raw, scale, value=-1.0)
-            self.moved["decay"][i].add_(parts.decay)
-            if settings.l2 != 0.0:
-                pull = self._pull.feed(i, settings, settings.l2 * wide(before.weights[i])) / parts.bias1
-                self.moved["decay"][i].addcmul_(pull, scale, value=-1.0)
-                rest = rest - pull
-            self.moved["clipping"][i].addcmul_(rest, scale, value=-1.0)
+            tensors = self._for_kernel(i, settings, optimizer.state.get(parameter, {}), before)
+            if tensors is None:
+                self._account(i, settings, parts_of(optimizer, settings, parameter, before.weights[i]), before)
+            else:
+                at_once.setdefault((settings, self.counts[i]), []).append(tensors)
+        for (settings, count), weights in at_once.items():
+            step_kernels.account(
+                weights,
+                beta1=settings.beta1,
+                bias1=1.0 - settings.beta1**count,
+                bias2=1.0 - settings.beta2**count,
+                lr=settings.lr,
+                eps=settings.eps,
+                decay=settings.decay,
+            )
 
-    def _account_at_once(self, i: int, settings: Settings, state: Mapping[str, Any], before: BeforeStep) -> bool:
-        """Take in the step on one weight by a kernel, if there is one for it."""
+    def _account(self, i: int, settings: Settings, parts: Parts, before: BeforeStep) -> None:
+        """Take in the step on one weight by plain operations."""
+        raw = self._raw.feed(i, settings, before.gradients[i]) / parts.bias1
+        scale = settings.lr / parts.denominator
+        rest = parts.numerator - raw
+        self.moved["gradient"][i].addcmul_(raw, scale, value=-1.0)
+        self.moved["decay"][i].add_(parts.decay)
+        if settings.l2 != 0.0:
+            pull = self._pull.feed(i, settings, settings.l2 * wide(before.weights[i])) / parts.bias1
+            self.moved["decay"][i].addcmul_(pull, scale, value=-1.0)
+            rest = rest - pull
+        self.moved["clipping"][i].addcmul_(rest, scale, value=-1.0)
+
+    def _for_kernel(
+        self, i: int, settings: Settings, state: Mapping[str, Any], before: BeforeStep
+    ) -> list[Tensor] | None:
+        """Collect what the kernel needs of one weight; None if there is no kernel for it."""
         if step_kernels is None or settings.kind != "adam" or settings.l2 != 0.0:
-            return False
-        moments = (state["exp_avg"], state["max_exp_avg_sq" if settings.amsgrad else "exp_avg_sq"])
+            return None
+        momentum, square = state["exp_avg"], state["max_exp_avg_sq" if settings.amsgrad else "exp_avg_sq"]
+        raw = torch.zeros_like(momentum) if self._raw.values[i] is None else self._raw.values[i]
+        assert raw is not None
         moved = [self.moved[part][i] for part in ("gradient", "decay", "clipping")]
-        if not step_kernels.takes([before.gradients[i], before.weights[i], *moments, *moved]):
-            return False
-        raw = self._raw.values[i]
-        self._raw.values[i] = raw = torch.zeros_like(moments[0]) if raw is None else raw
-        step_kernels.account(
-            raw,
-            before.gradients[i],
-            *moments,
-            before.weights[i],
-            moved,
-            beta1=settings.beta1,
-            bias1=1.0 - settings.beta1 ** self.counts[i],
-            bias2=1.0 - settings.beta2 ** self.counts[i],
-            lr=settings.lr,
-            eps=settings.eps,
-            decay=settings.decay,
-        )
-        return True
+        tensors = [raw, before.gradients[i], momentum, square, before.weights[i], *moved]
+        if not step_kernels.takes(tensors):
+            return None
+        self._raw.values[i] = raw
+        return tensors
 
     def close(self, selection: ParameterSelection) -> dict[str, Vector]:
         """Begin a new interval, and return the parts of the last one.

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer
 
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
@@ -178,18 +179,26 @@ class BeforeStep:
         groups = [(Settings.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
         owner = {id(p): settings for settings, members in groups for p in members}
         settings = [owner.get(id(p)) if p.grad is not None else None for p in parameters]
-        copies = [p.detach().clone() for p in parameters] if weights else []
-        raw = []
-        for p, s in zip(parameters if gradients else [], settings, strict=False):
-            grad = torch.zeros_like(p) if s is None or p.grad is None else p.grad * (s.sign / loss_scale)
-            raw.append(wide(grad))
-        return cls(parameters, settings, copies, raw)
+        raw = _copies([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]) if gradients else []
+        for copy, s in zip(raw, settings, strict=False):
+            if s is not None and s.sign != loss_scale:
+                copy.mul_(s.sign / loss_scale)
+        return cls(parameters, settings, _copies(parameters) if weights else [], [wide(copy) for copy in raw])
 
     def touched(self) -> Iterator[tuple[int, Settings, Tensor]]:
         """Iterate over position, settings and parameter of what the step moves."""
         for i, (settings, parameter) in enumerate(zip(self.settings, self.parameters, strict=True)):
             if settings is not None:
                 yield i, settings, parameter
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors; plain ones of one kind all at once, as views of one copy."""
+    kinds = {(type(t) in (Tensor, Parameter), t.dtype, t.device) for t in tensors}
+    if len(kinds) != 1 or not kinds.pop()[0]:
+        return [t.detach().clone() for t in tensors]
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ import hashlib
 import itertools
 import math
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -255,7 +257,10 @@ class ParameterSelection:
         Raises:
             UserError: A selected parameter is missing or has another shape.
         """
-        _reshard(module)
+        known = _PLACES.get(module, {}).get(self.fingerprint)
+        if known is not None and None not in (found := [place.parameter() for place in known]):
+            return [parameter for parameter in found if parameter is not None]
+        sharded = _reshard(module)
         available = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in available:
@@ -264,6 +269,9 @@ class ParameterSelection:
                 raise UserError(
                     f"parameter {name!r} has shape {tuple(available[name].shape)}, the selection has {shape}"
                 )
+        if not sharded:  # there, weights change places within a step
+            places = _places_of(module)
+            _PLACES.setdefault(module, {})[self.fingerprint] = [places[name] for name in self.names]
         return [available[name] for name in self.names]
 
     def flatten(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Vector:
@@ -364,14 +372,45 @@ def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
     return place
 
 
-def _reshard(module: nn.Module) -> None:
+def _reshard(module: nn.Module) -> bool:
     """Let FSDP2 register its shards: after a forward, its root leaves the gathered weights in their place.
 
     A backward that is still to come gathers them again.
+
+    Returns:
+        Whether there are any.
     """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.reshard()
+    return bool(sharded)
+
+
+class _Place(NamedTuple):
+    """Where a module keeps a parameter: probes ask at every step, and to go through all modules takes a millisecond."""
+
+    owner: weakref.ref[nn.Module]
+    name: str
+    held: weakref.ref[nn.Parameter]
+
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter, if it is still there and the one that it was."""
+        owner, held = self.owner(), self.held()
+        return held if owner is not None and held is not None and owner._parameters.get(self.name) is held else None
+
+
+# By module, then by a selection's fingerprint.
+_PLACES: weakref.WeakKeyDictionary[nn.Module, dict[str, list[_Place]]] = weakref.WeakKeyDictionary()
+
+
+def _places_of(module: nn.Module) -> dict[str, _Place]:
+    """Where each parameter is kept, by its plain name."""
+    return {
+        plain_name(f"{prefix}.{name}" if prefix else name): _Place(weakref.ref(part), name, weakref.ref(parameter))
+        for prefix, part in module.named_modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    }
 
 
 @contextmanager
