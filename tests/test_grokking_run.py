@@ -74,17 +74,22 @@ def test_seeds_share_neither_weights_nor_split(grokked: dict[int, Run]) -> None:
     assert not torch.equal(grams[0], grams[1]) and not torch.equal(grams[1], grams[2])
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_cut_at_the_stop_pc1_is_what_decay_gives(grokked: dict[int, Run], seed: int) -> None:
-    run = grokked[seed]
+def excess(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centred PC1 of each matrix cut at the stop, and what it has over decay with the measured innovations."""
     path = windows.window(run.trajectory, 0, milestone(run, "test_98_thrice"))
     walks = (nulls.decaying_walk(path.grams, path.survival), innovations.innovation_walk(path.grams, path.survival))
     measured, by_increments, by_innovations = (
         centred.centred_statistics(grams, path.survival)["pc1_centred"] for grams in (path.grams, *walks)
     )
     assert bool((measured < by_increments).all())
-    # The spread over seeds is 7 points in W_Q; without decay the excess is 15.
-    assert float((measured - by_innovations).abs().max()) < 0.10
+    return measured, measured - by_innovations
+
+
+def test_cut_at_the_stop_pc1_is_what_decay_gives(grokked: dict[int, Run]) -> None:
+    measured, over = (torch.stack(found) for found in zip(*map(excess, grokked.values()), strict=True))
+    assert float(over.mean(0).abs().max()) < 0.06  # means of three seeds, as published
+    # Single seeds lie up to 7 points away in W_Q; without decay the excess is 15.
+    assert float(over.abs().max()) < 0.10
     # And that depends on the cut: no bound holds for the windows inside.
     assert float(measured.max()) < 0.75
 
@@ -102,12 +107,15 @@ def change(run: Run, name: str) -> float:
 def test_what_jumps_at_grok_is_one_over_the_gradient(grokked: dict[int, Run]) -> None:
     """D jumps while the gradients vanish and the commutator without 1/||g|| falls: medians over records and seeds.
 
-    That c falls by 3 between t90 and 300 steps later, as the study's own configuration has it, is not true of single
-    runs of this one: behind t90 c alternates from record to record with the gradient, 11, 87, 11.
+    Behind t90 single records of c alternate with the gradient, 11, 87, 11: the fall of each run is that from its peak
+    before t90 to the median of what follows.
     """
     of = {name: statistics.median(change(run, name) for run in grokked.values()) for name in ("defect", "norm_a", "c")}
     assert of["defect"] > 3 and of["norm_a"] < 0.2 and of["c"] < 0.5
     assert all(change(run, "c") < 1 < change(run, "defect") for run in grokked.values())
+    for run in grokked.values():
+        c, t90 = run.series("commutator/all/c"), milestone(run, "test_90")
+        assert float(c.loc[:t90].max()) > 3 * float(c.loc[t90 + 200 :].median())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
