@@ -3,7 +3,8 @@
     python -m benchmarks.grokking --out x.json
 
 The arms alternate within one process and train the same thing. `watched` evaluates the whole sets and takes snapshots
-every 100 steps, so --steps and --start are best multiples of 100.
+every 100 steps, so --steps and --start are best multiples of 100. `stacked` is a plain loop of some seeds at once, the
+weights of all in one tensor each and the model mapped over them; its milliseconds are those of a step of one seed.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.func import functional_call, stack_module_state
 from torch.optim import AdamW
 
 from benchmarks.clock import described, here, now
 from benchmarks.overhead import STOPWATCH_FILE, Stopwatch
 from callbacks import CostControl, Schedule, StopOnDivergence, TrajectoryRecorder
-from mini_gpt_pl.grokking.data import ModularArithmetic
+from mini_gpt_pl.grokking.data import Examples, ModularArithmetic
 from mini_gpt_pl.grokking.encoder import ATTENTION_PATTERN, EncoderSize
 from mini_gpt_pl.grokking.milestones import Evaluation
 from mini_gpt_pl.grokking.module import ADAMW, ResidueClassifier
 from mini_gpt_pl.logs import MetricsCSV
 
 # Shape and modulus of the presets in configs/grokking.
+SEEDS = 3  # of a sweep
 MODELS = {"smoke": (EncoderSize(1, 4, 64, 128), 59), "paper": (EncoderSize(), 97)}
 
 
@@ -59,6 +64,43 @@ def plain(name: str, steps: int, start: int) -> float:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     return 1e3 * (now(device) - begun) / (steps - start)
+
+
+def stacked(name: str, steps: int, start: int, seeds: int = SEEDS) -> float:
+    """Milliseconds per step and seed of a loop that trains some seeds at once."""
+    device, built = here(), [build(name) for _ in range(seeds)]
+    for module, data in built:
+        module.to(device)
+        data.device = device
+        data.setup()
+    base = built[0][0]
+    weights, buffers = stack_module_state([module for module, _ in built])
+    losses = torch.vmap(lambda own, kept, batch: _loss(base, own, kept, batch))
+    optimizer = AdamW(weights.values(), **ADAMW, fused=True)
+    streams = [iter(data.batches()) for _, data in built]
+    begun = 0.0
+    for step in range(steps):
+        if step == start:
+            begun = now(device)
+        optimizer.zero_grad()
+        batch = Examples(*map(torch.stack, zip(*map(next, streams), strict=True)))
+        losses(weights, buffers, batch).sum().backward()
+        _clip_each(list(weights.values()))
+        optimizer.step()
+    return 1e3 * (now(device) - begun) / (steps - start) / seeds
+
+
+def _loss(module: ResidueClassifier, weights: Any, buffers: Any, batch: Examples) -> Tensor:
+    logits: Tensor = functional_call(module, (weights, buffers), (batch.tokens,))
+    return F.cross_entropy(logits, batch.labels)
+
+
+def _clip_each(weights: list[Tensor], limit: float = 1.0) -> None:
+    """Clip the gradients of every seed by their own norm, as `clip_grad_norm_` does for one."""
+    gradients = [weight.grad.flatten(1) for weight in weights if weight.grad is not None]
+    norms = torch.stack([gradient.norm(dim=1) for gradient in gradients]).norm(dim=0)
+    for gradient in gradients:
+        gradient.mul_((limit / (norms + 1e-6)).clamp(max=1.0)[:, None])
 
 
 def lightning(name: str, steps: int, start: int, *, watched: bool) -> float:
@@ -91,6 +133,7 @@ def lightning(name: str, steps: int, start: int, *, watched: bool) -> float:
 
 ARMS: dict[str, Callable[[str, int, int], float]] = {
     "plain": plain,
+    "stacked": stacked,
     "lightning": lambda *given: lightning(*given, watched=False),
     "watched": lambda *given: lightning(*given, watched=True),
 }

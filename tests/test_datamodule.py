@@ -99,7 +99,7 @@ def test_a_batch_is_its_examples_one_by_one() -> None:
 
 def test_a_batch_arrives_from_a_pipe_as_it_was_sent() -> None:
     batch = next(iter(stream_of()))
-    arrived = pickle.loads(pickle.dumps(Piped(batch)))
+    arrived = pickle.loads(pickle.dumps(Piped(batch))).batch()
     assert isinstance(arrived, Batch) and digest(arrived) == digest(batch)
     assert [column.dtype for column in arrived] == [column.dtype for column in batch]
     assert [column.shape for column in arrived] == [column.shape for column in batch]

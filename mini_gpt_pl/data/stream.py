@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from mini_gpt_pl.data.batch import Batch, Piped
+from mini_gpt_pl.data.batch import Arrived, Batch, Piped
 from mini_gpt_pl.data.corpus import TokenizedStories
 from mini_gpt_pl.data.probe import Example, Probe, Stream, sample_rng
 from mini_gpt_pl.errors import UserError
@@ -65,9 +65,9 @@ class TrainStream:
         self._begun = False
         self._sampler = _StorySampler(len(stories), batch_size, seed, rank, world_size)
         # What reads ahead, and the micro-batch since the first epoch's that it gives next.
-        self._reader: Iterator[Batch] | None = None
+        self._reader: Iterator[Batch | Arrived] | None = None
         self._next = 0
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Batch | Arrived] = DataLoader(
             TrainingBatches(stories, probe, seed),
             # Typed as lists of indices, but any key reaches the dataset.
             batch_sampler=self._sampler,  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ class TrainStream:
             self._reader, self._next = iter(self._loader), start
         taken = list(islice(self._reader, start - self._next, start - self._next + size))
         self._next = start + size
-        return taken
+        return [batch.batch() if isinstance(batch, Arrived) else batch for batch in taken]
 
     def _epoch_length(self) -> int:
         return int(min(len(self), self._limit()))

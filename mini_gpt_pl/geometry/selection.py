@@ -257,9 +257,10 @@ class ParameterSelection:
         Raises:
             UserError: A selected parameter is missing or has another shape.
         """
-        known = _PLACES.get(module, {}).get(self.fingerprint)
-        if known is not None and None not in (found := [place.parameter() for place in known]):
-            return [parameter for parameter in found if parameter is not None]
+        known = [place.parameter() for place in _PLACES.get(module, {}).get(self.fingerprint, [])]
+        found = [parameter for parameter in known if parameter is not None]
+        if found and len(found) == len(known):
+            return found
         sharded = _reshard(module)
         available = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         for name, shape in zip(self.names, self.shapes, strict=True):
