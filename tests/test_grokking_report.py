@@ -30,7 +30,7 @@ from rich.console import Console
 
 import cli
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.report import place
+from mini_gpt_pl.report import grokking_claims, place
 from mini_gpt_pl.report.comparison import require_comparable
 from mini_gpt_pl.report.grokking_claims import Claim, claims
 from mini_gpt_pl.report.grokking_clocks import ONSET, clock_steps, separation
@@ -370,6 +370,28 @@ def test_runs_without_decay_are_no_operations_that_do_not_generalise(tmp_path: P
     assert "6 of 6 runs that do not generalise and 0 of 4 without decay" in told.null
 
 
+@pytest.mark.parametrize(
+    ("free", "groks", "verdict"),
+    [
+        (0.150, (-0.006, 0.129), "**does not reproduce**"),
+        (-0.050, (-0.010, 0.090), "**reproduces**"),
+        (0.060, (0.010, 0.090), "**undecided**"),
+        (0.001, (-0.048, 0.009), "**a null**"),
+    ],
+)
+def test_the_control_without_decay_is_read_beside_both_nulls(
+    free: float, groks: tuple[float, float], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = commutator(constant(1.0), constant(1.0))
+    runs = [
+        write(tmp_path / "groks", grokking(), flat),
+        write(tmp_path / "free", memorising(), flat, config(decay=0.0)),
+    ]
+    excess = {"walk": free, **dict(zip(grokking_claims.DECAYING, groks, strict=True))}
+    monkeypatch.setattr(grokking_claims, "_excess", lambda cells, null: [excess[null]])
+    assert judged(runs)["Without weight decay"].reading.startswith(verdict)
+
+
 def test_an_operation_of_which_some_seeds_generalise_has_an_area_and_no_p(tmp_path: Path) -> None:
     early, never = commutator(rises(600, 1.0, 100.0), constant(1.0)), commutator(constant(1.0), constant(1.0))
     runs = family(tmp_path / "runs", {True: early, False: never})
@@ -607,8 +629,10 @@ def test_the_page_has_the_tables_that_the_kept_runs_give_again() -> None:
 
 
 def test_the_studys_configuration_is_repeated_and_its_tables_are_those_of_the_kept_runs() -> None:
-    runs = grokking_runs([Run(path) for path in sorted((KEPT_RUNS / "runs/grokking_paper").iterdir())])
-    assert len(runs) == 15 and not any(run.differs for run in runs)
+    folders = [KEPT_RUNS / "runs/grokking_paper", KEPT_RUNS / "runs/grokking_nodecay"]
+    runs = grokking_runs([Run(path) for folder in folders for path in sorted(folder.iterdir())])
+    assert len(runs) == 18 and not any(run.differs for run in runs)
+    assert [run.groks for run in runs if run.is_free] == [False] * 3
     assert {run.operation for run in runs if run.groks} == {"add", "sub", "mul", "x2_y2"}
     assert [run.groks for run in runs if run.operation == "x3_xy"] == [False] * 3
     for table in (overview(runs), onsets(runs), defect_at_grok(runs), last_defects(runs)):

@@ -38,16 +38,18 @@ def weights_of(seed: int, drift: float, start: int, kept: float = KEPT) -> Tenso
     return torch.stack(theta)
 
 
-def run_of(folder: Path, seed: int, *, drift: float = 0.0, start: int | None = None, operation: str = "add") -> Run:
+def run_of(
+    folder: Path, seed: int, *, drift: float = 0.0, start: int | None = None, operation: str = "add", kept: float = KEPT
+) -> Run:
     """A run folder with the snapshots of such a path."""
     files = SnapshotFolder(folder / "snapshots", WEIGHTS)
     rows, trajectory = IncrementRows(WEIGHTS, torch.float32), Trajectory.empty(WEIGHTS)
     start = 1000 + seed if start is None else start
     for step, values in zip(STEPS, weights_of(seed, drift, start).float(), strict=True):
         new = rows.increment(Vector(values, WEIGHTS))
-        trajectory.append(step, rows.dots(new), survival=KEPT**step)
+        trajectory.append(step, rows.dots(new), survival=kept**step)
         rows.push(new)
-        files.write(step, new, KEPT**step)
+        files.write(step, new, kept**step)
     files.close()
     trajectory.save(folder / "trajectory.safetensors")
     told = {"task": "operations", "seed_everything": seed, "data": {"operation": operation, "seed": seed}}
@@ -131,6 +133,15 @@ def test_the_command_writes_means_and_every_pair(
     assert len(pairs) == 18 and int(means["pairs"].sum()) == 18
     chosen = pairs[(pairs["paths"] == LAYERS) & (pairs["weights"] == "L0 Q and L1 Q")]
     assert float(means.iloc[0]["overlap"]) == pytest.approx(float(chosen["overlap"].mean()))
+
+
+def test_runs_without_decay_stay_out_of_a_reports_means(decaying: list[Run], tmp_path: Path) -> None:
+    free = [run_of(tmp_path / f"free{seed}", seed, kept=1.0) for seed in (1, 2)]
+    alone, mixed = (
+        int(overlap_sections(runs)[0].frame["pairs"].astype(int).sum()) for runs in (decaying, [*decaying, *free])
+    )
+    assert alone == mixed == 18
+    assert int(overlap_sections(free)[0].frame["pairs"].astype(int).sum()) == 8
 
 
 def test_what_cannot_be_compared_is_said_in_one_line(decaying: list[Run], tmp_path: Path) -> None:

@@ -183,13 +183,21 @@ def _no_decay(runs: Sequence[GrokkingRun]) -> Claim | None:
         return None
     of_free = statistics.fmean(_excess(free, "walk"))
     of_grokked = [statistics.fmean(_excess(grokked, null)) for null in DECAYING]
-    more = of_free > max(of_grokked)
+    if max(of_free, *of_grokked) <= _MARGIN:
+        reading = f"**a null**: neither has {100 * _MARGIN:.0f} points over its null, on average over the matrices."
+    elif of_free > max(of_grokked):
+        reading = "**does not reproduce**: the excess without decay is larger than that of the runs that grok."
+    elif of_free < min(of_grokked):
+        reading = "**reproduces**: the excess without decay is smaller than that of the runs that grok."
+    else:
+        reading = (
+            "**undecided**: the excess without decay lies between those of the runs that grok over their two nulls."
+        )
     return Claim(
         "The control without weight decay has no such structure",
         f"PC1 {_spread([cell['measured'] for cell in free], _share)}, excess over the walk {100 * of_free:+.1f} points",
         f"runs that grok: {100 * of_grokked[0]:+.1f} and {100 * of_grokked[1]:+.1f} points over the two decaying walks",
-        f"**{'does not reproduce' if more else 'reproduces'}**: the excess without decay is "
-        f"{'larger' if more else 'smaller'} than that of the runs that grok.",
+        reading,
         "paths",
         "Without weight decay",
     )

@@ -49,9 +49,14 @@ def overlap_tables(runs: Sequence[Run], k: int = 2, until: int | None = None, pa
 
 
 def overlap_sections(runs: Sequence[Run]) -> list[Table]:
-    """The first table for a report; none where snapshots are missing or nothing can be compared."""
+    """The first table for a report; none where snapshots are missing or nothing can be compared.
+
+    Paths without weight decay, which do not leave theta_0 behind, are no repetitions of those with it and stay out of
+    their means.
+    """
     try:
-        return overlap_tables(runs)[:1]
+        decaying = [run for run in runs if run.trajectory.survival[-1] < 1.0]
+        return overlap_tables(decaying or runs)[:1]
     except UserError:
         return []
 
