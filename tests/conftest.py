@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 # Before anything imports the package: jaxtyping rewrites modules as they load. The model is left out, as the checks
@@ -30,6 +31,31 @@ torch.set_num_threads(1)
 # Examples are derived from the test, not from a clock: a red test stays red.
 settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("suite")
+
+# What trains, draws or reports whole runs: there the checks of small functions, which their own tests have met, take up
+# to half of the time.
+_WHOLE_RUNS = (
+    "test_comparison",
+    "test_dashboard",
+    "test_experiments",
+    "test_grokking_cli",
+    "test_grokking_report",
+    "test_grokking_run",
+    "test_intervention_arms",
+    "test_leading",
+    "test_report_page",
+    "test_sketch",
+    "test_switching",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check shapes at run time, but not in what trains and reports whole runs."""
+    jaxtyping_config.update("jaxtyping_disable", request.module.__name__.rpartition(".")[2] in _WHOLE_RUNS)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
 
 # Two groups of unequal size, three weights: D = 6 + 9.
 SMALL = ParameterSelection(("a.w", "b.w", "b.v"), ((2, 3), (5,), (2, 2)), ("a", "b", "b"))
