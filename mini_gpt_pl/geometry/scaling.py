@@ -44,9 +44,10 @@ def scaling(x: Sequence[Number], y: Sequence[Number], scales: Sequence[Number]) 
     """
     distinct = sorted(set(scales))
     if len(distinct) < _FEWEST:
+        scales_here = "1 scale" if len(distinct) == 1 else f"{len(distinct)} scales"
         raise UserError(
-            f"{len(x)} runs have {len(distinct)} scales, and a power law takes at least {_FEWEST}: run more settings, "
-            "or compare the ones there are without a fit"
+            f"{len(x)} runs have {scales_here}, and a power law takes at least {_FEWEST}: run more settings, or "
+            "compare the ones there are without a fit"
         )
     bad = sum(not (0 < a < math.inf and 0 < b < math.inf) for a, b in zip(x, y, strict=True))
     if bad:
