@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="steps under the clock, in every plain loop")
     parser.add_argument("--start", type=int, default=450, help="step at which the clock of a training starts")
-    parser.add_argument("--until", type=int, default=1250, help="last step of a training")
+    parser.add_argument("--until", type=int, default=1950, help="last step of a training, best before its checkpoint")
     parser.add_argument("--repeats", type=int, default=2, help="times that each arm is measured, alternating")
     parser.add_argument("--presets", nargs="+", default=overhead.PRESETS, help="NAME=FILE; the first one is compared")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
