@@ -140,6 +140,24 @@ def ranks(found: Found) -> str:
     return table(["arm", "ms a step", "tokens/s", "times one rank"], rows)
 
 
+_SECOND_TASK = {
+    "plain": "plain loop",
+    "stacked": "plain loop of three seeds at once, of one seed",
+    "lightning": "under Lightning",
+    "watched": "with evaluations, snapshots and costs",
+}
+
+
+def grokking(found: Found) -> str:
+    """Milliseconds a step of the second task, and over those of a plain loop."""
+    models = [name for name in ("smoke", "paper") if name in found]
+    rows = [
+        [said, *(f"{found[m]['ms_per_step'][arm]:.1f} ({found[m]['over_plain'][arm]:.2f})" for m in models)]
+        for arm, said in _SECOND_TASK.items()
+    ]
+    return table(["ms a step (over the plain loop)", *(f"`{name}`" for name in models)], rows)
+
+
 TABLES: dict[str, Callable[[Found], str]] = {
     "throughput_h100": throughput,
     "overhead_cpu": overhead,
@@ -150,6 +168,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "trajectory_h100": trajectory,
     "trajectory_cpu": trajectory,
     "ranks_h200": ranks,
+    "grokking_cpu": grokking,
 }
 """By the result's file name, without its suffix."""
 

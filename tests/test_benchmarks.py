@@ -113,6 +113,12 @@ SAMPLES: dict[str, dict[str, Any]] = {
         **{place: {"handing_over_ms": 0.5, "direct_write_ms": 90.0} for place in ("model", "cpu", "disk")},
         "from_gram_file_ms": 1.5,
     },
+    "grokking_cpu": {
+        "smoke": {
+            "ms_per_step": {"plain": 8.0, "stacked": 16.0, "lightning": 8.4, "watched": 9.6},
+            "over_plain": {"plain": 1.0, "stacked": 2.0, "lightning": 1.05, "watched": 1.2},
+        }
+    },
     "ranks_h200": {
         "ms_per_step": {"one": 24.0, "two": 25.0},
         "tokens_per_second": {"one": 1e6, "two": 1.92e6},
@@ -126,6 +132,7 @@ SAID = {
     "data_h100": ["0.50 of tiktoken", "4.0 of what training takes", "0.40%"],
     "startup_h100": ["3.0", "2.0", "0.2 s"],
     "trajectory_cpu": ["2.00 ms", "1.70 ms", "0.50 ms", "1.5 ms"],
+    "grokking_cpu": ["16.0 (2.00)", "9.6 (1.20)"],
     "ranks_h200": ["1,920,000", "1.92"],
 }
 
