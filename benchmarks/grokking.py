@@ -34,8 +34,8 @@ from mini_gpt_pl.grokking.milestones import Evaluation
 from mini_gpt_pl.grokking.module import ADAMW, ResidueClassifier
 from mini_gpt_pl.logs import MetricsCSV
 
-# Shape and modulus of the presets in configs/grokking.
 SEEDS = 3  # of a sweep
+# Shape and modulus of the presets in configs/grokking.
 MODELS = {"smoke": (EncoderSize(1, 4, 64, 128), 59), "paper": (EncoderSize(), 97)}
 
 

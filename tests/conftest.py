@@ -32,20 +32,16 @@ torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("suite")
 
-# What trains, draws or reports whole runs: there the checks of small functions, which their own tests have met, take up
+# What trains or reports whole runs: there the checks of small functions, which their own tests have met, take up
 # to half of the time.
 _WHOLE_RUNS = (
-    "test_comparison",
     "test_dashboard",
     "test_experiments",
     "test_grokking_cli",
     "test_grokking_report",
     "test_grokking_run",
     "test_intervention_arms",
-    "test_leading",
     "test_report_page",
-    "test_sketch",
-    "test_switching",
 )
 
 

@@ -69,8 +69,8 @@ class TrainStream:
         self._next = 0
         self._loader: DataLoader[Batch | Arrived] = DataLoader(
             TrainingBatches(stories, probe, seed),
-            # Typed as lists of indices, but any key reaches the dataset.
-            batch_sampler=self._sampler,  # type: ignore[arg-type]
+            sampler=self._sampler,
+            batch_size=None,  # a key is that of a whole batch
             collate_fn=_send,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -205,9 +205,6 @@ class TrainingBatches(Dataset[Batch]):
         self._generator = SampleGenerator(seed, Stream.TRAIN)
 
     def __getitem__(self, key: _Key) -> Batch:
-        return self.__getitems__(key)
-
-    def __getitems__(self, key: _Key) -> Batch:
         epoch, stories = key
         probe, length = self.probe, self.probe.length
         sequences = np.full((len(stories), length), probe.eos, dtype=self.stories.tokens.dtype)

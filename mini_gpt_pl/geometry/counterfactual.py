@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mini_gpt_pl.geometry.moments import BeforeStep, Ladder, Settings, group_of, seen_gradient, to_host, wide
+from mini_gpt_pl.geometry.moments import (
+    BeforeStep,
+    Ladder,
+    Settings,
+    group_of,
+    seen_gradient,
+    steps_taken,
+    to_host,
+    wide,
+)
 from mini_gpt_pl.geometry.selection import Vector, local_part
 
 try:
@@ -35,7 +44,7 @@ class OtherSecondMoments:
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], beta2: Sequence[float]) -> None:
         self.beta2 = tuple(beta2)
-        self.counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
+        self.counts = steps_taken(optimizer, parameters)
         counted = list(zip(parameters, self.counts, strict=True))
         self.values = [[_start(optimizer, p, count, b) for p, count in counted] for b in beta2]
         self._betas = torch.tensor(self.beta2, device=parameters[0].device)

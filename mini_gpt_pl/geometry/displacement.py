@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mini_gpt_pl.geometry.moments import BeforeStep, Parts, Settings, flatten, parts_of, to_host, wide
+from mini_gpt_pl.geometry.moments import BeforeStep, Parts, Settings, flatten, parts_of, steps_taken, to_host, wide
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 
 try:
@@ -45,7 +45,7 @@ class DisplacementSplit:
         self.parameters = list(parameters)
         self.anchor = [p.detach().clone() for p in parameters]
         self.moved = {part: [torch.zeros_like(wide(p)) for p in parameters] for part in self.PARTS}
-        self.counts = [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
+        self.counts = steps_taken(optimizer, parameters)
         self._raw = _FirstMoment([_first_moment(optimizer, p) for p in parameters])
         self._pull = _FirstMoment([None if m is None else torch.zeros_like(m) for m in self._raw.values])
 

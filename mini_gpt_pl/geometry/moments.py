@@ -43,6 +43,11 @@ def is_trained(optimizer: Optimizer, parameter: Tensor) -> bool:
     return any(parameter is member for group in optimizer.param_groups for member in group["params"])
 
 
+def steps_taken(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[int]:
+    """Read how often each parameter was stepped; it waits for the device, so whoever sees every step counts on."""
+    return [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
+
+
 def decay_rate(optimizer: Optimizer, parameter: Tensor) -> float:
     """Share of a parameter that weight decay takes away in one step at the current learning rate.
 

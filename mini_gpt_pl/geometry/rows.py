@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mini_gpt_pl.geometry.products import products_at_once
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import StoredRow
 from mini_gpt_pl.geometry.staging import Staging
@@ -94,9 +95,8 @@ class IncrementRows:
         rows = [*self.rows, new.values]
         spans = [(span.start, span.stop) for span in self.selection.slices]
         tensors = _in_kernels_reach(rows)
-        if tensors is not None:
-            return self.selection.total(kernels.inner_products(tensors, new.values, spans))
-        return self.selection.total(inner_products(rows, new.values, spans))
+        found = None if tensors is None else products_at_once(tensors, new.values, self.selection)
+        return self.selection.total(inner_products(rows, new.values, spans)) if found is None else found
 
     def combine(self, coefficients: Float[Tensor, "G n"]) -> Vector:
         """Turn directions given by coefficients, one set per group, into one flat float32 vector.
