@@ -16,6 +16,7 @@ from callbacks.pictures import GeometryPictures
 from callbacks.progress import LiveNumbers
 from callbacks.routing import RoutingProbe
 from callbacks.schedule import Schedule, StepRange
+from callbacks.settled import SettledObjects
 from callbacks.streaming_fisher import StreamingFisher
 from callbacks.switching import SwitchingProbe
 from callbacks.trajectory import TrajectoryRecorder
@@ -36,6 +37,7 @@ __all__ = [
     "OptimizerAnatomy",
     "RoutingProbe",
     "Schedule",
+    "SettledObjects",
     "StepRange",
     "StopOnDivergence",
     "StreamingFisher",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 from typing_extensions import override
 
 from callbacks.gradient_alignment import loss_scale
-from callbacks.probe import Deferred, DeferringProbe, Estimate
+from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -25,7 +25,6 @@ from mini_gpt_pl.geometry.counterfactual import OtherSecondMoments
 from mini_gpt_pl.geometry.displacement import DisplacementSplit
 from mini_gpt_pl.geometry.moments import BeforeStep, Ladder, Settings
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.logs import log_now
 
 # The ladder holds seven vectors at once, and as many while it is built.
 _TRANSIENT = 14
@@ -160,7 +159,7 @@ class OptimizerAnatomy(DeferringProbe):
                 optimizer,
                 self.recorder.selection.parameters(pl_module),
                 weights=reading or self._parts is not None or _has_scaler(trainer) or _has_l2(optimizer),
-                gradients=self._parts is not None,
+                gradients=() if self._parts is None else self.recorder.gradient.parts(pl_module),
                 loss_scale=loss_scale(trainer),
             )
             if not any(True for _ in before.touched()):
@@ -339,13 +338,13 @@ class OptimizerAnatomy(DeferringProbe):
         named = zip(self._labels(), values, strict=True)
         self._known.setdefault(step, {}).update({self._key(quantity, label): value for label, value in named})
 
-    def _flush(self) -> None:
+    def _take_rows(self) -> Iterable[Row]:
         measured, known = self._deferred.take(), self._known
         self._known = {}
         for step, numbers in measured:
             known.setdefault(step, {}).update(numbers)
         for step in sorted(known):
-            log_now(self._trainer, known[step], step)
+            yield step, known[step]
 
     def _note(self, text: str) -> None:
         if text not in self._noted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.measuring import ChangesItsAttention, DrawsBatches, DrawsKinds, ShowsItsAttention, measuring
-from callbacks.probe import Deferred, DeferringProbe, Estimate
+from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import concentration
-from mini_gpt_pl.logs import log_now
 
 
 class AttentionProbe(DeferringProbe):
@@ -61,7 +60,6 @@ class AttentionProbe(DeferringProbe):
         self.size = size
         self.query = query
         self.seed = seed
-        self._trainer: Trainer | None = None
         self._batches: dict[str, Any] = {}
         self._deferred = Deferred()
 
@@ -134,10 +132,8 @@ class AttentionProbe(DeferringProbe):
         return [k for k in self.ks if k < length]
 
     @override
-    def _flush(self) -> None:
-        if self._trainer is not None:
-            for step, found in self._deferred.take():
-                log_now(self._trainer, found, step)
+    def _take_rows(self) -> Iterable[Row]:
+        return self._deferred.take()
 
 
 def require_attention(module: LightningModule, asking: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from callbacks.gradient_alignment import loss_scale
 from callbacks.measuring import measuring
-from callbacks.probe import Deferred, DeferringProbe, Estimate
+from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -26,7 +26,6 @@ from mini_gpt_pl.geometry import surrogates
 from mini_gpt_pl.geometry.alignment import cosines
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.logs import log_now
 
 Need = Literal["gradient", "update", "backbone"]
 
@@ -160,7 +159,6 @@ class CalibratedProbe(DeferringProbe):
         self.seed = seed
         self.memory: dict[str, Vector | Tensor | float] = {}
         self._numbers = Deferred()
-        self._trainer: Trainer | None = None
         self._recorder: TrajectoryRecorder | None = None
         self._seen: Callable[[Any], View] | None = None
         self._restored: dict[str, tuple[str, Any]] = {}
@@ -331,11 +329,9 @@ class CalibratedProbe(DeferringProbe):
         return [f"{self._family}/{label}/{quantity}" for label in labels]
 
     @override
-    def _flush(self) -> None:
-        if self._trainer is None:
-            return
+    def _take_rows(self) -> Iterable[Row]:
         for step, numbers in self._numbers.take():
-            log_now(self._trainer, {name: value for name, value in numbers.items() if value == value}, step)
+            yield step, {name: value for name, value in numbers.items() if value == value}
 
     @property
     def _family(self) -> str:

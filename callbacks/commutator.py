@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing_extensions import override
 from callbacks.commutator_metrics import Measured
 from callbacks.measuring import KnowsItsLoss, NamesItsLosses, measuring, named_loss, training_loss
 from callbacks.pairs import BatchPairs
-from callbacks.probe import DeferringProbe, Estimate
+from callbacks.probe import DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from callbacks.trajectory import SNAPSHOT_FOLDER, TRAJECTORY_FILE, TrajectoryRecorder
 from mini_gpt_pl.errors import UserError
@@ -28,7 +28,6 @@ from mini_gpt_pl.geometry.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.subspace import Basis, restrict
 from mini_gpt_pl.geometry.trajectory import Trajectory
 from mini_gpt_pl.geometry.two_steps import OptimizerSteps
-from mini_gpt_pl.logs import log_now
 
 
 class CommutatorProbe(DeferringProbe):
@@ -123,7 +122,6 @@ class CommutatorProbe(DeferringProbe):
         self._reset()
 
     def _reset(self) -> None:
-        self._trainer: Trainer | None = None
         self._recorder: TrajectoryRecorder | None = None
         self._selection: ParameterSelection | None = None
         self._pairs: BatchPairs | None = None
@@ -285,13 +283,13 @@ class CommutatorProbe(DeferringProbe):
     # ---------------------------------------------------------------------------------------------- logging
 
     @override
-    def _flush(self) -> None:
+    def _take_rows(self) -> Iterable[Row]:
         pending, self._pending = self._pending, []
-        if self._trainer is None or self._selection is None:
+        if self._selection is None:
             return
         recorded = None if self._recorder is None else (self._recorder.name, self._recorder.selection)
         for measured in pending:
-            log_now(self._trainer, measured.metrics(self.name, self._selection.dim, recorded), measured.step)
+            yield measured.step, measured.metrics(self.name, self._selection.dim, recorded)
 
 
 def trained(module: LightningModule, pattern: str, asker: str) -> ParameterSelection:

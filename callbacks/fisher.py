@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -15,7 +15,7 @@ from typing_extensions import override
 from callbacks.fixed_gradients import FixedGradients, Kind, count_of
 from callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels
 from callbacks.nests import digest_of, filled, first_length, leaves_of, map_tensors
-from callbacks.probe import DeferringProbe, Estimate
+from callbacks.probe import DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -24,7 +24,6 @@ from mini_gpt_pl.geometry.alignment import noise_floor
 from mini_gpt_pl.geometry.axes import BACKBONE, Axes, Axis, RandomDirections, path_coefficients
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.logs import log_now
 
 # Gives a direction's coefficients, per group and then for the whole, from the snapshots so far; None while unknown.
 Rule = Callable[[Trajectory], Float[Tensor, "G1 n"] | None]
@@ -254,8 +253,8 @@ class FisherProbe(DeferringProbe):
 
     # ---------------------------------------------------------------------------------------------- logging
 
-    def _flush(self) -> None:
-        if self._trainer is None or self._recorder is None:
+    def _take_rows(self) -> Iterable[Row]:
+        if self._recorder is None:
             return
         pending, self._pending = self._pending, []
         for step, kind, device in pending:
@@ -263,8 +262,7 @@ class FisherProbe(DeferringProbe):
             if not torch.isfinite(found.squares).all():
                 rank_zero_info(f"step {step}: a gradient is not finite, no Fisher is reported")
                 continue
-            metrics = fisher_metrics(found, self._recorder.selection, self._recorder.name, kind, self.eigenvalues)
-            log_now(self._trainer, metrics, step)
+            yield step, fisher_metrics(found, self._recorder.selection, self._recorder.name, kind, self.eigenvalues)
 
 
 def fisher_metrics(

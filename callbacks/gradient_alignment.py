@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.measuring import NamesItsLosses, measuring
-from callbacks.probe import Deferred, DeferringProbe, Estimate
+from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.alignment import cosines, noise_floor
 from mini_gpt_pl.geometry.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.logs import log_now
 
 
 class GradientAlignment(DeferringProbe):
@@ -50,7 +49,6 @@ class GradientAlignment(DeferringProbe):
         self._deferred = Deferred[_Number]()
         self._bias_sum: dict[str, float] = {}
         self._split_step = -1
-        self._trainer: Trainer | None = None
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
@@ -85,7 +83,7 @@ class GradientAlignment(DeferringProbe):
             return
         with self.watch.running():
             if (axes := self.recorder.axes()) is not None:
-                cosine, bias = _against(self.recorder.selection.gradients(pl_module), axes)
+                cosine, bias = _along(axes, *self.recorder.gradient.meet(pl_module, axes))
                 self._defer(step, {"gradient": cosine, "bias": bias / loss_scale(trainer)})
 
     @override
@@ -116,7 +114,7 @@ class GradientAlignment(DeferringProbe):
         return {name: Vector(reduce(g.values, reduce_op="mean"), selection) for name, g in parts.items()}
 
     def _compare_parts(self, gradients: dict[str, Vector], axes: Axes) -> dict[str, Float[Tensor, " G1"]]:
-        found = {name: _against(grad, axes)[0] for name, grad in gradients.items()}
+        found = {name: _along(axes, *axes.meet(grad))[0] for name, grad in gradients.items()}
         names = list(gradients)
         for i, first in enumerate(names):
             for second in names[i + 1 :]:
@@ -132,15 +130,13 @@ class GradientAlignment(DeferringProbe):
         self._deferred.add(step, names, torch.cat(list(found.values())))
 
     @override
-    def _flush(self) -> None:
-        if self._trainer is None:
-            return
+    def _take_rows(self) -> Iterable[Row]:
         for step, found in self._deferred.take():
             metrics: dict[str, float] = {}
             for number, value in found.items():
                 if value != 0.0:  # a vanished gradient (a batch without the probe) has no direction
                     metrics |= self._named(number, value)
-            log_now(self._trainer, metrics, step)
+            yield step, metrics
 
     def _named(self, number: _Number, value: float) -> dict[str, float]:
         """Name one number, and what follows from it."""
@@ -176,9 +172,10 @@ def part_gradients(module: LightningModule, batch: Any, selection: ParameterSele
     return parts
 
 
-def _against(grad: Vector, axes: Axes) -> tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]:
+def _along(
+    axes: Axes, square: Float[Tensor, " G1"], coordinates: Float[Tensor, "N G1"]
+) -> tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]:
     """Cosine and coordinate along the backbone: per group along its own, then of the whole along the whole's."""
-    square, coordinates = axes.meet(grad)
     along = coordinates[list(axes).index(BACKBONE)]
     return torch.where(square == 0, 0.0, along / square.sqrt()), along
 

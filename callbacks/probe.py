@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, Generic, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -15,7 +17,7 @@ from torch import Tensor
 from typing_extensions import TypeVar, override
 
 from callbacks.schedule import Schedule
-from mini_gpt_pl.logs import logging_due
+from mini_gpt_pl.logs import log_now, logging_due
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Estimate:
         return ", ".join(f"{size / 2**20:,.0f} MiB {place}" for place, size in places if size) or "0 MiB"
 
 
+# A step and what was measured at it.
+Row: TypeAlias = tuple[int, Mapping[str, Tensor | float]]
 Name = TypeVar("Name", bound=Hashable, default=str)
 
 
@@ -168,18 +172,46 @@ class Probe(Callback):
 
 
 class DeferringProbe(Probe):
-    """A probe that leaves its numbers on the device and hands them over when the trainer logs, and at every end."""
+    """A probe that leaves its numbers on the device until the trainer logs, before evaluations and at every end.
+
+    Where that makes many rows they go to the loggers one by one, over the steps until the trainer logs again: a logger
+    may take a millisecond for each, and for as long as it takes all of them a device would have nothing to do.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule)
+        self._trainer: Trainer | None = None
+        self._outbox: deque[Row] = deque()
+        self._share = 0
+
+    def _take_rows(self) -> Iterable[Row]:
+        """Move to the host whatever has been measured since the last time: step and metrics."""
+        raise NotImplementedError
 
     def _flush(self) -> None:
-        """Move to the host, and log, whatever has been measured since the last time; nothing if there is nothing."""
-        raise NotImplementedError
+        """Log whatever has been measured; nothing if there is nothing."""
+        if self._trainer is not None:
+            self._outbox.extend(self._take_rows())
+            self._log(len(self._outbox))
+
+    def _log(self, rows: int) -> None:
+        assert self._trainer is not None
+        for _ in range(min(rows, len(self._outbox))):
+            step, metrics = self._outbox.popleft()
+            log_now(self._trainer, metrics, step)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if logging_due(trainer, trainer.global_step):
-            self._flush()
+            self._outbox.extend(self._take_rows())
+            self._share = math.ceil(len(self._outbox) / max(1, trainer.log_every_n_steps))  # type: ignore[attr-defined]
+        self._log(self._share)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._flush()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

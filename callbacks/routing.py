@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from typing_extensions import override
 
 from callbacks.attention import asked_query, fixed_batches, query_rows, require_attention
 from callbacks.measuring import ShowsItsAttention, measuring
-from callbacks.probe import Deferred, DeferringProbe, Estimate
+from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -22,7 +23,6 @@ from mini_gpt_pl.geometry.free_weights import FreeWeights
 from mini_gpt_pl.geometry.routing import chosen_groups, joint_directions
 from mini_gpt_pl.geometry.selection import Vector
 from mini_gpt_pl.geometry.surrogates import isotropic
-from mini_gpt_pl.logs import log_now
 
 
 class RoutingProbe(DeferringProbe):
@@ -79,7 +79,6 @@ class RoutingProbe(DeferringProbe):
         self.size = size
         self.query = query
         self.seed = seed
-        self._trainer: Trainer | None = None
         self._recorder: TrajectoryRecorder | None = None
         self._batches: dict[str, Any] = {}
         self._deferred = Deferred()
@@ -183,10 +182,8 @@ class RoutingProbe(DeferringProbe):
         return self._recorder
 
     @override
-    def _flush(self) -> None:
-        if self._trainer is not None:
-            for step, found in self._deferred.take():
-                log_now(self._trainer, found, step)
+    def _take_rows(self) -> Iterable[Row]:
+        return self._deferred.take()
 
 
 def _named(prefix: str, odd: Float[Tensor, "N L"], even: Float[Tensor, "N L"]) -> dict[str, Tensor]:

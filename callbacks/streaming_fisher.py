@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.nests import first_length
-from callbacks.probe import DeferringProbe, Estimate
+from callbacks.probe import DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
 from callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry import fisher
-from mini_gpt_pl.geometry.axes import BACKBONE
+from mini_gpt_pl.geometry.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.logs import log_now
 
 
 class _Window(NamedTuple):
@@ -143,26 +143,23 @@ class StreamingFisher(DeferringProbe):
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         """Take the gradient of the micro-batch that was just added to `.grad`, and with the last one the sum."""
         assert self._recorder is not None
-        total, parts = self._recorder.selection.gradients(module), trainer.accumulate_grad_batches
+        axes, parts = self._recorder.axes(), trainer.accumulate_grad_batches
+        assert axes is not None
         self._seen += 1
         last, scale = self._seen == parts, _loss_scale(trainer)
-        if parts > 1 and not (last and trainer.world_size > 1):
-            added = total if self._before is None else total - self._before
-            self._micro.append(self._squares(added, parts / scale))  # Lightning has divided its loss by `parts`
-        self._before = None if last else total
+        if parts > 1:
+            total = self._recorder.gradient.of(module)
+            if not (last and trainer.world_size > 1):
+                added = total if self._before is None else total - self._before
+                # Lightning has divided its loss by `parts`.
+                self._micro.append(_squares(axes, *axes.meet(added), parts / scale))
+            self._before = None if last else total
         if last:
-            row = [self._squares(total, 1.0 / scale)]
+            row = [_squares(axes, *self._recorder.gradient.meet(module, axes), 1.0 / scale)]
             if self._micro:
                 row.append(torch.stack(self._micro).mean(0))
             self._rows.append(torch.cat(row))
             self._measured = self._step
-
-    def _squares(self, vector: Vector, factor: float) -> Float[Tensor, "2 G1"]:
-        assert self._recorder is not None
-        axes = self._recorder.axes()
-        assert axes is not None
-        square, coordinates = axes.meet(vector)
-        return torch.stack([square, coordinates[list(axes).index(BACKBONE)].square()]) * factor**2
 
     # ---------------------------------------------------------------------------------------------- logging
 
@@ -172,16 +169,25 @@ class StreamingFisher(DeferringProbe):
             self._pending.append(_Window(self._measured, torch.stack(self._rows), self._sizes))
         self._rows = []
 
-    def _flush(self) -> None:
-        if self._trainer is None or self._recorder is None:
+    def _take_rows(self) -> Iterable[Row]:
+        if self._recorder is None:
             return
         pending, self._pending = self._pending, []
         for window in pending:
             rows = window.rows.cpu()
             rows = rows[torch.isfinite(rows).all(-1).all(-1)]  # fp16 skips steps whose gradients overflow
             if len(rows):
-                metrics = streaming_metrics(rows, window.sizes, self._recorder.selection, self._recorder.name)
-                log_now(self._trainer, metrics, window.step)
+                yield (
+                    window.step,
+                    streaming_metrics(rows, window.sizes, self._recorder.selection, self._recorder.name),
+                )
+
+
+def _squares(
+    axes: Axes, square: Float[Tensor, " G1"], coordinates: Float[Tensor, "N G1"], factor: float
+) -> Float[Tensor, "2 G1"]:
+    """||g||^2 and <g, v>^2 of a gradient that is to be multiplied by a factor."""
+    return torch.stack([square, coordinates[list(axes).index(BACKBONE)].square()]) * factor**2
 
 
 def streaming_metrics(

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from callbacks.backbone import backbone_coefficients, live_metrics
+from callbacks.last_gradient import LastGradient
 from callbacks.probe import Estimate, Probe
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
@@ -119,6 +120,7 @@ class TrajectoryRecorder(Probe):
         self._writes = True  # this rank's rows go to disk: one copy of each
         self._device = torch.device("cpu")
         self._axes: tuple[int, Axes] | None = None
+        self._gradient: LastGradient | None = None
         self._decayed: Tensor | None = None
         self._trainer: Trainer | None = None
         self._side: ThreadPoolExecutor | None = None
@@ -139,6 +141,13 @@ class TrajectoryRecorder(Probe):
         if self._rows is None:
             raise RuntimeError(_EARLY)
         return self._rows
+
+    @property
+    def gradient(self) -> LastGradient:
+        """The recorded weights' gradient, shared by the probes that look at it; known from `on_fit_start` on."""
+        if self._gradient is None:
+            raise RuntimeError(_EARLY)
+        return self._gradient
 
     def axes(self) -> Axes | None:
         """Directions of the snapshots so far, as `BACKBONE`: each group's own, and that of the whole selection.
@@ -213,6 +222,7 @@ class TrajectoryRecorder(Probe):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: a module may make, and a strategy share out, its weights after that.
         selection = ParameterSelection.of(pl_module, self.pattern)
+        self._gradient = LastGradient(selection)
         root = self._root(trainer)
         self._file = root / TRAJECTORY_FILE
         device = torch.device("cpu") if self.keep_on == "cpu" else None
@@ -238,6 +248,10 @@ class TrajectoryRecorder(Probe):
             self._record(trainer, pl_module)
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.gradient.forget()
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._survival *= 1.0 - self.decay(optimizer)
 
@@ -247,7 +261,8 @@ class TrajectoryRecorder(Probe):
     ) -> None:
         if not self.stepped(trainer):
             return
-        self._tell()
+        if self._coming is not None and self._coming[1].done():
+            self._tell()
         if self.due(trainer.global_step):
             self._record(trainer, pl_module)
 
@@ -260,6 +275,7 @@ class TrajectoryRecorder(Probe):
         taken = _need(self.trajectory).steps
         if not taken or trainer.global_step > taken[-1]:
             self._record(trainer, pl_module)
+        self.gradient.forget()
         self._close()
 
     @override
@@ -315,7 +331,8 @@ class TrajectoryRecorder(Probe):
             self._describe(trainer, step)
 
     def _describe(self, trainer: Trainer, step: int) -> None:
-        """Compute the numbers of a snapshot beside training, which goes on; they are logged after the next step."""
+        """Compute the numbers of a snapshot beside training, which goes on; they are logged once they are there."""
+        self._tell()
         if self._side is None:
             self._side = ThreadPoolExecutor(1, thread_name_prefix="backbone")
         taken, kept = Trajectory.from_state(_need(self.trajectory).state_dict()), self._kept()
@@ -324,7 +341,7 @@ class TrajectoryRecorder(Probe):
             self._tell()  # a checkpoint of this very step may go by them
 
     def _tell(self) -> None:
-        """Log the numbers of the last snapshot, once."""
+        """Log the numbers of the last snapshot, once; wait for them."""
         if self._coming is not None and self._trainer is not None:
             (step, found), self._coming = self._coming, None
             log_now(self._trainer, found.result(), step)

@@ -40,7 +40,8 @@ def log_now(trainer: Trainer, metrics: Mapping[str, Tensor | float], step: int) 
     `ModelCheckpoint(monitor="backbone/trunk/pc1_excess")`) find them.
     """
     numbers = to_host(metrics)
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+    # One tensor for all and views of it: a row may have fifty numbers, and come at every step.
+    trainer.callback_metrics.update(zip(numbers, torch.tensor(list(numbers.values())).unbind(), strict=True))
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)
     return numbers

@@ -260,7 +260,7 @@ class ProbedGPT(LightningModule):
     ) -> None:
         # Lightning's own way refuses fused optimizers under mixed precision, and hides the norm.
         self._lr_used = float(optimizer.param_groups[0]["lr"])
-        parameters = [p for p in self.parameters() if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             return

@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.row_kernels import addresses, to_device
+from mini_gpt_pl.row_kernels import to_device
 
 _COLUMNS, _WARPS = 2048, 4
 
@@ -134,10 +134,10 @@ def takes(tensors: Sequence[Tensor]) -> bool:
 
 def _layout(weights: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
     """Give the table, each program's weight and first value, the weights' sizes, and whether all begin at 16 bytes."""
-    columns = [tensor for column in zip(*weights, strict=True) for tensor in column]
-    device, sizes = columns[0].device, tuple(first.numel() for first, *_ in weights)
-    aligned = all(size % 16 == 0 for size in sizes) and all(tensor.data_ptr() % 16 == 0 for tensor in columns)
-    return (addresses(columns, device), *_programs(sizes, device)), aligned
+    starts = [tensor.data_ptr() for column in zip(*weights, strict=True) for tensor in column]
+    device, sizes = weights[0][0].device, tuple(first.numel() for first, *_ in weights)
+    aligned = all(place % 16 == 0 for place in (*sizes, *starts))
+    return (to_device(torch.tensor(starts), device), *_programs(sizes, device)), aligned
 
 
 @lru_cache(maxsize=16)

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from mini_gpt_pl.geometry.alignment import Products
 from mini_gpt_pl.geometry.counterfactual import OtherSecondMoments
 from mini_gpt_pl.geometry.displacement import DisplacementSplit
-from mini_gpt_pl.geometry.moments import BeforeStep, Ladder, decay_rate
+from mini_gpt_pl.geometry.moments import BeforeStep, Ladder, copies, decay_rate
 from mini_gpt_pl.geometry.predictions import averaging_metrics, memory_metrics, spread, white_noise
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.optim import SGDW
@@ -49,6 +49,10 @@ ADAPTIVE = [name for name in RULES if name.startswith("adam")]
 LIMIT = 1.5  # of the gradient's norm
 
 
+def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return copies([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+
+
 @dataclass
 class Run:
     """A few clipped steps on random gradients, all in float64."""
@@ -76,7 +80,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.1 / self.step
         self.raw.append(self.flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]))
-        before = BeforeStep.of(self.optimizer, self.parameters, gradients=gradients)
+        raw = gradients_of(self.parameters) if gradients else ()
+        before = BeforeStep.of(self.optimizer, self.parameters, gradients=raw)
         torch.nn.utils.clip_grad_norm_(self.parameters, LIMIT)
         self.clipped.append(self.flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]))
         self.optimizer.step()
@@ -344,7 +349,7 @@ def test_the_kernels_account_as_plain_operations_do(rule: str, monkeypatch: pyte
         for k in range(4):
             for i, parameter in enumerate(parameters):
                 parameter.grad = normal(*parameter.shape, seed=10 * k + i).float().to(place)
-            before = BeforeStep.of(optimizer, parameters, gradients=True)
+            before = BeforeStep.of(optimizer, parameters, gradients=gradients_of(parameters))
             torch.nn.utils.clip_grad_norm_(parameters, 0.7 * len(shapes))
             optimizer.step()
             split.account(optimizer, before)
@@ -371,7 +376,7 @@ def test_on_a_gpu_nothing_waits_and_the_formula_holds(rule: str) -> None:
             parameter.grad = normal(*parameter.shape, seed=10 * k + i).cuda()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            before = BeforeStep.of(optimizer, parameters, gradients=True)
+            before = BeforeStep.of(optimizer, parameters, gradients=gradients_of(parameters))
             optimizer.step()
             ladder = Ladder.of(optimizer, before, SMALL)
             split.account(optimizer, before)

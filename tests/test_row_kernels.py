@@ -10,6 +10,8 @@ from conftest import flat_selection, normal
 from torch import Tensor
 
 from mini_gpt_pl.geometry import rows as rows_module
+from mini_gpt_pl.geometry.alignment import _grams_in_chunks
+from mini_gpt_pl.geometry.products import gram_at_once
 from mini_gpt_pl.geometry.rows import IncrementRows, inner_products
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import SnapshotFolder
@@ -52,6 +54,17 @@ def test_products_are_those_of_float64(dtype: torch.dtype) -> None:
     lengths = torch.stack([row.double().norm() for row in rows])
     assert float(((found - exact).abs() / (lengths * lengths[-1])).max()) < 1e-14
     torch.testing.assert_close(found, inner_products(rows, rows[-1], SPANS), rtol=1e-9, atol=1e-12)
+
+
+@needs_gpu
+def test_a_gram_at_once_is_that_of_float64() -> None:
+    shapes = tuple((hi - lo,) for lo, hi in SPANS if hi > lo)
+    selection = ParameterSelection(("a", "b", "c"), shapes, ("x", "y", "y"))
+    rows = some_rows(torch.float32)
+    found = gram_at_once(rows, selection)
+    assert found is not None
+    exact = _grams_in_chunks([row.cpu() for row in rows], selection)
+    torch.testing.assert_close(found.cpu(), exact, rtol=1e-12, atol=1e-12)
 
 
 @needs_gpu

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mini_gpt_pl.geometry.products import gram_at_once
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 
 # Values of each vector converted to float64 at a time.
@@ -71,6 +72,13 @@ class Products:
 
 
 def _grams(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tensor, "G1 K K"]:
+    groups = gram_at_once(rows, selection)
+    if groups is None:
+        groups = _grams_in_chunks(rows, selection)
+    return torch.cat([groups, groups.sum(0, keepdim=True)])
+
+
+def _grams_in_chunks(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tensor, "G K K"]:
     totals = []
     for span in selection.slices:
         total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
@@ -78,5 +86,4 @@ def _grams(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tenso
             stacked = torch.stack([row[lo : min(lo + _CHUNK, span.stop)].double() for row in rows])
             total += stacked @ stacked.T
         totals.append(total)
-    groups = selection.total(torch.stack(totals))
-    return torch.cat([groups, groups.sum(0, keepdim=True)])
+    return selection.total(torch.stack(totals))

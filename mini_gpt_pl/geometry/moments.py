@@ -148,13 +148,13 @@ def _overwrites_gradient(group: Mapping[str, Any], decay: float) -> bool:
 
 @dataclass(frozen=True)
 class BeforeStep:
-    """What a step is about to destroy: the settings, and copies of the weights and the unclipped gradients.
+    """What a step is about to destroy: the settings, copies of the weights, and the unclipped gradients.
 
     Args:
         parameters: The selected parameters, in the selection's order.
         settings: One per parameter; None where the step will not touch it (frozen, or without gradient).
         weights: Copies, one per parameter; empty if not asked for.
-        gradients: Copies as the loss gave them, signed for descent; empty if not asked for.
+        gradients: As the loss gave them, signed for descent, of one width with the weights; empty if not asked for.
     """
 
     parameters: Sequence[Tensor]
@@ -169,7 +169,7 @@ class BeforeStep:
         parameters: Sequence[Tensor],
         *,
         weights: bool = True,
-        gradients: bool = False,
+        gradients: Sequence[Tensor] = (),
         loss_scale: float = 1.0,
     ) -> BeforeStep:
         """Remember the state before `optimizer.step()`, gradients complete.
@@ -178,17 +178,17 @@ class BeforeStep:
             optimizer: About to step.
             parameters: The selected ones.
             weights: Whether to copy the weights.
-            gradients: Whether to copy the gradients.
+            gradients: Copies of the gradients, one per parameter, for whoever wants them beside the clipped ones.
             loss_scale: Factor that is still on the gradients.
         """
         groups = [(Settings.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
         owner = {id(p): settings for settings, members in groups for p in members}
         settings = [owner.get(id(p)) if p.grad is not None else None for p in parameters]
-        raw = _copies([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]) if gradients else []
-        for copy, s in zip(raw, settings, strict=False):
-            if s is not None and s.sign != loss_scale:
-                copy.mul_(s.sign / loss_scale)
-        return cls(parameters, settings, _copies(parameters) if weights else [], [wide(copy) for copy in raw])
+        raw = [
+            wide(gradient) if s is None or s.sign == loss_scale else wide(gradient) * (s.sign / loss_scale)
+            for gradient, s in zip(gradients, settings, strict=bool(gradients))
+        ]
+        return cls(parameters, settings, copies(parameters) if weights else [], raw)
 
     def touched(self) -> Iterator[tuple[int, Settings, Tensor]]:
         """Iterate over position, settings and parameter of what the step moves."""
@@ -197,7 +197,7 @@ class BeforeStep:
                 yield i, settings, parameter
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors; plain ones of one kind all at once, as views of one copy."""
     kinds = {(type(t) in (Tensor, Parameter), t.dtype, t.device) for t in tensors}
     if len(kinds) != 1 or not kinds.pop()[0]:

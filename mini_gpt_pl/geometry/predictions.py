@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from mini_gpt_pl.geometry.pca import Gram
 _DEVIATES = 1 << 17
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Spectrum = np.ndarray[Any, np.dtype[np.complex128]]
 
 
 def memory(beta: float) -> float:
@@ -56,12 +57,18 @@ class WhiteNoise:
         return self.coherence < 0.999
 
 
-def _average_on_ring(values: Array, beta: float, reach: int) -> Array:
+@cache
+def _transforms() -> tuple[Spectrum, Spectrum]:
+    """Fourier transforms of the null's deviates and of their squares: the same for every beta and step."""
+    draws = np.random.Generator(np.random.Philox(key=0)).standard_normal(_DEVIATES)
+    return np.fft.rfft(draws), np.fft.rfft(draws**2)
+
+
+def _average_on_ring(transform: Spectrum, beta: float, reach: int) -> Array:
     """Bias-corrected exponential average over the last `reach` values, at every place of a ring."""
-    weights = np.zeros(len(values))
+    weights = np.zeros(_DEVIATES)
     weights[:reach] = np.power(beta, np.arange(reach))
-    product = np.fft.rfft(values) * np.fft.rfft(weights / weights.sum())
-    averaged: Array = np.fft.irfft(product, len(values))
+    averaged: Array = np.fft.irfft(transform * np.fft.rfft(weights / weights.sum()), _DEVIATES)
     return averaged
 
 
@@ -77,12 +84,12 @@ def white_noise(beta1: float, beta2: float, steps: int) -> WhiteNoise:
         beta2: Of the second.
         steps: Taken so far, for the bias correction.
     """
-    draws = np.random.Generator(np.random.Philox(key=0)).standard_normal(_DEVIATES)
     # Beyond sixteen memories nothing changes: callers then share one cached answer.
     reach = max(1, int(min(steps, _DEVIATES, 16 * max(memory(beta1), memory(beta2), 1.0))))
     if reach < steps:
         return white_noise(beta1, beta2, reach)
-    first, second = (_average_on_ring(x, beta, reach) for x, beta in ((draws, beta1), (draws**2, beta2)))
+    noise, squares = _transforms()
+    first, second = _average_on_ring(noise, beta1, reach), _average_on_ring(squares, beta2, reach)
     square = first**2 / second
     return WhiteNoise(float(square.mean()), float(np.median(square)), float(np.sqrt(square).mean()))
 

@@ -61,6 +61,20 @@ def products_at_once(
     return selection.total(row_kernels.inner_products(rows, new, spans))
 
 
+def gram_at_once(rows: Sequence[Float[Tensor, " D"]], selection: ParameterSelection) -> Float[Tensor, "G K K"] | None:
+    """Inner products of vectors with one another, per group, products and sums in float64; None without a GPU.
+
+    There a product of matrices this narrow and long is left to a single multiprocessor.
+    """
+    if row_kernels is None or not row_kernels.takes(rows):
+        return None
+    spans = [(span.start, span.stop) for span in selection.slices]
+    gram = torch.zeros(len(spans), len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
+    for last, row in enumerate(rows):
+        gram[:, last, : last + 1] = row_kernels.inner_products(rows[: last + 1], row, spans)
+    return selection.total(gram + gram.tril(-1).mT)
+
+
 def squared_norms(a: Float[Tensor, "M D"], selection: ParameterSelection) -> Float[Tensor, "G M"]:
     """Squared length of every row, per group, in float64; over all coordinates, as `inner_products` is."""
     a = a.to(torch.promote_types(a.dtype, torch.float32))

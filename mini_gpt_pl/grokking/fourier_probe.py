@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from callbacks.probe import Deferred, DeferringProbe
+from callbacks.probe import Deferred, DeferringProbe, Row
 from callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.grokking import fourier
 from mini_gpt_pl.grokking.fourier import AXES, Axis
-from mini_gpt_pl.logs import log_now
 
 
 class FourierProbe(DeferringProbe):
@@ -43,7 +42,6 @@ class FourierProbe(DeferringProbe):
     ) -> None:
         super().__init__(schedule)
         self.axes = tuple(axes)
-        self._trainer: Trainer | None = None
         self._deferred = Deferred[tuple[Axis, str, int]]()
         self._residues = 0
 
@@ -90,15 +88,13 @@ class FourierProbe(DeferringProbe):
                     self._deferred.add(step, [(axis, name, k) for k in range(len(found))], found)
 
     @override
-    def _flush(self) -> None:
-        if self._trainer is None:
-            return
+    def _take_rows(self) -> Iterable[Row]:
         for step, found in self._deferred.take():
             if not fourier.varies(list(found.values())):
                 continue  # a table that was never drawn, or of a run that has diverged and says so itself
             axis, name, _ = next(iter(found))
             rows = self._residues - (axis == "multiplicative")
-            log_now(self._trainer, _named(fourier.read(list(found.values()), rows), f"fourier/{axis}/{name}/"), step)
+            yield step, _named(fourier.read(list(found.values()), rows), f"fourier/{axis}/{name}/")
 
 
 def _named(found: fourier.Spectrum, prefix: str) -> dict[str, float]:
