@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from mini_gpt_pl.data.corpus import TokenizedStories
 from mini_gpt_pl.data.probe import Example, Probe, Stream, sample_rng
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.objective import IGNORE
+
+# Batches that a worker sends at once: each message is handed over between three threads of the process that trains.
+_TOGETHER = 4
 
 _Key = tuple[int, np.ndarray]  # an epoch and the stories of a batch; as an array they take a worker's pipe at once
 
@@ -67,10 +70,10 @@ class TrainStream:
         # What reads ahead, and the micro-batch since the first epoch's that it gives next.
         self._reader: Iterator[Batch | Arrived] | None = None
         self._next = 0
-        self._loader: DataLoader[Batch | Arrived] = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             TrainingBatches(stories, probe, seed),
             sampler=self._sampler,
-            batch_size=None,  # a key is that of a whole batch
+            batch_size=_TOGETHER if num_workers else 1,  # of batches: a key is that of a whole one
             collate_fn=_send,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -135,7 +138,7 @@ class TrainStream:
         # It passes over the few micro-batches that make no whole window at an epoch's end.
         if self._reader is None or not 0 <= start - self._next < self._window():
             self._sampler.epoch, self._sampler.first = self._epoch, position
-            self._reader, self._next = iter(self._loader), start
+            self._reader, self._next = chain.from_iterable(self._loader), start
         taken = list(islice(self._reader, start - self._next, start - self._next + size))
         self._next = start + size
         return [batch.batch() if isinstance(batch, Arrived) else batch for batch in taken]
@@ -153,8 +156,8 @@ def _as_one(window: list[Batch]) -> list[Batch]:
     return [batch._replace(lm_count=lm_count, probe_count=probe_count) for batch in window]
 
 
-def _send(batch: Any) -> Any:
-    return batch if get_worker_info() is None else Piped(batch)
+def _send(batches: list[Any]) -> list[Any]:
+    return batches if get_worker_info() is None else [Piped(batch) for batch in batches]
 
 
 class _StorySampler(Sampler[_Key]):
