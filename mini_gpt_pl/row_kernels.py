@@ -122,7 +122,14 @@ def _runs(rows: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
 
 def addresses(tensors: Sequence[Tensor], device: torch.device) -> Int[Tensor, " n"]:
     """Where tensors lie, in a table for kernels; they must be kept until the kernels have run."""
-    return to_device(torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64), device)
+    return address_table(tuple(tensor.data_ptr() for tensor in tensors), device)
+
+
+# Most tensors lie where they lay at the step before, and a table takes longer to send than to look up.
+@lru_cache(maxsize=32)
+def address_table(starts: tuple[int, ...], device: torch.device) -> Int[Tensor, " n"]:
+    """Put addresses where kernels read them; not to be changed."""
+    return to_device(torch.tensor(starts, dtype=torch.int64), device)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

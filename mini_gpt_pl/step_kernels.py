@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.row_kernels import to_device
+from mini_gpt_pl.row_kernels import address_table, to_device
 
 _COLUMNS, _WARPS = 2048, 4
 
@@ -137,7 +137,7 @@ def _layout(weights: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, Tensor, 
     starts = [tensor.data_ptr() for column in zip(*weights, strict=True) for tensor in column]
     device, sizes = weights[0][0].device, tuple(first.numel() for first, *_ in weights)
     aligned = all(place % 16 == 0 for place in (*sizes, *starts))
-    return (to_device(torch.tensor(starts), device), *_programs(sizes, device)), aligned
+    return (address_table(tuple(starts), device), *_programs(sizes, device)), aligned
 
 
 @lru_cache(maxsize=16)
