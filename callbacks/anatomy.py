@@ -155,12 +155,13 @@ class OptimizerAnatomy(DeferringProbe):
         if not (reading or self._others or self._parts):
             return
         with self.watch.running():
+            scale = loss_scale(trainer)
             before = BeforeStep.of(
                 optimizer,
                 self.recorder.selection.parameters(pl_module),
                 weights=reading or self._parts is not None or _has_scaler(trainer) or _has_l2(optimizer),
-                gradients=() if self._parts is None else self.recorder.gradient.parts(pl_module),
-                loss_scale=loss_scale(trainer),
+                gradients=() if self._parts is None else self.recorder.gradient.parts(pl_module, scale),
+                loss_scale=scale,
             )
             if not any(True for _ in before.touched()):
                 return  # another optimizer's step

@@ -83,8 +83,9 @@ class GradientAlignment(DeferringProbe):
             return
         with self.watch.running():
             if (axes := self.recorder.axes()) is not None:
-                cosine, bias = _along(axes, *self.recorder.gradient.meet(pl_module, axes))
-                self._defer(step, {"gradient": cosine, "bias": bias / loss_scale(trainer)})
+                scale = loss_scale(trainer)
+                cosine, bias = _along(axes, *self.recorder.gradient.meet(pl_module, axes, scale))
+                self._defer(step, {"gradient": cosine, "bias": bias / scale})
 
     @override
     def state_dict(self) -> dict[str, Any]:

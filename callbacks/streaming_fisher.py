@@ -148,14 +148,14 @@ class StreamingFisher(DeferringProbe):
         self._seen += 1
         last, scale = self._seen == parts, _loss_scale(trainer)
         if parts > 1:
-            total = self._recorder.gradient.of(module)
+            total = self._recorder.gradient.of(module, scale)
             if not (last and trainer.world_size > 1):
                 added = total if self._before is None else total - self._before
                 # Lightning has divided its loss by `parts`.
                 self._micro.append(_squares(axes, *axes.meet(added), parts / scale))
             self._before = None if last else total
         if last:
-            row = [_squares(axes, *self._recorder.gradient.meet(module, axes), 1.0 / scale)]
+            row = [_squares(axes, *self._recorder.gradient.meet(module, axes, scale), 1.0 / scale)]
             if self._micro:
                 row.append(torch.stack(self._micro).mean(0))
             self._rows.append(torch.cat(row))

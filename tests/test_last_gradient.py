@@ -37,6 +37,7 @@ def test_it_is_copied_once_as_long_as_nothing_writes_into_it() -> None:
     clipped = last.of(module)
     assert clipped is not first and torch.equal(clipped.values, flat(module))
     assert not torch.equal(first.values, clipped.values)  # whoever still holds the old one keeps it
+    assert last.of(module, scale=4.0) is not clipped  # a loss scaler divides its factor out without a trace
     next(module.parameters()).grad = None
     assert torch.equal(last.of(module).values, flat(module))
     last.forget()
