@@ -4,9 +4,12 @@
     python -m benchmarks.overhead -c configs/paper/base.yaml -c configs/paper/seed42.yaml ... --steps 1000 --out x.json
 
 Everything that is no option of this script goes to `fit`. Presets are files of callbacks, by name; their budget is
-lifted, so that nothing is thinned. Validation, start-up and the first steps (compilation, first snapshot) are left out
-of the clock; snapshots, live metrics and extra gradients are in it. Beside the ratios of whole runs stands each probe's
-share by its own clock, `overhead/<probe>` of the same run.
+lifted, so that nothing is thinned. With `--pairs` each run with probes has one without beside it, at the same time on
+another core, for machines whose speed changes from minute to minute; give each one core (`OMP_NUM_THREADS=1`).
+
+Validation, start-up and the first steps (compilation, first snapshot) are left out of the clock; snapshots, live
+metrics and extra gradients are in it. Beside the ratios of whole runs stands each probe's share by its own clock,
+`overhead/<probe>` of the same run.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -133,24 +137,45 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--start", type=int, default=50, help="step at which the clock starts")
     parser.add_argument("--presets", nargs="+", default=PRESETS, help="NAME=FILE")
+    parser.add_argument("--pairs", action="store_true", help="run each preset at the same time as a run without probes")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     options, rest = parser.parse_known_args()
     timings: dict[str, list[Timing]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = arms(options.presets, options.start, Path(folder))
         for _ in range(options.repeats):  # alternating, so that a slow spell of the machine hits all
-            for name, file in files.items():
-                timings.setdefault(name, []).append(timed_run([*rest, "-c", file], options.steps, options.start))
-                print(f"{name}: {timings[name][-1].ms_per_step:.2f} ms/step", flush=True)
-    result = report(timings) | {"steps": options.steps - options.start} | described(here())
+            groups = (
+                [("none", name) for name in files if name != "none"] if options.pairs else [(name,) for name in files]
+            )
+            for names in groups:
+                found = _at_once([[*rest, "-c", files[name]] for name in names], options.steps, options.start)
+                for name, timing in zip(names, found, strict=True):
+                    timings.setdefault(name, []).append(timing)
+                    print(f"{name}: {timing.ms_per_step:.2f} ms/step", flush=True)
+    result = report(timings, paired=options.pairs) | {"steps": options.steps - options.start} | described(here())
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def report(timings: dict[str, list[Timing]]) -> dict[str, Any]:
-    """Print and collect the result: medians over the repeats."""
+def _at_once(runs: Sequence[list[str]], steps: int, start: int) -> list[Timing]:
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return list(pool.map(lambda arguments: timed_run(arguments, steps, start), runs))
+
+
+def report(timings: dict[str, list[Timing]], *, paired: bool = False) -> dict[str, Any]:
+    """Print and collect the result: medians over the repeats.
+
+    Args:
+        timings: The runs of each arm, in their order.
+        paired: Whether the runs without probes are those beside each preset's, in turn: ratios are then of pairs.
+    """
     taken = {name: median(run.ms_per_step for run in runs) for name, runs in timings.items()}
-    over = {name: milliseconds / taken["none"] - 1 for name, milliseconds in taken.items() if name != "none"}
+    presets = [name for name in taken if name != "none"]
+    over = {name: taken[name] / taken["none"] - 1 for name in presets}
+    if paired:
+        for k, name in enumerate(presets):
+            beside = timings["none"][k :: len(presets)]
+            over[name] = median(a.ms_per_step / b.ms_per_step for a, b in zip(timings[name], beside, strict=True)) - 1
     shares = {
         name: {probe: median(run.shares[probe] for run in timings[name]) for probe in timings[name][0].shares}
         for name in over

@@ -70,6 +70,14 @@ def test_overhead_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "mine over none" in capsys.readouterr().out
 
 
+def test_paired_ratios_are_of_runs_side_by_side() -> None:
+    """A machine that slows down by half between two pairs changes no ratio."""
+    run = overhead.Timing
+    none = [run(100.0, {}), run(200.0, {}), run(110.0, {}), run(220.0, {})]
+    timings = {"none": none, "a": [run(101.0, {}), run(111.1, {})], "b": [run(220.0, {}), run(242.0, {})]}
+    assert overhead.report(timings, paired=True)["over_none"] == pytest.approx({"a": 0.01, "b": 0.1})
+
+
 @pytest.mark.parametrize("preset", [preset.partition("=")[2] for preset in overhead.PRESETS])
 def test_presets_are_measured_without_a_budget(preset: str, tmp_path: Path) -> None:
     given_preset = yaml.safe_load(Path(preset).read_text())["trainer"]["callbacks"]
