@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ class LastGradient:
 
     Probes of one step ask one after another; the second one finds what the first has paid for, as long as nothing has
     written into a gradient, as clipping does. Unscaling leaves no trace, so whoever asks says what factor is on the
-    gradients. Memory: D values, from the first question of a step until the next backward pass. Where ranks share the
+    gradients. Memory: D values, from the first question of a step until the next batch. Where ranks share the
     weights, whose gradients do not say when they change, every question is answered anew.
 
     Args:
@@ -28,8 +30,9 @@ class LastGradient:
         self.forget()
 
     def forget(self) -> None:
-        """Give the memory back; to be called before each backward pass."""
-        self._state: list[tuple[int, float]] = []
+        """Give the memory back; to be called before each batch and each backward pass."""
+        self._scale = 1.0
+        self._seen: list[tuple[Tensor | None, int]] = []
         self._vector: Vector | None = None
         self._met: tuple[Axes, tuple[Tensor, Tensor]] | None = None
 
@@ -41,11 +44,17 @@ class LastGradient:
             scale: Factor that a loss scaler has on them now.
         """
         gradients = [parameter.grad for parameter in self.selection.parameters(module)]
-        state = [(0, scale), *((0, 0) if g is None else (id(g), g._version) for g in gradients)]
-        if self._vector is None or self.selection.shards is not None or state != self._state:
+        if self._vector is None or self.selection.shards is not None or not self._is_of(gradients, scale):
             self.forget()
-            self._state, self._vector = state, self.selection.gradients(module)
+            # The tensors themselves, not what they are called by: another one may lie where a freed one lay.
+            self._seen, self._scale = [(g, 0 if g is None else g._version) for g in gradients], scale
+            self._vector = self.selection.gradients(module)
         return self._vector
+
+    def _is_of(self, gradients: Sequence[Tensor | None], scale: float) -> bool:
+        """Whether the vector is that of these gradients as they are now."""
+        pairs = zip(gradients, self._seen, strict=True)
+        return scale == self._scale and all(g is s and (g is None or g._version == v) for g, (s, v) in pairs)
 
     def meet(
         self, module: nn.Module, axes: Axes, scale: float = 1.0

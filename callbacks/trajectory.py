@@ -248,6 +248,10 @@ class TrajectoryRecorder(Probe):
             self._record(trainer, pl_module)
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.gradient.forget()
+
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.gradient.forget()
 

@@ -69,6 +69,15 @@ def test_its_parts_have_the_width_of_the_gradients_and_outlive_them(dtype: torch
     assert torch.equal(torch.cat([part.ravel() for part in parts]), before)
 
 
+def test_a_new_gradient_is_no_old_one_wherever_it_lies() -> None:
+    """Of modules that call `loss.backward()` themselves no hook tells."""
+    module, last = layers()
+    for step in range(20):
+        module.zero_grad()
+        sum((float(step + 1) * weight).sum() for weight in module.parameters()).backward()  # type: ignore[union-attr]
+        assert bool((last.of(module).values == step + 1).all())
+
+
 class Counting(Callback):
     """Counts how often the gradient is flattened, by optimizer step."""
 
