@@ -60,6 +60,8 @@ def parse(raw: bytes) -> Iterator[Any]:
             at += left
             continue
         size, kind = struct.unpack_from("<HB", raw, at + 4)
+        if at + 7 + size > len(raw):
+            return  # it is still being written
         part += raw[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
