@@ -174,8 +174,8 @@ class Probe(Callback):
 class DeferringProbe(Probe):
     """A probe that leaves its numbers on the device until the trainer logs, before evaluations and at every end.
 
-    Where that makes many rows they go to the loggers one by one, over the steps until the trainer logs again: a logger
-    may take a millisecond for each, and for as long as it takes all of them a device would have nothing to do.
+    Where that makes many rows they go to the loggers one by one, over the steps until the trainer logs again: for as
+    long as loggers take all of them at once, a device would have nothing to do.
     """
 
     def __init__(self, schedule: Schedule) -> None:
