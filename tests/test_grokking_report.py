@@ -39,6 +39,7 @@ from mini_gpt_pl.report.grokking_defects import defect_at_grok, last_defects
 from mini_gpt_pl.report.grokking_groups import distinct, groups_of
 from mini_gpt_pl.report.grokking_onsets import onsets
 from mini_gpt_pl.report.grokking_runs import GrokkingRun, Window, common_windows, grokking_runs, phases
+from mini_gpt_pl.report.grokking_seeds import excess_at_stop, fall_of_c, seed_by_seed
 from mini_gpt_pl.report.grokking_tables import grokking_tables, short
 from mini_gpt_pl.report.page import write_report
 from mini_gpt_pl.report.progress import Steps
@@ -649,3 +650,56 @@ def test_kept_runs_hold_what_the_smallest_configuration_promises() -> None:
         assert (run.commutator("resolved") == 1).all()
     free = next(run for run in runs if not run.decay)
     assert (free.commutator("float32_signal") < 1).mean() > 0.9
+
+
+# -------------------------------------------------------------------------------------------------- run by run
+
+
+def alternating(at: int) -> Series:
+    """A c of 40, 60, 50 and so on before a step, from there on of 20 and 80 in turn, and of 10 at 200 steps behind."""
+    return lambda step: (40, 60, 50)[step // 100 % 3] if step < at else 10 if step == at + 200 else 20 + 60 * (
+        (step - at) // 100 % 2
+    )  # fmt: skip
+
+
+def test_c_falls_from_its_level_to_its_floor_though_single_records_rise(tmp_path: Path) -> None:
+    fall = fall_of_c(one(write(tmp_path / "a", grokking(1200), {**VANISHING, "c": alternating(1200)})))
+    assert fall is not None
+    assert (fall.level, fall.floor, fall.single) == (50, 10, 20 / 80) and fall.factor == 5
+
+
+def test_where_c_is_not_known_around_the_grok_step_nothing_is_said_of_it(tmp_path: Path) -> None:
+    assert fall_of_c(one(write(tmp_path / "never", memorising(), VANISHING))) is None
+    assert fall_of_c(one(write(tmp_path / "without", grokking(1200), {}))) is None
+    assert fall_of_c(one(write(tmp_path / "early", grokking(200), VANISHING))) is None  # two records before
+    late = fall_of_c(one(write(tmp_path / "late", grokking(1800), VANISHING)))
+    assert late is not None and np.isnan(late.single) and late.factor == pytest.approx(1.0)
+
+
+def test_pc1_over_its_null_is_of_the_path_to_the_stop(tmp_path: Path) -> None:
+    run = one(write(tmp_path / "a", grokking(1200), {}))
+    excess, path = excess_at_stop(run), run.path(Window("to the stop", 0, 1400))
+    assert excess is not None
+    over = {label: of["pc1_centred"]["measured"] - of["pc1_centred"]["innovation_walk"] for label, of in path.items()}
+    assert excess.whole == over.pop("attention")
+    assert excess.group in GROUPS and excess.furthest == max(over.values(), key=abs) != min(over.values(), key=abs)
+    assert excess_at_stop(one(write(tmp_path / "b", memorising(), {}))) is None
+
+
+def test_the_table_run_by_run_counts_what_holds(tmp_path: Path) -> None:
+    falling, level = {**VANISHING, "c": alternating(1200)}, {**VANISHING, "c": constant(5.0)}
+    runs = [
+        write(tmp_path / "1", grokking(1200), falling, config(seed=1)),
+        write(tmp_path / "2", grokking(1200), level, config(seed=2)),
+        write(tmp_path / "3", memorising(), level, config(seed=3)),
+    ]
+    table = seed_by_seed(grokking_runs(runs))
+    assert table.frame["seed"].tolist() == ["1", "2"]  # nothing to say of the third
+    assert table.frame["falls by"].tolist() == ["5.0", "1.0"]
+    assert (
+        "of the 300 steps from there on in 1 of 2 runs" in table.notes[1] and "later in 0 of 2 runs" in table.notes[1]
+    )
+    near = int((table.numbers["all, over ‖e‖"].abs() < 0.06).sum()) if table.numbers is not None else -1
+    each = int((table.numbers["furthest matrix, over ‖e‖"].abs() < 0.06).sum()) if table.numbers is not None else -1
+    assert f"together in {near} of 2 runs, for each matrix by itself in {each} of 2 runs" in table.notes[0]
+    assert seed_by_seed([]).frame.empty

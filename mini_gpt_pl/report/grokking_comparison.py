@@ -33,6 +33,7 @@ from mini_gpt_pl.report.grokking_runs import (
     grokking_runs,
     reached,
 )
+from mini_gpt_pl.report.grokking_seeds import seed_by_seed
 from mini_gpt_pl.report.grokking_tables import short
 from mini_gpt_pl.report.sheet import Cell, Row, Table, gap, number, tabulate, word
 from mini_gpt_pl.runs import Run
@@ -50,6 +51,7 @@ def grokking_comparison(runs: Sequence[Run]) -> list[Table]:
     tables = [
         claims_table(runs),
         overview(everything),
+        seed_by_seed(known),
         pc1(known),
         fixed_windows(known),
         persistence(known),

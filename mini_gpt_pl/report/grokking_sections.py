@@ -116,12 +116,12 @@ GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
     Section(
         "runs",
         "The runs side by side",
-        "When each run memorised and generalised, and its commutators.",
+        "When each run memorised and generalised, how far its PC1 then lies from decay, and its commutators.",
         plates(
             GROKKING_COMPARISON_FIGURES,
             grokking_curves="By operation; runs without weight decay are dashed. D has 1/‖g‖ in it, c has not.",
         ),
-        ("grokking_runs", "grokking_markers*"),
+        ("grokking_runs", "grokking_seeds", "grokking_markers*"),
     ),
     Section(
         "paths",
