@@ -105,7 +105,9 @@ def startup(found: Found) -> str:
     rows = [[part, *(f"{found[arm][part]:.1f}" for arm in arms)] for part in found["cached"]]
     rows.append(["together", *(f"{sum(found[arm].values()):.1f}" for arm in arms)])
     helps = ", ".join(f"`cli.py {command}` {seconds:.1f} s" for command, seconds in found["help"].items())
-    return table(["seconds", *(arm.replace("_", " ") for arm in arms)], rows) + f"\n\n{helps}."
+    parts = table(["seconds", *(arm.replace("_", " ") for arm in arms)], rows)
+    libraries = ", ".join(f"`{name}` {seconds:.1f} s" for name, seconds in found.get("libraries", {}).items())
+    return f"{parts}\n\n{helps}." + (f" Imports by themselves: {libraries}." if libraries else "")
 
 
 def trajectory(found: Found) -> str:
@@ -137,7 +139,10 @@ def ranks(found: Found) -> str:
         [f"`{arm}`", f"{ms[arm]:.2f}", f"{round(speed[arm], -3):,.0f}", f"{times[arm]:.2f}" if arm in times else ""]
         for arm in ms
     ]
-    return table(["arm", "ms a step", "tokens/s", "times one rank"], rows)
+    alone = found.get("reduce_alone")
+    summed = f"; their sum over both by itself: {alone['whole_ms']:.2f} ms" if isinstance(alone, dict) else ""
+    caption = f"{found['device']}. Gradients: {found['gradient_bytes'] / 1e6:.0f} MB{summed}."
+    return table(["arm", "ms a step", "tokens/s", "times one rank"], rows) + "\n\n" + caption
 
 
 _SECOND_TASK = {
@@ -165,6 +170,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "evaluation_h100": evaluation,
     "data_h100": data,
     "startup_h100": startup,
+    "startup_cpu": startup,
     "trajectory_h100": trajectory,
     "trajectory_cpu": trajectory,
     "ranks_h200": ranks,

@@ -4,7 +4,8 @@
 
 What is no option of this script goes to `fit`, which runs in a process of its own with `--trainer.max_steps 1`. The
 first run may have to read and tokenize the text; the later ones find it cached, and their median is what is reported.
-Compilation is off; `--compile` measures it apart, as what the same run takes longer with it.
+Compilation is off; `--compile` measures it apart, as what the same run takes longer with it. Beside them what the
+libraries take that are imported first, each in a process that does nothing else: the floor of the imports.
 
 The parts, each up to an event in the process:
 
@@ -49,6 +50,7 @@ PARTS = (
     "first_step",
 )
 HELPS = ("--help", "fit --help", "report --help")
+LIBRARIES = ("torch", "lightning.pytorch")
 
 
 def watched_fit(arguments: list[str], out: Path, spawned: float) -> None:
@@ -121,10 +123,10 @@ def measure(arguments: list[str], *, compiled: bool = False) -> dict[str, float]
         return found
 
 
-def help_seconds(command: str) -> float:
-    """Wall time of a command's help."""
+def wall_seconds(*arguments: str) -> float:
+    """Wall time of a Python process."""
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "cli.py", *command.split()], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begun
 
 
@@ -144,7 +146,9 @@ def main() -> None:
     result["cached_total"] = median(sum(run.values()) for run in runs)
     if options.compile:
         result["with_compile"] = measure(rest, compiled=True)
-    result["help"] = {command: median(help_seconds(command) for _ in range(options.repeats)) for command in HELPS}
+    turns = range(options.repeats)
+    result["help"] = {command: median(wall_seconds("cli.py", *command.split()) for _ in turns) for command in HELPS}
+    result["libraries"] = {name: median(wall_seconds("-c", f"import {name}") for _ in turns) for name in LIBRARIES}
     import torch  # late: this process needs it for the device's name alone
 
     result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -163,6 +167,8 @@ def report(result: dict[str, Any]) -> None:
     print(f"{'together':14s}" + "".join(f"{sum(result[name].values()):14.2f}" for name in arms))
     for command, seconds in result["help"].items():
         print(f"cli.py {command:14s} {seconds:6.2f}")
+    for name, seconds in result["libraries"].items():
+        print(f"import {name:18s} {seconds:6.2f}")
 
 
 if __name__ == "__main__":

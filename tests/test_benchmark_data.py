@@ -44,10 +44,12 @@ def test_startup_cuts_the_whole_into_its_parts(
     measure = startup.measure
     once = cache(lambda arguments: measure(list(arguments)))  # a process that starts takes seconds
     monkeypatch.setattr(startup, "HELPS", ("--help",))
+    monkeypatch.setattr(startup, "LIBRARIES", ("json",))
     monkeypatch.setattr(startup, "measure", lambda arguments: once(tuple(arguments)))
     found = run(startup, tmp_path, monkeypatch, "--repeats", "1")
     assert tuple(found["cached"]) == startup.PARTS
     assert all(seconds >= 0 for seconds in found["cached"].values())
     assert found["cached_total"] == pytest.approx(sum(found["cached"].values()))
     assert set(found["help"]) == {"--help"}
+    assert 0 < found["libraries"]["json"] < found["cached"]["imports"]
     assert "first_step" in capsys.readouterr().out

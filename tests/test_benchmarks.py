@@ -113,7 +113,12 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "data_wait": 0.004,
         "cores": 16,
     },
-    "startup_h100": {"first_run": {"imports": 3.0}, "cached": {"imports": 2.0}, "help": {"--help": 0.2}},
+    "startup_h100": {
+        "first_run": {"imports": 3.0},
+        "cached": {"imports": 2.0},
+        "help": {"--help": 0.2},
+        "libraries": {"torch": 1.5},
+    },
     "trajectory_cpu": {
         "snapshots": 51,
         "dim": 1000,
@@ -131,6 +136,9 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "ms_per_step": {"one": 24.0, "two": 25.0},
         "tokens_per_second": {"one": 1e6, "two": 1.92e6},
         "times": {"two": 1.92},
+        "device": "2 x GPU",
+        "gradient_bytes": 204e6,
+        "reduce_alone": {"whole_ms": 0.73},
     },
 }
 SAID = {
@@ -138,10 +146,10 @@ SAID = {
     "fisher_h100": ["1.040", "1.0e-06"],
     "evaluation_h100": ["200", "10.0%"],
     "data_h100": ["0.50 of tiktoken", "4.0 of what training takes", "0.40%"],
-    "startup_h100": ["3.0", "2.0", "0.2 s"],
+    "startup_h100": ["3.0", "2.0", "0.2 s", "`torch` 1.5 s"],
     "trajectory_cpu": ["2.00 ms", "1.70 ms", "0.50 ms", "1.5 ms"],
     "grokking_cpu": ["16.0 (2.00)", "9.6 (1.20)"],
-    "ranks_h200": ["1,920,000", "1.92"],
+    "ranks_h200": ["1,920,000", "1.92", "2 x GPU", "204 MB; their sum over both by itself: 0.73 ms"],
 }
 
 
