@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.clock import described, here, milliseconds
 from benchmarks.throughput import configured
 from callbacks.fixed_gradients import FixedGradients, Kind
+from callbacks.measuring import evaluating
 from mini_gpt_pl.data.datamodule import Batch
 from mini_gpt_pl.geometry import fisher
 from mini_gpt_pl.geometry.axes import BACKBONE, Axes, path_coefficients
@@ -128,7 +129,9 @@ class Case:
     def measure(self, axes: Axes, *, spectrum: bool = False) -> list[float]:
         """Measure as the probe does, and return the quotients of the whole selection."""
         count = len(self.gradients)
-        found = fisher.survey(self.gradients, count, axes, block=count, gram=spectrum).cpu()
+        with evaluating(self.module):
+            found = fisher.survey(self.gradients, count, axes, block=count, gram=spectrum)
+        found = found.cpu()
         dims = (*self.selection.dims, self.selection.dim)
         fisher.trace(found)
         fisher.anisotropy(found.projections[BACKBONE].square(), found.squares, dims)

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.fixed_gradients import FixedGradients, Kind, count_of
-from callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels
+from callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels, evaluating
 from callbacks.nests import digest_of, filled, first_length, leaves_of, map_tensors
 from callbacks.probe import DeferringProbe, Estimate, Row
 from callbacks.schedule import Schedule
@@ -249,7 +249,8 @@ class FisherProbe(DeferringProbe):
         gradients = FixedGradients(
             trainer, module, self._recorder.selection, self._fixed, kind, self.samples_per_batch, self.seed
         )
-        return fisher.survey(gradients, len(gradients), axes, block=self.block, gram=self.spectrum, random=random)
+        with evaluating(module):  # once for all gradients
+            return fisher.survey(gradients, len(gradients), axes, block=self.block, gram=self.spectrum, random=random)
 
     # ---------------------------------------------------------------------------------------------- logging
 

@@ -915,6 +915,21 @@ def test_a_foreign_model_does_not_notice(tmp_path: Path) -> None:
     assert same(*ends)
 
 
+def test_modes_are_set_once_for_all_gradients(tmp_path: Path) -> None:
+    """To set them takes the host as long as several layers do."""
+
+    class Counting(WithLoss):
+        evaluations = 0
+
+        def eval(self) -> Counting:
+            self.evaluations += 1
+            return super().eval()
+
+    module, probe = Counting(), _probe(spectrum=False)
+    quiet_trainer(tmp_path, [probe, TrajectoryRecorder("layer")], max_steps=8).fit(module, _dicts())
+    assert probe.answered > 1 and module.evaluations == probe.answered
+
+
 def _measured(folder: Path, accumulate: int, stop: int = 0, resume: bool = False) -> tuple[Any, str]:
     """Metrics and batch hash of eight steps, or of the part before or after a checkpoint at step `stop`."""
     path = folder / f"checkpoints/{stop:06d}.ckpt" if resume else None

@@ -334,6 +334,33 @@ def test_gradients_through_fsdp2(one_unit: bool, ranks: list[dict[str, Any]]) ->
             torch.testing.assert_close(found[f"net_{one_unit}"][name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
+# A mesh of one rank cuts nothing, so that the selection has no shards, and FSDP2 is there all the same.
+ONE = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from test_sharded import INPUTS, Net
+from mini_gpt_pl.geometry.selection import ParameterSelection
+
+net = Net()
+selection = ParameterSelection.of(net, "layers")
+expected = selection.gradient_of(net(INPUTS).square().mean(), net)  # the weights' places are known from here on
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+fully_shard(net)
+assert ParameterSelection.of(net, "layers").shards is None
+for _ in range(2):
+    found = selection.gradient_of(net(INPUTS).square().mean(), net)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-6, atol=1e-9)
+    assert all(parameter.grad is None for parameter in net.parameters())
+dist.destroy_process_group()
+"""
+
+
+def test_gradients_through_fsdp2_on_one_rank(tmp_path: Path) -> None:
+    run_script(ONE, tmp_path)
+
+
 def test_sums_to_come_are_taken(ranks: list[dict[str, Any]]) -> None:
     assert all(torch.equal(found["sums"], torch.full((3,), 10.0)) for found in ranks)
 

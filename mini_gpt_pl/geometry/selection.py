@@ -285,12 +285,13 @@ class ParameterSelection:
         Raises:
             ValueError: The tensors are not one per parameter, with the parameters' shapes (and sharding) and order.
         """
-        parts = [local_part(tensor).detach() for tensor in tensors]
+        parts = [local_part(tensor) for tensor in tensors]
         if self.shards is not None:
             parts = self.shards.take(parts)
-        if tuple(tuple(part.shape) for part in parts) != self.local_shapes:
+        if tuple(part.shape for part in parts) != self.local_shapes:
             raise ValueError("the tensors' shapes are not those of the selected parameters, in order")
-        return Vector(torch.cat([part.reshape(-1).to(dtype) for part in parts]), self)
+        with torch.no_grad():  # probes ask at every step: one call for all parts, not several for each
+            return Vector(torch.cat([part.reshape(-1) for part in parts]).to(dtype), self)
 
     def weights(self, module: nn.Module) -> Vector:
         """Copy the selected weights of a module, in float32."""
@@ -310,7 +311,8 @@ class ParameterSelection:
             loss: A scalar with a graph, which is used up.
             module: Owner of the weights.
         """
-        if any(isinstance(part, FSDPModule) for part in module.modules()):
+        # FSDP2 takes a process group, without which no module has to be gone through.
+        if dist.is_initialized() and any(isinstance(part, FSDPModule) for part in module.modules()):
             # Its hooks gather the weights outside of the graph and hand gradients over to `.grad` only.
             _reshard(module)
             with _grads_aside(module):
