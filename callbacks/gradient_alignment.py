@@ -177,7 +177,7 @@ def _along(
     axes: Axes, square: Float[Tensor, " G1"], coordinates: Float[Tensor, "N G1"]
 ) -> tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]:
     """Cosine and coordinate along the backbone: per group along its own, then of the whole along the whole's."""
-    along = coordinates[list(axes).index(BACKBONE)]
+    along = coordinates[axes.index(BACKBONE)]
     return torch.where(square == 0, 0.0, along / square.sqrt()), along
 
 

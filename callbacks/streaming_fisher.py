@@ -187,7 +187,7 @@ def _squares(
     axes: Axes, square: Float[Tensor, " G1"], coordinates: Float[Tensor, "N G1"], factor: float
 ) -> Float[Tensor, "2 G1"]:
     """||g||^2 and <g, v>^2 of a gradient that is to be multiplied by a factor."""
-    return torch.stack([square, coordinates[list(axes).index(BACKBONE)].square()]) * factor**2
+    return torch.stack([square, coordinates[axes.index(BACKBONE)].square()]) * factor**2
 
 
 def streaming_metrics(

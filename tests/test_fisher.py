@@ -220,8 +220,11 @@ def test_many_directions_are_those_one_by_one() -> None:
     for name, axis in axes.items():
         expected = torch.stack([axis.project(Vector(row, SMALL)) for row in G])
         torch.testing.assert_close(found.projections[name], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(table.project(G)[:, table.index(name)], expected, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(table[name].lengths, axis.lengths, rtol=1e-12, atol=0)
         torch.testing.assert_close(table[name].project(Vector(G[0], SMALL)), expected[0], rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="other"):
+        table.index("other")
     assert not found.projections["none"][:, :2].any() and found.projections["none"][:, 2].all()
 
 

@@ -117,13 +117,21 @@ class Axes(Mapping[str, Axis]):
         first, second = self.places[name]
         own = Vector(self.rows[first], self.selection)
         whole = own if second == first else Vector(self.rows[second], self.selection)
-        return Axis(own, whole, self._lengths[list(self.places).index(name)])
+        return Axis(own, whole, self._lengths[self.index(name)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def index(self, name: str) -> int:
+        """Where a name's coordinates stand among the N that `project` and `meet` give.
+
+        Raises:
+            ValueError: There is no such axis.
+        """
+        return list(self.places).index(name)
 
     def project(self, vectors: Float[Tensor, "M D"]) -> Float[Tensor, "M N G1"]:
         """Coordinates of vectors of the selection along all unit directions; zero along one that vanishes."""
