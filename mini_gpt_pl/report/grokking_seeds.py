@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mini_gpt_pl.report.grokking_groups import commutator_note, run_cells
-from mini_gpt_pl.report.grokking_runs import NULLS_NOTE, GrokkingRun, median, reached
+from mini_gpt_pl.report.grokking_runs import GrokkingRun, median, reached
 from mini_gpt_pl.report.grokking_tables import short
 from mini_gpt_pl.report.sheet import Cell, Row, Table, gap, number, tabulate
 
@@ -15,6 +15,10 @@ NEAR, FAR = 0.06, 3.0
 """A PC1 this close to its null is near it; a c that falls by more than this factor has fallen."""
 _BEHIND = 300  # steps behind t90
 _SHARE = "{:.1%}"
+_NULL_NOTE = (
+    "Decay, ‖e‖: the walk under the run's weight decay with the lengths of the measured innovations "
+    "e = θ_k - ρ_k θ_(k-1), in orthogonal directions."
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def seed_by_seed(runs: Sequence[GrokkingRun]) -> Table:
     notes = [
         _near([excess for _, excess, _ in known if excess is not None]),
         _fallen([fall for _, _, fall in known if fall is not None]),
-        NULLS_NOTE if rows else None,
+        _NULL_NOTE if rows else None,
         commutator_note(runs),
     ]
     return tabulate("grokking_seeds", "Run by run: PC1 over its null, and the fall of c", rows, notes)
