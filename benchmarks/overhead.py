@@ -4,8 +4,9 @@
     python -m benchmarks.overhead -c configs/paper/base.yaml -c configs/paper/seed42.yaml ... --steps 1000 --out x.json
 
 Everything that is no option of this script goes to `fit`. Presets are files of callbacks, by name; their budget is
-lifted, so that nothing is thinned. With `--pairs` each run with probes has one without beside it, at the same time on
-another core, for machines whose speed changes from minute to minute; give each one core (`OMP_NUM_THREADS=1`).
+lifted, so that nothing is thinned. With `--pairs` each run with probes has one without beside it, at the same time, for
+machines whose speed changes from minute to minute: each has half of the cores to itself, and the other half in the next
+repeat. Give them as many threads (`OMP_NUM_THREADS=1` for two cores), and an even number of repeats.
 
 Validation, start-up and the first steps (compilation, first snapshot) are left out of the clock; snapshots, live
 metrics and extra gradients are in it. Beside the ratios of whole runs stands each probe's share by its own clock,
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -143,12 +145,13 @@ def main() -> None:
     timings: dict[str, list[Timing]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = arms(options.presets, options.start, Path(folder))
-        for _ in range(options.repeats):  # alternating, so that a slow spell of the machine hits all
+        for turn in range(options.repeats):  # alternating, so that a slow spell of the machine hits all
             groups = (
                 [("none", name) for name in files if name != "none"] if options.pairs else [(name,) for name in files]
             )
             for names in groups:
-                found = _at_once([[*rest, "-c", files[name]] for name in names], options.steps, options.start)
+                runs = [[*rest, "-c", files[name]] for name in names]
+                found = _at_once(runs, options.steps, options.start, turn)
                 for name, timing in zip(names, found, strict=True):
                     timings.setdefault(name, []).append(timing)
                     print(f"{name}: {timing.ms_per_step:.2f} ms/step", flush=True)
@@ -157,9 +160,17 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _at_once(runs: Sequence[list[str]], steps: int, start: int) -> list[Timing]:
+def _at_once(runs: Sequence[list[str]], steps: int, start: int, turn: int = 0) -> list[Timing]:
+    """Time runs beside one another, each on cores of its own, which change from turn to turn: no two are as fast."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+    def timed(k: int) -> Timing:
+        if own := cores[(k + turn) % len(runs) :: len(runs)]:
+            os.sched_setaffinity(0, own)  # of this thread, and so of the process that it starts
+        return timed_run(runs[k], steps, start)
+
     with ThreadPoolExecutor(len(runs)) as pool:
-        return list(pool.map(lambda arguments: timed_run(arguments, steps, start), runs))
+        return list(pool.map(timed, range(len(runs))))
 
 
 def report(timings: dict[str, list[Timing]], *, paired: bool = False) -> dict[str, Any]:
@@ -172,10 +183,12 @@ def report(timings: dict[str, list[Timing]], *, paired: bool = False) -> dict[st
     taken = {name: median(run.ms_per_step for run in runs) for name, runs in timings.items()}
     presets = [name for name in taken if name != "none"]
     over = {name: taken[name] / taken["none"] - 1 for name in presets}
+    pairs: dict[str, list[float]] = {}
     if paired:
         for k, name in enumerate(presets):
             beside = timings["none"][k :: len(presets)]
-            over[name] = median(a.ms_per_step / b.ms_per_step for a, b in zip(timings[name], beside, strict=True)) - 1
+            pairs[name] = [a.ms_per_step / b.ms_per_step - 1 for a, b in zip(timings[name], beside, strict=True)]
+            over[name] = median(pairs[name])
     shares = {
         name: {probe: median(run.shares[probe] for run in timings[name]) for probe in timings[name][0].shares}
         for name in over
@@ -183,11 +196,11 @@ def report(timings: dict[str, list[Timing]], *, paired: bool = False) -> dict[st
     for name, milliseconds in taken.items():
         print(f"{name:12s} {milliseconds:8.2f} ms/step  {[round(run.ms_per_step, 2) for run in timings[name]]}")
     for name, share in over.items():
-        print(f"{name} over none: {share:+.2%}")
+        print(f"{name} over none: {share:+.2%} {[f'{pair:+.1%}' for pair in pairs.get(name, ())]}")
         for probe, own in shares[name].items():
             print(f"    {probe:24s} {own:8.3%}")
     repeats = {name: [run.ms_per_step for run in runs] for name, runs in timings.items()}
-    return {"ms_per_step": taken, "repeats_ms": repeats, "over_none": over, "shares": shares}
+    return {"ms_per_step": taken, "repeats_ms": repeats, "over_none": over, "pairs": pairs, "shares": shares}
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def overhead(found: Found) -> str:
     presets = list(found["over_none"])
     probes = dict.fromkeys(name for preset in presets for name in found["shares"][preset])
     apart = ("fraction", "data_wait", "stretch")
-    rows = [["whole run against the run without", *(f"{found['over_none'][preset]:+.1%}" for preset in presets)]]
+    pairs = found.get("pairs", {})
+    rows = [["whole run against the run without", *(_whole(found["over_none"], pairs, preset) for preset in presets)]]
     for probe in probes:
         if probe not in apart:
             shares = (found["shares"][preset].get(probe) for preset in presets)
@@ -65,6 +66,12 @@ def overhead(found: Found) -> str:
     steps = ["ms a step", *(f"{found['ms_per_step'][preset]:.2f}" for preset in presets)]
     none = f"Without probes: {found['ms_per_step']['none']:.2f} ms a step."
     return table(["", *(f"`{preset}`" for preset in presets)], [*rows, steps]) + "\n\n" + none
+
+
+def _whole(over: Found, pairs: Found, preset: str) -> str:
+    """What a preset adds; of runs that were timed in pairs, from the least to the most of the pairs."""
+    of = pairs.get(preset, [over[preset]])
+    return " to ".join(f"{share:+.1%}" for share in dict.fromkeys([min(of), max(of)]))
 
 
 def fisher(found: Found) -> str:

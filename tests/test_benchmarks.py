@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,35 @@ def test_paired_ratios_are_of_runs_side_by_side() -> None:
     run = overhead.Timing
     none = [run(100.0, {}), run(200.0, {}), run(110.0, {}), run(220.0, {})]
     timings = {"none": none, "a": [run(101.0, {}), run(111.1, {})], "b": [run(220.0, {}), run(242.0, {})]}
-    assert overhead.report(timings, paired=True)["over_none"] == pytest.approx({"a": 0.01, "b": 0.1})
+    found = overhead.report(timings, paired=True)
+    assert found["over_none"] == pytest.approx({"a": 0.01, "b": 0.1})
+    assert found["pairs"]["b"] == pytest.approx([0.1, 0.1])
+    assert "+1.0% to +1.0%" not in page.overhead(found) and "+1.0%" in page.overhead(found)
+    found["pairs"]["a"] = [0.03, -0.01]
+    assert "-1.0% to +3.0%" in page.overhead(found)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are given out where the system can")
+@pytest.mark.parametrize("count", [1, 2])
+def test_runs_at_once_take_turns_on_the_cores(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[int]] = {}
+
+    def timed_run(arguments: list[str], steps: int, start: int) -> overhead.Timing:
+        seen[arguments[0]] = os.sched_getaffinity(0)
+        return overhead.Timing(float(len(arguments)), {})
+
+    monkeypatch.setattr(overhead, "timed_run", timed_run)
+    before, runs = os.sched_getaffinity(0), [["a"], ["b", "c"]][:count]
+    turns = []
+    for turn in range(2):
+        assert [run.ms_per_step for run in overhead._at_once(runs, 4, 2, turn)] == [1.0, 2.0][:count]
+        turns.append(dict(seen))
+    assert os.sched_getaffinity(0) == before
+    if count == 1 or len(before) == 1:
+        assert turns[0] == turns[1] == {run[0]: before for run in runs}
+    else:
+        assert turns[0]["a"] | turns[0]["b"] == before and not turns[0]["a"] & turns[0]["b"]
+        assert len(before) % 2 or turns[1] == {"a": turns[0]["b"], "b": turns[0]["a"]}
 
 
 @pytest.mark.parametrize("preset", [preset.partition("=")[2] for preset in overhead.PRESETS])
