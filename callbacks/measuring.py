@@ -161,8 +161,8 @@ def measuring(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode, and each part back into its own mode afterwards.
 
-    Who measures many times enters it once around all of them, and `measuring` then finds nothing to set: to set the
-    modes of a hundred parts takes the host a millisecond, in which a GPU runs out of work.
+    Who measures many times enters it once around all of them, and `measuring` then finds nothing to set: while the host
+    sets the modes of every part a GPU may run out of work.
     """
     modes = [(part, part.training) for part in _parts(module)]
     try:

@@ -668,6 +668,13 @@ def test_c_falls_from_its_level_to_its_floor_though_single_records_rise(tmp_path
     assert (fall.level, fall.floor, fall.single) == (50, 10, 20 / 80) and fall.factor == 5
 
 
+def test_a_c_that_vanishes_has_fallen_without_a_limit(tmp_path: Path) -> None:
+    gone = {**VANISHING, "c": rises(1200, 5.0, 0.0)}
+    fall = fall_of_c(one(write(tmp_path / "a", grokking(1200), gone)))
+    assert fall is not None and (fall.level, fall.floor) == (5, 0) and fall.factor == float("inf")
+    assert np.isnan(fall.single)  # nothing at t90 already
+
+
 def test_where_c_is_not_known_around_the_grok_step_nothing_is_said_of_it(tmp_path: Path) -> None:
     assert fall_of_c(one(write(tmp_path / "never", memorising(), VANISHING))) is None
     assert fall_of_c(one(write(tmp_path / "without", grokking(1200), {}))) is None

@@ -53,7 +53,7 @@ class Fall:
     @property
     def factor(self) -> float:
         """Level over floor."""
-        return self.level / self.floor
+        return _ratio(self.level, self.floor)
 
 
 def excess_at_stop(run: GrokkingRun) -> Excess | None:
@@ -75,8 +75,15 @@ def fall_of_c(run: GrokkingRun) -> Fall | None:
     before, behind = c[c.index < t90].iloc[-3:], c[(c.index >= t90) & (c.index <= t90 + _BEHIND)]
     if len(before) < 3 or behind.empty:
         return None
-    ends = (c.get(t90, math.nan), c.get(t90 + _BEHIND, math.nan))
-    return Fall(median(before.tolist()), float(behind.min()), float(ends[0] / ends[1]))
+    single = _ratio(*(float(c.get(step, math.nan)) for step in (t90, t90 + _BEHIND)))
+    return Fall(median(before.tolist()), float(behind.min()), single)
+
+
+def _ratio(before: float, behind: float) -> float:
+    """How many times smaller: without a limit where nothing is left, and NaN where there was nothing before either."""
+    if behind == 0:
+        return math.inf if before > 0 else math.nan
+    return before / behind
 
 
 def seed_by_seed(runs: Sequence[GrokkingRun]) -> Table:
@@ -96,18 +103,17 @@ def seed_by_seed(runs: Sequence[GrokkingRun]) -> Table:
             cells["falls by"] = number(fall.factor, "{:.1f}")
             cells["as single records"] = number(fall.single, "{:.1f}")
         rows.append(cells)
+    near, fallen = [e for _, e, _ in known if e is not None], [fall for _, _, fall in known if fall is not None]
     notes = [
-        _near([excess for _, excess, _ in known if excess is not None]),
-        _fallen([fall for _, _, fall in known if fall is not None]),
+        _near(near) if near else None,
+        _fallen(fallen) if fallen else None,
         _NULL_NOTE if rows else None,
         commutator_note(runs),
     ]
     return tabulate("grokking_seeds", "Run by run: PC1 over its null, and the fall of c", rows, notes)
 
 
-def _near(found: Sequence[Excess]) -> str | None:
-    if not found:
-        return None
+def _near(found: Sequence[Excess]) -> str:
     return (
         f"PC1 from the start to the stop, less that of the walk of decay, ‖e‖: within {100 * NEAR:.0f} points for all "
         f"recorded weights together in {_share([abs(one.whole) < NEAR for one in found])}, for each matrix by itself "
@@ -115,9 +121,7 @@ def _near(found: Sequence[Excess]) -> str | None:
     )
 
 
-def _fallen(found: Sequence[Fall]) -> str | None:
-    if not found:
-        return None
+def _fallen(found: Sequence[Fall]) -> str:
     return (
         f"c falls by more than {FAR:.0f} from the median of the last three records before t90 to the least of the "
         f"{_BEHIND} steps from there on in {_share([one.factor > FAR for one in found])}; from the single record at "
