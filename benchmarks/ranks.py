@@ -9,7 +9,9 @@ What is no option of this script goes to `fit`. Arms:
 * `one`, `two`: one rank, and two with as many sequences each (weak scaling), without probes;
 * `one_probes`, `two_probes`: the same with the configured probes;
 * `strong`: two ranks that share the sequences of `one`;
-* `views`, `static`, `bf16`, `large_buckets`: `two` with an option of DDP each, one after the other.
+* `asking`: `two` as Lightning has it, which before each batch waits for rank 0 to say whether training goes on;
+* `views`, `whole`, `static`, `bf16`, `large_buckets`: `two` with options of DDP. `views`: gradients are views into what
+  is sent; `whole`: so they are, and the compiled graph is not split where a bucket of gradients ends.
 
 Beside them the bare all-reduce of the gradient's bytes, in one piece, in DDP's buckets and in bfloat16, and how unequal
 the ranks' work is: a step lasts as long as that of the rank with the longer stories. Every result is written to `--out`
@@ -40,6 +42,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from benchmarks.overhead import STOPWATCH_FILE, Stopwatch
+from callbacks import AgreedTermination
 
 DDP = "lightning.pytorch.strategies.DDPStrategy"
 BF16_HOOK = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_hook"
@@ -50,8 +53,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"init_args": {"ddp_comm_hook": BF16_HOOK}, "dict_kwargs": {"gradient_as_bucket_view": True}},
     "large_buckets": {"dict_kwargs": {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}},
     "static": {"dict_kwargs": {"gradient_as_bucket_view": True, "static_graph": True}},
+    "whole": {"dict_kwargs": {"gradient_as_bucket_view": True}},
 }
-ARMS = ("one", "two", "one_probes", "two_probes", "strong", "one", "two", "views", "bf16", "large_buckets", "static")
+# Settings of the watch by arm.
+WATCHES: dict[str, dict[str, Any]] = {"asking": {"asks": True}, "whole": {"split": False}}
+ARMS = (
+    "one",
+    "two",
+    "one_probes",
+    "two_probes",
+    "strong",
+    "asking",
+    "views",
+    "whole",
+    "bf16",
+    "large_buckets",
+    "static",
+)
 BUCKET = 25 << 20  # DDP's default, in bytes
 
 
@@ -60,12 +78,24 @@ class RankWatch(Stopwatch):
 
     Args:
         start: The clock starts at the end of this step.
+        asks: Leave it to Lightning to ask whether training goes on.
+        split: Let the compiler split its graph where DDP's buckets end.
     """
 
-    def __init__(self, start: int = 50) -> None:
+    def __init__(self, start: int = 50, asks: bool = False, split: bool = True) -> None:
         super().__init__(start)
+        self.asks = asks
+        self.split = split
         self._rows: list[int] = []
         self._positions = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        torch._dynamo.config.optimize_ddp = self.split
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if self.asks and isinstance(callback, AgreedTermination):
+                callback.teardown(trainer, pl_module, "fit")
 
     @override
     def on_train_batch_end(
@@ -95,7 +125,9 @@ def command(arm: str, arguments: Sequence[str], folder: Path, options: argparse.
     settings = {"data": {"batch_size": sequences}, "trainer": {"devices": ranks, "strategy": strategy}}
     (folder / "arm.yaml").write_text(yaml.safe_dump(settings))
     off = [] if arm.endswith("probes") else ["-c", "configs/probes/off.yaml"]
-    watch = ["--trainer.callbacks+=benchmarks.ranks.RankWatch", f"--trainer.callbacks.init_args.start={options.start}"]
+    settings_of_watch = {"start": options.start, **WATCHES.get(arm, {})}
+    watch = ["--trainer.callbacks+=benchmarks.ranks.RankWatch"]
+    watch += [f"--trainer.callbacks.init_args.{name}={value}" for name, value in settings_of_watch.items()]
     run = ["--run_dir", str(folder / "run"), "--trainer.max_steps", str(options.start + options.steps)]
     quiet = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
     shape = ["-c", str(folder / "arm.yaml")]

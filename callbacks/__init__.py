@@ -19,10 +19,12 @@ from callbacks.schedule import Schedule, StepRange
 from callbacks.settled import SettledObjects
 from callbacks.streaming_fisher import StreamingFisher
 from callbacks.switching import SwitchingProbe
+from callbacks.termination import AgreedTermination
 from callbacks.trajectory import TrajectoryRecorder
 from callbacks.wandb_run import WandbSegments
 
 __all__ = [
+    "AgreedTermination",
     "AttentionProbe",
     "BasisSource",
     "CalibratedProbe",

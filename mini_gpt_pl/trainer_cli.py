@@ -29,6 +29,7 @@ from typing_extensions import override
 from callbacks.divergence import StopOnDivergence
 from callbacks.progress import LiveNumbers
 from callbacks.settled import SettledObjects
+from callbacks.termination import AgreedTermination
 from callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.logs import MetricsCSV, resume_tables
@@ -194,7 +195,7 @@ class ProbedCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root / CHECKPOINTS)
-        extra = [Timer(), StopOnDivergence(), SettledObjects(), WandbSegments()]
+        extra = [Timer(), StopOnDivergence(), SettledObjects(), AgreedTermination(), WandbSegments()]
         trainer.callbacks[:0] = extra  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------------------------------ after a command

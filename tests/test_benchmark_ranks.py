@@ -54,6 +54,8 @@ def test_arms(arm: str, tmp_path: Path) -> None:
     assert given["data"]["batch_size"] == (4 if arm == "strong" else 8)
     assert ("configs/probes/off.yaml" in words) == (not arm.endswith("probes"))
     assert words.index("x.yaml") < words.index(str(tmp_path / "arm.yaml"))  # ours wins
+    assert ("--trainer.callbacks.init_args.asks=True" in words) == (arm == "asking")
+    assert ("--trainer.callbacks.init_args.split=False" in words) == (arm == "whole")
 
 
 def test_two_ranks_are_compared_with_one_of_their_kind() -> None:
