@@ -1,4 +1,4 @@
-"""The Trainer with `reheat`, and with `predict` from a prompt."""
+"""The Trainer with `reheat`, with `predict` from a prompt, and with the strategy `one_sum`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -21,8 +22,12 @@ from mini_gpt_pl.data.datamodule import ProbedStories
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.selection import ParameterSelection
 from mini_gpt_pl.module import ProbedGPT, check_identity, read_checkpoint
+from mini_gpt_pl.one_sum import NAME as ONE_SUM
+from mini_gpt_pl.one_sum import OneSumStrategy
 from mini_gpt_pl.reheating import DataOrder, Moments, Reheating
 from mini_gpt_pl.runs import Run
+
+StrategyRegistry.register(ONE_SUM, OneSumStrategy, description="DDP with one sum of all gradients", override=True)
 
 
 class GeometryTrainer(Trainer):

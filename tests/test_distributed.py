@@ -83,7 +83,7 @@ torch.set_num_threads(1)
 from test_distributed import count_barriers, train
 
 root = Path(sys.argv[1])
-two = {"strategy": "ddp", "devices": 2}
+two = {"strategy": sys.argv[2], "devices": 2}
 count_barriers(root)
 train(root / "1", 2, 1, **two)
 train(root / "2", 2, 2, keep_on="disk", **two)  # the second rank reads what the first has written
@@ -91,8 +91,8 @@ train(root / "1", 2, 1, resume=root / "1" / "checkpoints" / "000004.ckpt", **two
 """
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["ddp", "one_sum"])
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Runs with 1 and 2 micro-batches a step; the first is resumed in the same folder, behind its snapshots."""
     folder = tmp_path_factory.mktemp("two")
     script = folder / "script.py"
@@ -100,7 +100,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, str(script), str(folder), request.param], env=env, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
