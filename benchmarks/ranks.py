@@ -9,6 +9,7 @@ What is no option of this script goes to `fit`. Arms:
 * `one`, `two`: one rank, and two with as many sequences each (weak scaling), without probes;
 * `one_probes`, `two_probes`: the same with the configured probes;
 * `strong`: two ranks that share the sequences of `one`;
+* `sum`, `sum_probes`, `sum_strong`: two ranks under the strategy `one_sum` instead of DDP;
 * `asking`: `two` as Lightning has it, which before each batch waits for rank 0 to say whether training goes on;
 * `views`, `whole`, `static`, `bf16`, `large_buckets`: `two` with options of DDP. `views`: gradients are views into what
   is sent; `whole`: so they are, and the compiled graph is not split where a bucket of gradients ends.
@@ -43,12 +44,12 @@ from typing_extensions import override
 
 from benchmarks.overhead import STOPWATCH_FILE, Stopwatch
 from callbacks import AgreedTermination
+from mini_gpt_pl.one_sum import NAME as ONE_SUM
 
 DDP = "lightning.pytorch.strategies.DDPStrategy"
 BF16_HOOK = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_hook"
-# Settings of the strategy by arm.
+# Settings of DDP by arm.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "two": {},
     "views": {"dict_kwargs": {"gradient_as_bucket_view": True}},
     "bf16": {"init_args": {"ddp_comm_hook": BF16_HOOK}, "dict_kwargs": {"gradient_as_bucket_view": True}},
     "large_buckets": {"dict_kwargs": {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}},
@@ -57,19 +58,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Settings of the watch by arm.
 WATCHES: dict[str, dict[str, Any]] = {"asking": {"asks": True}, "whole": {"split": False}}
-ARMS = (
-    "one",
-    "two",
-    "one_probes",
-    "two_probes",
-    "strong",
-    "asking",
-    "views",
-    "whole",
-    "bf16",
-    "large_buckets",
-    "static",
-)
+ONE_RANK = ("one", "one_probes")
+UNDER_ONE_SUM = ("sum", "sum_probes", "sum_strong")
+ARMS = (*ONE_RANK, "two", "two_probes", "strong", *UNDER_ONE_SUM, "asking", *OPTIONS)
 BUCKET = 25 << 20  # DDP's default, in bytes
 
 
@@ -117,11 +108,11 @@ class RankWatch(Stopwatch):
 
 def command(arm: str, arguments: Sequence[str], folder: Path, options: argparse.Namespace) -> list[str]:
     """Build the `fit` command of an arm."""
-    ranks = 1 if arm.startswith("one") else 2
-    sequences = options.sequences // 2 if arm == "strong" else options.sequences
-    strategy: Any = "auto"
-    if ranks == 2:
-        strategy = {"class_path": DDP, **OPTIONS.get(arm, {})}
+    ranks = 1 if arm in ONE_RANK else 2
+    sequences = options.sequences // 2 if arm.endswith("strong") else options.sequences
+    strategy: Any = "auto" if ranks == 1 else {"class_path": DDP, **OPTIONS.get(arm, {})}
+    if arm in UNDER_ONE_SUM:
+        strategy = ONE_SUM
     settings = {"data": {"batch_size": sequences}, "trainer": {"devices": ranks, "strategy": strategy}}
     (folder / "arm.yaml").write_text(yaml.safe_dump(settings))
     off = [] if arm.endswith("probes") else ["-c", "configs/probes/off.yaml"]
@@ -254,11 +245,11 @@ def report(arms: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
     """
     ms = {arm: median(found["ms_per_step"] for found in repeats) for arm, repeats in arms.items() if repeats}
     speeds = {arm: 1e3 * arms[arm][0]["positions"] / ms[arm] for arm in ms}
-    base = {arm: "one_probes" if arm == "two_probes" else "one" for arm in ms if not arm.startswith("one")}
+    base = {arm: "one_probes" if arm.endswith("probes") else "one" for arm in ms if arm not in ONE_RANK}
     times = {arm: speeds[arm] / speeds[one] for arm, one in base.items() if one in speeds}
     # What a step of two ranks takes longer, and the part of it that is waiting for longer stories: all of a step but
     # the optimizer's is proportional to the rows, so this is an upper bound.
-    longer = {arm: ms[arm] - ms[one] for arm, one in base.items() if one in ms and arm != "strong"}
+    longer = {arm: ms[arm] - ms[one] for arm, one in base.items() if one in ms and not arm.endswith("strong")}
     unequal = {arm: ms[base[arm]] * (arms[arm][0]["longest_over_mean"] - 1) for arm in longer}
     return {
         "ms_per_step": ms,
@@ -277,7 +268,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="steps under the clock, in every arm")
     parser.add_argument("--start", type=int, default=100, help="step at which the clock starts")
     parser.add_argument("--sequences", type=int, default=128, help="sequences of a rank in a step")
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=sorted(set(ARMS)), help="arms to measure, in order")
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="arms to measure, in order")
     parser.add_argument("--timeout", type=float, default=150.0, help="most seconds of an arm")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no further arm is begun")
     parser.add_argument("--out", type=Path, help="JSON file for the result")

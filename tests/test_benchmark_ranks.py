@@ -45,13 +45,14 @@ def test_two_ranks_through_the_command_line(
     assert "tokens/s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arm", sorted(set(ranks.ARMS)))
+@pytest.mark.parametrize("arm", ranks.ARMS)
 def test_arms(arm: str, tmp_path: Path) -> None:
     options = argparse.Namespace(sequences=8, steps=3, start=2)
     words = ranks.command(arm, ["-c", "x.yaml"], tmp_path, options)
     given = yaml.safe_load((tmp_path / "arm.yaml").read_text())
     assert given["trainer"]["devices"] == (1 if arm.startswith("one") else 2)
-    assert given["data"]["batch_size"] == (4 if arm == "strong" else 8)
+    assert given["data"]["batch_size"] == (4 if arm in ("strong", "sum_strong") else 8)
+    assert (given["trainer"]["strategy"] == "one_sum") == arm.startswith("sum")
     assert ("configs/probes/off.yaml" in words) == (not arm.endswith("probes"))
     assert words.index("x.yaml") < words.index(str(tmp_path / "arm.yaml"))  # ours wins
     assert ("--trainer.callbacks.init_args.asks=True" in words) == (arm == "asking")
