@@ -174,13 +174,16 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "throughput_h100": throughput,
     "overhead_cpu": overhead,
     "fisher_h100": fisher,
+    "fisher_curvlinops_h100": fisher,
     "evaluation_h100": evaluation,
     "data_h100": data,
     "startup_h100": startup,
+    "startup_alone_h100": startup,
     "startup_cpu": startup,
     "trajectory_h100": trajectory,
     "trajectory_cpu": trajectory,
     "ranks_h200": ranks,
+    "ranks_ddp_h200": ranks,
     "grokking_cpu": grokking,
 }
 """By the result's file name, without its suffix."""

@@ -34,10 +34,11 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> dict[str, Any
 def test_two_ranks_through_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(monkeypatch, tmp_path / "x.json", "--arms", "bf16")
+    found = run(monkeypatch, tmp_path / "x.json", "--arms", "bf16", "sum")
     assert found["left_out"] == {}
-    speed, ms = found["tokens_per_second"]["bf16"], found["ms_per_step"]["bf16"]
-    assert speed * ms / 1e3 == pytest.approx(8 * 64)
+    for arm in ("bf16", "sum"):
+        speed, ms = found["tokens_per_second"][arm], found["ms_per_step"][arm]
+        assert speed * ms / 1e3 == pytest.approx(8 * 64)
     assert found["times"] == {}  # there is nothing to compare with
     assert set(found["reduce_alone"]) == {"whole_ms", "buckets_ms", "bf16_ms", "two_counts_ms"}
     assert all(value > 0 for value in found["reduce_alone"].values())
