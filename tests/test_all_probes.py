@@ -11,7 +11,8 @@ from helpers import metrics, probes, quiet_trainer, same, tiny_gpt, tiny_stories
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_sharded import Sharded, run_script
+from scripts import run_in_full
+from test_sharded import Sharded
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -122,8 +123,8 @@ def train_ranks(folder: Path, kind: str, watched: bool) -> None:
     callbacks = every_probe(whole_weights=kind != "fsdp") if watched else []
     settings: dict[str, Any] = {"precision": "64-true"}
     module = tiny_gpt()
-    if kind == "ddp":
-        settings |= {"strategy": "ddp", "devices": 2}
+    if kind in ("ddp", "one_sum"):
+        settings |= {"strategy": kind, "devices": 2}
     if kind == "fsdp":
         settings = {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "devices": 2}
         module.__class__ = type("SharedGPT", (Sharded, type(module)), {})
@@ -142,7 +143,7 @@ import torch
 torch.set_num_threads(1)
 from test_all_probes import train_ranks
 
-for kind in ("ddp", "fsdp"):
+for kind in ("ddp", "one_sum", "fsdp"):
     for watched in (False, True):
         train_ranks(Path(sys.argv[1]) / f"{kind}_{watched}", kind, watched)
 """
@@ -150,15 +151,15 @@ for kind in ("ddp", "fsdp"):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both kinds of runs on two ranks, watched and not, and a watched one on one rank."""
+    """All kinds of runs on two ranks, watched and not, and a watched one on one rank."""
     folder = tmp_path_factory.mktemp("two")
-    run_script(SCRIPT, folder)  # once: the ranks' imports take longer than the runs
+    run_in_full(SCRIPT, folder)  # once: the ranks' imports take longer than the runs
     train_ranks(folder / "one", "one", watched=True)
     return folder
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "one_sum", "fsdp"])
 def test_all_probes_on_two_ranks(two_ranks: Path, kind: str) -> None:
     """They leave training alone, none waits for another rank for ever, and most numbers are those of one rank."""
     bare, watched = (torch.load(two_ranks / f"{kind}_{flag}" / "last.pt", weights_only=True) for flag in (False, True))

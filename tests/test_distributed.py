@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import checkpoints, metrics, probes, quiet_trainer, same, tiny_gpt, tiny_stories
+from scripts import run_in_full
 
 from callbacks import TrajectoryRecorder
 from mini_gpt_pl.geometry.rows import Place
@@ -22,7 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 STEPS = 7
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def train(
@@ -95,14 +92,7 @@ train(root / "1", 2, 1, resume=root / "1" / "checkpoints" / "000004.ckpt", **two
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Runs with 1 and 2 micro-batches a step; the first is resumed in the same folder, behind its snapshots."""
     folder = tmp_path_factory.mktemp("two")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), request.param], env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_full(SCRIPT, folder, request.param)
     return folder
 
 

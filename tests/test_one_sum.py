@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from helpers import quiet_trainer, tiny_gpt, tiny_stories
 from lightning.pytorch import Callback, LightningModule, Trainer
+from scripts import run_in_full, run_script
 from torch import Tensor, nn
 
 from mini_gpt_pl.one_sum import OneSumStrategy
@@ -23,7 +22,6 @@ from mini_gpt_pl.one_sum import OneSumStrategy
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Seen(Callback):
@@ -70,19 +68,9 @@ fit(Path(sys.argv[1]), sys.argv[2])
 """
 
 
-def run(folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(script), str(folder), kind]
-    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
-
-
 def test_callbacks_see_what_the_ranks_share(tmp_path: Path) -> None:
     """Ranks begin with rank 0's weights, gather gradients of their own, and share the mean before a probe looks."""
-    done = run(tmp_path, "plain")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_full(SCRIPT, tmp_path, "plain")
     one, two = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1))
     assert one["weights"] == two["weights"]
     (a1, a2, a3, a4), (b1, b2, b3, b4) = one["gradients"], two["gradients"]
@@ -91,7 +79,7 @@ def test_callbacks_see_what_the_ranks_share(tmp_path: Path) -> None:
 
 
 def test_a_parameter_without_gradient_is_named(tmp_path: Path) -> None:
-    done = run(tmp_path, "unused")
+    done = run_script(SCRIPT, tmp_path, "unused")
     assert done.returncode != 0
     assert "unused got no gradient, and the strategy one_sum takes one of every parameter: use" in done.stderr
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import normal, one_line_error
 from safetensors.torch import load_file
+from scripts import run_in_full
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,7 +28,6 @@ from mini_gpt_pl.geometry.trajectory import Trajectory
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 RANKS = 4
-ROOT = Path(__file__).resolve().parents[1]
 
 
 # ------------------------------------------------------------------------------------------- hand-made shards
@@ -241,18 +238,6 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def run_script(script: str, folder: Path, *arguments: str) -> None:
-    """Run a script in a process of its own."""
-    file = folder / "script.py"
-    file.write_text(script)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(file), str(folder), *arguments], env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 # Forked from a process that has used nothing yet: four imports would take longer than everything else.
 FORK = """
 import sys
@@ -267,7 +252,7 @@ start_processes(work, (sys.argv[1],), nprocs=RANKS, start_method="fork")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four ranks has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_script(FORK, folder)
+    run_in_full(FORK, folder)
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -358,7 +343,7 @@ dist.destroy_process_group()
 
 
 def test_gradients_through_fsdp2_on_one_rank(tmp_path: Path) -> None:
-    run_script(ONE, tmp_path)
+    run_in_full(ONE, tmp_path)
 
 
 def test_sums_to_come_are_taken(ranks: list[dict[str, Any]]) -> None:
@@ -429,7 +414,7 @@ train(root / "watched", resume=True, **two())
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks that share the weights: watched and resumed, and unwatched."""
     folder = tmp_path_factory.mktemp("shared")
-    run_script(SCRIPT, folder)
+    run_in_full(SCRIPT, folder)
     return folder
 
 

@@ -16,7 +16,8 @@ from helpers import checkpoints, metrics, quiet_trainer, recorder, same, tiny_gp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_sharded import PATTERN, RANKS, Weights, run_script
+from scripts import run_in_full
+from test_sharded import PATTERN, RANKS, Weights
 from torch import Tensor
 
 from callbacks import FisherProbe, GradientAlignment, Schedule
@@ -437,7 +438,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 def test_shares_on_ranks_add_up(tmp_path: Path) -> None:
     """Grams of the ranks' own sketches are that of the whole; all ranks have the same, and directions are shares."""
-    run_script(FORK, tmp_path)
+    run_in_full(FORK, tmp_path)
     exact = follow([Weights(seed) for seed in range(3)], 64)
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(RANKS)]
     for layout in LAYOUT_NAMES:

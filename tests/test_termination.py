@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,13 @@ import torch
 from helpers import quiet_trainer, tiny_gpt, tiny_stories
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from scripts import run_script
 
 from callbacks import AgreedTermination
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
-ROOT = Path(__file__).resolve().parents[1]
 TOLD, LAG, STEPS = 5, 3, 40
 
 
@@ -80,12 +78,7 @@ trainer.fit(tiny_gpt(), datamodule=tiny_stories(batch_size=2))
 @needs_gloo
 @pytest.mark.parametrize("rank", [-1, 0, 1])
 def test_two_ranks_stop_at_one_batch(tmp_path: Path, rank: int) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(script), str(tmp_path), str(rank)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    done = run_script(SCRIPT, tmp_path, str(rank))
     ends = [(tmp_path / f"rank_{k}").read_text() for k in (0, 1)]
     # Sent before the next batch, and read before the one that comes LAG batches later.
     expected = f"end {STEPS}" if rank < 0 else f"SIGTERMException {TOLD + LAG}"
