@@ -69,9 +69,9 @@ def overhead(found: Found) -> str:
 
 
 def _whole(over: Found, pairs: Found, preset: str) -> str:
-    """What a preset adds; of runs that were timed in pairs, from the least to the most of the pairs."""
-    of = pairs.get(preset, [over[preset]])
-    return " to ".join(f"{share:+.1%}" for share in dict.fromkeys([min(of), max(of)]))
+    """What a preset adds; of runs that were timed in pairs, with the least and the most of the pairs."""
+    of = sorted(set(pairs.get(preset, [])))
+    return f"{over[preset]:+.1%}" + (f" ({of[0]:+.1%} to {of[-1]:+.1%})" if len(of) > 1 else "")
 
 
 def fisher(found: Found) -> str:

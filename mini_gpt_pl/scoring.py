@@ -17,12 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mini_gpt_pl.kernels import score_in_place
 from mini_gpt_pl.objective import IGNORE
-
-try:
-    from mini_gpt_pl.scoring_kernel import score_in_place
-except ImportError:  # no Triton, as in builds of torch for CPUs
-    score_in_place = None  # type: ignore[assignment]
 
 
 class Scores(NamedTuple):

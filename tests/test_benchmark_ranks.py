@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import cache_dir
+from helpers import cache_dir, quiet_trainer, tiny_gpt
 
 from benchmarks import ranks
+from callbacks import AgreedTermination
 
 TINY = Path(__file__).parent / "tiny.yaml"
 ROOT = TINY.parents[1]
@@ -58,6 +59,18 @@ def test_arms(arm: str, tmp_path: Path) -> None:
     assert words.index("x.yaml") < words.index(str(tmp_path / "arm.yaml"))  # ours wins
     assert ("--trainer.callbacks.init_args.asks=True" in words) == (arm == "asking")
     assert ("--trainer.callbacks.init_args.split=False" in words) == (arm == "whole")
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_arm_that_asks_leaves_it_to_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
+    agreed, watch = AgreedTermination(), ranks.RankWatch(asks=asks)
+    trainer, module = quiet_trainer(tmp_path, [agreed, watch], max_steps=1), tiny_gpt()
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    loop = trainer.fit_loop.epoch_loop
+    lightnings = loop._broadcast_sigterm_tensor
+    agreed.setup(trainer, module, "fit")
+    watch.on_train_start(trainer, module)
+    assert (loop._broadcast_sigterm_tensor == lightnings) == asks
 
 
 def test_two_ranks_are_compared_with_one_of_their_kind() -> None:

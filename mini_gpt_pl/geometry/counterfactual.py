@@ -20,11 +20,7 @@ from mini_gpt_pl.geometry.moments import (
     wide,
 )
 from mini_gpt_pl.geometry.selection import Vector, local_part
-
-try:
-    from mini_gpt_pl import step_kernels
-except ImportError:  # no Triton, as in builds of torch for CPUs
-    step_kernels = None  # type: ignore[assignment]
+from mini_gpt_pl.kernels import step_kernels
 
 
 class OtherSecondMoments:

@@ -11,11 +11,7 @@ from torch.optim import Optimizer
 
 from mini_gpt_pl.geometry.moments import BeforeStep, Parts, Settings, flatten, parts_of, steps_taken, to_host, wide
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-
-try:
-    from mini_gpt_pl import step_kernels
-except ImportError:  # no Triton, as in builds of torch for CPUs
-    step_kernels = None  # type: ignore[assignment]
+from mini_gpt_pl.kernels import step_kernels
 
 
 class DisplacementSplit:

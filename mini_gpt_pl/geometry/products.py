@@ -20,11 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.geometry.selection import ParameterSelection
-
-try:
-    from mini_gpt_pl import row_kernels
-except ImportError:  # no Triton, as in builds of torch for CPUs
-    row_kernels = None  # type: ignore[assignment]
+from mini_gpt_pl.kernels import row_kernels
 
 # Coordinates that are summed in the vectors' own precision.
 _TILE = 1 << 12

@@ -14,11 +14,7 @@ from mini_gpt_pl.geometry.products import products_at_once
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.snapshots import StoredRow
 from mini_gpt_pl.geometry.staging import Staging
-
-try:
-    from mini_gpt_pl import row_kernels as kernels
-except ImportError:  # no Triton, as in builds of torch for CPUs
-    kernels = None  # type: ignore[assignment]
+from mini_gpt_pl.kernels import row_kernels as kernels
 
 # Columns converted to float64 at a time: two tiles stay in a core's second-level cache; a GPU wants few launches.
 _TILE, _GPU_TILE = 1 << 16, 1 << 22
