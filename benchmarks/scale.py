@@ -18,6 +18,7 @@ Three parts:
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -206,6 +207,14 @@ def compare(simulations: Sequence[Mapping[str, float]], rows: Sequence[int]) -> 
 def _shared(rank: int, store: str, width: int, layers: int, sketch: int, file: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    found = _measure_shared(width, layers, sketch)
+    if rank == 0:
+        file.write_text(json.dumps(found))
+    gc.collect()  # what was shared refers to the group, whose threads must have ended when the interpreter does
+    dist.destroy_process_group()
+
+
+def _measure_shared(width: int, layers: int, sketch: int) -> dict[str, float]:
     selection, weights = _shared_weights(2, width, layers, "cpu")
     assert weights is not None
     sent: list[int] = []
@@ -223,7 +232,7 @@ def _shared(rank: int, store: str, width: int, layers: int, sketch: int, file: P
     dist.all_reduce = reduce
     small = torch.zeros(layers * 52, dtype=torch.float64)
     latency = seconds_of(lambda: reduce(small), torch.device("cpu"), rounds=50)
-    found = {
+    return {
         "row_bytes": rows.increment(weights).values.nbytes,
         "whole_bytes": _BYTES * selection.dim,
         "sketched_bytes": sketched.bytes(3) - sketched.sketch.table_bytes,
@@ -231,9 +240,6 @@ def _shared(rank: int, store: str, width: int, layers: int, sketch: int, file: P
         "values_sent": sum(sent),
         "all_reduce": latency,
     }
-    if rank == 0:
-        file.write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 def share_between_two(width: int, layers: int, sketch: int) -> dict[str, float]:
