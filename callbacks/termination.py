@@ -48,8 +48,8 @@ class AgreedTermination(Callback):
     """Stop every rank at the same batch after a SIGTERM to any of them.
 
     Lightning asks rank 0 before each batch and waits for the answer, so that no GPU has work queued when the host
-    begins a step (its issue 21487). Here each rank sends whether it was told to stop, and reads what the ranks sent
-    `lag` batches ago, which has long arrived. One rank alone stops as Lightning stops it.
+    begins a step (pytorch-lightning #21487). Here each rank sends whether it was told to stop, and reads what the
+    ranks sent `lag` batches ago, which has long arrived. One rank alone stops as Lightning stops it.
 
     Args:
         lag: Batches from the sending to the reading; the host is never further ahead of the device.
