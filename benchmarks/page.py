@@ -175,6 +175,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "overhead_cpu": overhead,
     "fisher_h100": fisher,
     "fisher_curvlinops_h100": fisher,
+    "fisher_cpu": fisher,
     "evaluation_h100": evaluation,
     "data_h100": data,
     "startup_h100": startup,
