@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import checkpoints, metrics, probes, quiet_trainer, same, tiny_gpt, tiny_stories
 from scripts import run_in_full
+from tolerances import assert_close, dims_of
 
 from callbacks import TrajectoryRecorder
 from mini_gpt_pl.geometry.rows import Place
@@ -112,8 +113,7 @@ def test_two_ranks_are_one_with_the_double_batch(tmp_path: Path, two_ranks: Path
     assert {step: row.keys() for step, row in logged.items()} == {s: r.keys() for s, r in metrics(tmp_path).items()}
     assert {"alignment/trunk/gradient", "alignment/trunk/lm_vs_probe", "train/loss"} <= logged[STEPS].keys()
     for step, row in metrics(tmp_path).items():
-        for name, value in row.items():
-            assert logged[step][name] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, name)
+        assert_close(logged[step], row, dims_of(here), rel=1e-5, where=step)
 
 
 def test_no_training_step_waits_on_the_host(two_ranks: Path) -> None:

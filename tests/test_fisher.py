@@ -35,6 +35,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -663,7 +664,8 @@ def test_the_probe_equals_brute_force(group: str, kind: str) -> None:
         row = {k.removeprefix(prefix): value for k, value in run.rows[step].items() if k.startswith(prefix)}
         extra = {"anisotropy_se", "lambda_1_se", "overlap_se", "mean_share", "anisotropy_sampled"}
         assert set(row) == set(expected) | (extra if group == "trunk" else set()), step
-        assert {k: row[k] for k in expected} == pytest.approx(expected, rel=2e-3, abs=1e-7), step
+        named, found = ({prefix + k: numbers[k] for k in expected} for numbers in (expected, row))
+        assert_close(found, named, {group: dim}, rel=2e-3, absolute=1e-7, where=step)
     assert not any(k.startswith("fisher/") for s, r in run.rows.items() if s % 2 for k in r)
 
 
@@ -816,7 +818,8 @@ def test_streaming_equals_brute_force(group: str, accumulate: int) -> None:
             prefix = f"fisher/{group}/{kind}/"
             row = {k.removeprefix(prefix): x for k, x in rows[last].items() if k.startswith(prefix)}
             assert set(expected) <= set(row)
-            assert {k: row[k] for k in expected} == pytest.approx(expected, rel=5e-3, abs=1e-6), (last, kind)
+            named, found = ({prefix + k: numbers[k] for k in expected} for numbers in (expected, row))
+            assert_close(found, named, {group: len(v)}, rel=5e-3, where=(last, kind))
     told = {step for step, row in rows.items() if any(k.startswith("fisher/") for k in row)}
     assert told == {6, 7}  # up to step 3 there is no direction
     assert any("per_sample" in k for k in rows[6]) == (accumulate > 1)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from conftest import normal, one_line_error
 from safetensors.torch import load_file
 from scripts import run_in_full
+from tolerances import dims_of, tolerance
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -450,10 +451,12 @@ def test_shared_and_whole_runs_log_the_same_numbers(shared: Path, alone: Path) -
     assert {step: row.keys() for step, row in ours.items()} == {step: row.keys() for step, row in theirs.items()}
     wanted = {"update", "gradient", "gradient_z", "bias_sum", "lm", "probe", "lm_vs_probe"}
     assert {f"alignment/{group}/{name}" for group in ("trunk", "blocks.1") for name in wanted} <= ours[STEPS].keys()
+    dims = dims_of(Trajectory.load(alone / "trajectory.safetensors"))
     for step, row in theirs.items():
         for name, value in row.items():
-            cosine = name.startswith("alignment") and not name.endswith(("_z", "bias", "bias_sum"))
-            assert ours[step][name] == pytest.approx(value, rel=0 if cosine else 1e-5, abs=1e-6), (step, name)
+            of_cosine = name.startswith("alignment") and not name.endswith(("bias", "bias_sum"))
+            error = tolerance(name, value, dims) if of_cosine else 1e-6
+            assert ours[step][name] == pytest.approx(value, rel=0 if of_cosine else 1e-5, abs=error), (step, name)
 
 
 def test_probes_leave_no_trace_in_a_shared_run(shared: Path) -> None:

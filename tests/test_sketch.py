@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scripts import run_in_full
 from test_sharded import PATTERN, RANKS, Weights
+from tolerances import assert_close, dims_of
 from torch import Tensor
 
 from callbacks import FisherProbe, GradientAlignment, Schedule
@@ -374,8 +375,7 @@ def test_a_sketched_run_resumes_bit_for_bit(runs: dict[str, Path], tmp_path: Pat
     assert same(whole.grams, resumed.grams) and whole.steps == resumed.steps
     ours, theirs = metrics(folder), metrics(runs["sketched"])
     for step in range(7, 13):
-        for name, value in theirs[step].items():
-            assert ours[step][name] == pytest.approx(value, rel=1e-5, abs=1e-7), (step, name)
+        assert_close(ours[step], theirs[step], dims_of(whole), rel=1e-5, absolute=1e-7, where=step)
 
 
 def test_no_sketch_of_nothing() -> None:
