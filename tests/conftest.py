@@ -27,7 +27,7 @@ from mini_gpt_pl.geometry.rows import IncrementRows  # noqa: E402
 from mini_gpt_pl.geometry.selection import ParameterSelection, Vector  # noqa: E402
 from mini_gpt_pl.geometry.trajectory import Trajectory  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Examples are derived from the test, not from a clock: a red test stays red.
 settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("suite")
@@ -43,6 +43,18 @@ _WHOLE_RUNS = (
     "test_intervention_arms",
     "test_report_page",
 )
+
+
+# A test file that trains has one of these in its own names: `-m trains` selects all tests of such files.
+_TRAINERS = {"quiet_trainer", "Trainer", "GeometryTrainer", "run_in_full", "run_script", "cli", "execute"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of files that train, for `benchmarks.instruction_sets`."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not _TRAINERS.isdisjoint(vars(item.module)):
+            item.add_marker("trains")
 
 
 @pytest.fixture(scope="module", autouse=True)

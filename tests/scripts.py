@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_script(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a folder, on one thread; Lightning starts it again for each further rank.
+    """Run a script in a folder, on as many threads as the tests; Lightning starts it again for each further rank.
 
     Args:
         script: Its text.
@@ -21,7 +21,7 @@ def run_script(script: str, folder: Path, *words: str) -> subprocess.CompletedPr
     file = folder / "script.py"
     file.write_text(script)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     command = [sys.executable, str(file), str(folder), *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
