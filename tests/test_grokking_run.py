@@ -116,7 +116,8 @@ def test_the_report_finds_the_same_excess(grokked: dict[int, Run]) -> None:
 def at_the_largest_defect(run: Run, name: str) -> float:
     """A commutator's number where D is the largest behind t90, over its median of the three records before t90."""
     values, t90 = run.series(f"commutator/all/{name}"), milestone(run, "test_90")
-    largest = run.series("commutator/all/defect").loc[t90:].idxmax()
+    defect = run.series("commutator/all/defect").loc[t90:]
+    largest = int(defect.index[int(defect.argmax())])
     return float(values[largest] / values.loc[t90 - 300 : t90 - 100].median())
 
 
