@@ -29,12 +29,12 @@ from lightning.fabric.utilities import move_data_to_device
 
 from benchmarks.clock import described, here, milliseconds
 from benchmarks.throughput import configured
-from callbacks.measuring import training_loss
+from mini_gpt_pl.callbacks.measuring import training_loss
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import commutator
-from mini_gpt_pl.geometry.commutator import Lengths
-from mini_gpt_pl.geometry.free_weights import FreeWeights, Loss
-from mini_gpt_pl.geometry.selection import ParameterSelection
+from mini_gpt_pl.geometry.curvature import commutator
+from mini_gpt_pl.geometry.curvature.commutator import Lengths
+from mini_gpt_pl.geometry.vectors.free_weights import FreeWeights, Loss
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 
 GRADIENT, REFERENCE, SUBTRACTED = "gradient", "hessian, float64", "subtracted"
 WAYS = {"hessian": commutator.by_hessian, "differences": commutator.by_differences}

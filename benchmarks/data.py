@@ -36,11 +36,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from mini_gpt_pl.data.batch import Batch, collate
-from mini_gpt_pl.data.corpus import available_cores, load_texts, tokenize
-from mini_gpt_pl.data.datamodule import ProbedStories
-from mini_gpt_pl.data.probe import Stream, sample_rng
-from mini_gpt_pl.data.stream import TrainStream
+from mini_gpt_pl.stories.data.batch import Batch, collate
+from mini_gpt_pl.stories.data.corpus import available_cores, load_texts, tokenize
+from mini_gpt_pl.stories.data.datamodule import ProbedStories
+from mini_gpt_pl.stories.data.probe import Stream, sample_rng
+from mini_gpt_pl.stories.data.stream import TrainStream
 
 # What an H100 takes with the `standard` probes live, in positions per second (see docs/speed.md).
 _CONSUMED = 1_250_000

@@ -30,9 +30,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from benchmarks.clock import described, milliseconds, now
-from mini_gpt_pl.data.batch import Batch
-from mini_gpt_pl.data.datamodule import EVALUATION_SETS
-from mini_gpt_pl.module import ProbedGPT
+from mini_gpt_pl.stories.data.batch import Batch
+from mini_gpt_pl.stories.data.datamodule import EVALUATION_SETS
+from mini_gpt_pl.stories.module import ProbedGPT
 
 WHOLE, STEPS, FLOOR = "evaluation", "steps", "floor"
 # Evaluations before the clock: compilation, pinned memory, caches.
@@ -119,7 +119,7 @@ class EvaluationClock(Callback):
 def measure(arguments: list[str], evaluations: int) -> EvaluationClock:
     """Train that many steps, with an evaluation after each."""
     from benchmarks.evaluation import EvaluationClock as Clock  # run as a script, this module is not the one it names
-    from mini_gpt_pl.trainer_cli import run_cli
+    from mini_gpt_pl.training.cli import run_cli
 
     with tempfile.TemporaryDirectory() as folder:
         every = ["--trainer.val_check_interval=1", "--trainer.accumulate_grad_batches=1"]

@@ -40,17 +40,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.clock import described, here, milliseconds
 from benchmarks.throughput import configured
-from callbacks.fixed_gradients import FixedGradients, Kind
-from callbacks.measuring import evaluating
-from mini_gpt_pl.data.datamodule import Batch
-from mini_gpt_pl.geometry import fisher
-from mini_gpt_pl.geometry.axes import BACKBONE, Axes, path_coefficients
-from mini_gpt_pl.geometry.rows import IncrementRows
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.gpt import TRUNK_PATTERN
-from mini_gpt_pl.module import ProbedGPT
-from mini_gpt_pl.objective import combine, count_targets, loss_terms
+from mini_gpt_pl.callbacks.fixed_gradients import FixedGradients, Kind
+from mini_gpt_pl.callbacks.measuring import evaluating
+from mini_gpt_pl.geometry.curvature import fisher
+from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes, path_coefficients
+from mini_gpt_pl.geometry.path.rows import IncrementRows
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.stories.data.datamodule import Batch
+from mini_gpt_pl.stories.gpt import TRUNK_PATTERN
+from mini_gpt_pl.stories.module import ProbedGPT
+from mini_gpt_pl.stories.objective import combine, count_targets, loss_terms
 
 # Losses that are compared in float32.
 _COMPARED = 2

@@ -27,12 +27,12 @@ from torch.optim import AdamW
 
 from benchmarks.clock import described, here, now
 from benchmarks.overhead import STOPWATCH_FILE, Stopwatch
-from callbacks import CostControl, Schedule, StopOnDivergence, TrajectoryRecorder
-from mini_gpt_pl.grokking.data import Examples, ModularArithmetic
-from mini_gpt_pl.grokking.encoder import ATTENTION_PATTERN, EncoderSize
-from mini_gpt_pl.grokking.milestones import Evaluation
-from mini_gpt_pl.grokking.module import ADAMW, ResidueClassifier
-from mini_gpt_pl.logs import MetricsCSV
+from mini_gpt_pl.arithmetic.data import Examples, ModularArithmetic
+from mini_gpt_pl.arithmetic.encoder import ATTENTION_PATTERN, EncoderSize
+from mini_gpt_pl.arithmetic.milestones import Evaluation
+from mini_gpt_pl.arithmetic.module import ADAMW, ResidueClassifier
+from mini_gpt_pl.callbacks import CostControl, Schedule, StopOnDivergence, TrajectoryRecorder
+from mini_gpt_pl.runs.logs import MetricsCSV
 
 SEEDS = 3  # of a sweep
 # Shape and modulus of the presets in configs/grokking.

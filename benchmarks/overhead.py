@@ -119,7 +119,7 @@ def without_budget(preset: Path, start: int, folder: Path) -> Path:
     """Copy a preset whose probes keep no budget, and count their time from a step on."""
     config = yaml.safe_load(preset.read_text())
     for callback in config["trainer"]["callbacks"]:
-        if callback["class_path"] == "callbacks.CostControl":
+        if callback["class_path"] == "mini_gpt_pl.callbacks.CostControl":
             callback["init_args"] = {"max_overhead": None, "warmup": start}
     copy = folder / preset.name
     copy.write_text(yaml.safe_dump(config))

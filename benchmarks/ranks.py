@@ -43,8 +43,8 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from benchmarks.overhead import STOPWATCH_FILE, Stopwatch
-from callbacks import AgreedTermination
-from mini_gpt_pl.one_sum import NAME as ONE_SUM
+from mini_gpt_pl.callbacks import AgreedTermination
+from mini_gpt_pl.training.one_sum import NAME as ONE_SUM
 
 DDP = "lightning.pytorch.strategies.DDPStrategy"
 BF16_HOOK = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_hook"

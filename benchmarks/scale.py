@@ -36,11 +36,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from mini_gpt_pl.geometry.rows import IncrementRows
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.sketch import SketchedRows, cosine_error
-from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.gpt import GPT, TRUNK_PATTERN, GPTSize
+from mini_gpt_pl.geometry.path.rows import IncrementRows
+from mini_gpt_pl.geometry.path.sketch import SketchedRows, cosine_error
+from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.stories.gpt import GPT, TRUNK_PATTERN, GPTSize
 
 VOCABULARY, CONTEXT = 50304, 2048
 _BYTES = 4  # of a value in float32

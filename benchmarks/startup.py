@@ -36,7 +36,7 @@ from pathlib import Path  # noqa: E402
 from statistics import median  # noqa: E402
 from typing import Any  # noqa: E402
 
-from cli import load  # noqa: E402
+from mini_gpt_pl.main import load  # noqa: E402
 
 PARTS = (
     "interpreter",
@@ -69,7 +69,7 @@ def watched_fit(arguments: list[str], out: Path, spawned: float) -> None:
 
         return run
 
-    trainer_cli = load("mini_gpt_pl.trainer_cli")
+    trainer_cli = load("mini_gpt_pl.training.cli")
     mark()
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -36,11 +36,11 @@ from torch import Tensor, nn
 
 from benchmarks import overhead
 from benchmarks.clock import described, here, now
-from mini_gpt_pl.data.datamodule import Batch, ProbedStories
-from mini_gpt_pl.gpt import GPT
-from mini_gpt_pl.module import ProbedGPT
-from mini_gpt_pl.objective import IGNORE
-from mini_gpt_pl.optim import decay_groups
+from mini_gpt_pl.stories.data.datamodule import Batch, ProbedStories
+from mini_gpt_pl.stories.gpt import GPT
+from mini_gpt_pl.stories.module import ProbedGPT
+from mini_gpt_pl.stories.objective import IGNORE
+from mini_gpt_pl.training.optimizers import decay_groups
 
 Loss = Callable[[Batch], Tensor]
 # Batches that a plain loop goes round, steps before the clock (compilation), and the gradient norm's limit.
@@ -50,7 +50,7 @@ PLAIN_ARMS = ("transformers", "plain", "packed")
 
 def configured(arguments: list[str]) -> tuple[ProbedGPT, ProbedStories, dict[str, Any]]:
     """Build the model and the data of a `fit` command line by a run of one step."""
-    from mini_gpt_pl.trainer_cli import run_cli
+    from mini_gpt_pl.training.cli import run_cli
 
     with tempfile.TemporaryDirectory() as folder:
         short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.logger=false"]

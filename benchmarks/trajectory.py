@@ -34,11 +34,11 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from mini_gpt_pl.geometry import pca, rows
-from mini_gpt_pl.geometry.rebuild import rebuild
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.path import pca, rows
+from mini_gpt_pl.geometry.path.rebuild import rebuild
+from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 _READ = 1 << 22
 

@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from typing_extensions import override
 
-from callbacks.gradient_alignment import loss_scale
-from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
-from callbacks.schedule import Schedule
-from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.callbacks.gradient_alignment import loss_scale
+from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import nulls, predictions
-from mini_gpt_pl.geometry.alignment import Products, noise_floor
-from mini_gpt_pl.geometry.counterfactual import OtherSecondMoments
-from mini_gpt_pl.geometry.displacement import DisplacementSplit
-from mini_gpt_pl.geometry.moments import BeforeStep, Ladder, Settings
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.optimizer import predictions
+from mini_gpt_pl.geometry.optimizer.counterfactual import OtherSecondMoments
+from mini_gpt_pl.geometry.optimizer.displacement import DisplacementSplit
+from mini_gpt_pl.geometry.optimizer.moments import BeforeStep, Ladder, Settings
+from mini_gpt_pl.geometry.path import nulls
+from mini_gpt_pl.geometry.vectors.alignment import Products, noise_floor
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 # The ladder holds seven vectors at once, and as many while it is built.
 _TRANSIENT = 14
@@ -74,7 +75,7 @@ class OptimizerAnatomy(DeferringProbe):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> from callbacks import TrajectoryRecorder
+        >>> from mini_gpt_pl.callbacks import TrajectoryRecorder
         >>> recorder = TrajectoryRecorder(r"(?P<group>layer\d)\..*weight", Schedule(every=100))
         >>> trainer = Trainer(callbacks=[recorder, OptimizerAnatomy(counterfactual_beta2=[0.9, 0.99])])
     """

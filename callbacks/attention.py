@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.measuring import ChangesItsAttention, DrawsBatches, DrawsKinds, ShowsItsAttention, measuring
-from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
-from callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.measuring import ChangesItsAttention, DrawsBatches, DrawsKinds, ShowsItsAttention, measuring
+from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import concentration
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.geometry import nulls, pca
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.path import nulls, pca
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
 
 # The live metrics that are shown beside their null and their excess over it.
 CALIBRATED = (

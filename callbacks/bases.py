@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from callbacks.trajectory import SNAPSHOT_FOLDER, TRAJECTORY_FILE
+from mini_gpt_pl.callbacks.trajectory import SNAPSHOT_FOLDER, TRAJECTORY_FILE
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import subspace
-from mini_gpt_pl.geometry.rebuild import recorded_selection
-from mini_gpt_pl.geometry.selection import ParameterSelection
-from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.subspace import Basis
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.directions import subspace
+from mini_gpt_pl.geometry.directions.subspace import Basis
+from mini_gpt_pl.geometry.path.rebuild import recorded_selection
+from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 
 _SEED = "seed"
 _NAMED = re.compile(r"\{(\w+)\}")

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from callbacks.gradient_alignment import loss_scale
-from callbacks.measuring import measuring
-from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
-from callbacks.schedule import Schedule
-from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.callbacks.gradient_alignment import loss_scale
+from mini_gpt_pl.callbacks.measuring import measuring
+from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import surrogates
-from mini_gpt_pl.geometry.alignment import cosines
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.path import surrogates
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.alignment import cosines
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 Need = Literal["gradient", "update", "backbone"]
 
@@ -41,7 +41,7 @@ class View:
         past: Gram matrices of the snapshots before it, as they were recorded.
         selection: The recorded weights, their order and groups.
         module: As it is after the step, in evaluation mode; for a forward pass of its own, `training_loss(module,
-            batch)` of `callbacks.measuring`.
+            batch)` of `mini_gpt_pl.callbacks.measuring`.
         batch: The step's last micro-batch.
         decay: Share of the weights that weight decay takes in this step, lr x weight decay.
         given: What the probe needs, by name.

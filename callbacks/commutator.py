@@ -14,20 +14,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.commutator_metrics import Measured
-from callbacks.measuring import KnowsItsLoss, NamesItsLosses, measuring, named_loss, training_loss
-from callbacks.pairs import BatchPairs
-from callbacks.probe import DeferringProbe, Estimate, Row
-from callbacks.schedule import Schedule
-from callbacks.trajectory import SNAPSHOT_FOLDER, TRAJECTORY_FILE, TrajectoryRecorder
+from mini_gpt_pl.callbacks.commutator_metrics import Measured
+from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, NamesItsLosses, measuring, named_loss, training_loss
+from mini_gpt_pl.callbacks.pairs import BatchPairs
+from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.trajectory import SNAPSHOT_FOLDER, TRAJECTORY_FILE, TrajectoryRecorder
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import commutator, subspace
-from mini_gpt_pl.geometry.free_weights import FreeWeights, Loss
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.snapshots import SnapshotFolder
-from mini_gpt_pl.geometry.subspace import Basis, restrict
-from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.geometry.two_steps import OptimizerSteps
+from mini_gpt_pl.geometry.curvature import commutator
+from mini_gpt_pl.geometry.curvature.two_steps import OptimizerSteps
+from mini_gpt_pl.geometry.directions import subspace
+from mini_gpt_pl.geometry.directions.subspace import Basis, restrict
+from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.free_weights import FreeWeights, Loss
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 
 class CommutatorProbe(DeferringProbe):

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.geometry.alignment import cosines
-from mini_gpt_pl.geometry.commutator import Commutator, Lengths, median, quartiles
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.subspace import Basis, restrict
-from mini_gpt_pl.geometry.subspace_nulls import Projection, flipped_cosine
-from mini_gpt_pl.geometry.two_steps import TwoSteps
+from mini_gpt_pl.geometry.curvature.commutator import Commutator, Lengths, median, quartiles
+from mini_gpt_pl.geometry.curvature.two_steps import TwoSteps
+from mini_gpt_pl.geometry.directions.subspace import Basis, restrict
+from mini_gpt_pl.geometry.directions.subspace_nulls import Projection, flipped_cosine
+from mini_gpt_pl.geometry.vectors.alignment import cosines
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 # Logged with their quartiles over the samples.
 SPREAD = ("defect", "defect_eta", "c", "c_theta2", "relative")

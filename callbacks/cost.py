@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from callbacks.probe import Probe
-from callbacks.trajectory import TrajectoryRecorder
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.callbacks.probe import Probe
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder
+from mini_gpt_pl.runs.logs import log_now, logging_due
 
 # Beyond this a probe is as good as off.
 _LONGEST_STRETCH = 1024

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from typing_extensions import override
 
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.runs.logs import log_now, logging_due
 
 # The end of the name under which Lightning's training loop tells its profiler of `next` on the training data.
 _FETCH = ".train_dataloader_next"

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from mini_gpt_pl.logs import logging_due
+from mini_gpt_pl.runs.logs import logging_due
 
 
 class StopOnDivergence(Callback):

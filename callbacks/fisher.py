@@ -12,18 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.fixed_gradients import FixedGradients, Kind, count_of
-from callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels, evaluating
-from callbacks.nests import digest_of, filled, first_length, leaves_of, map_tensors
-from callbacks.probe import DeferringProbe, Estimate, Row
-from callbacks.schedule import Schedule
-from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.callbacks.fixed_gradients import FixedGradients, Kind, count_of
+from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels, evaluating
+from mini_gpt_pl.callbacks.nests import digest_of, filled, first_length, leaves_of, map_tensors
+from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import fisher
-from mini_gpt_pl.geometry.alignment import noise_floor
-from mini_gpt_pl.geometry.axes import BACKBONE, Axes, Axis, RandomDirections, path_coefficients
-from mini_gpt_pl.geometry.selection import ParameterSelection
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.curvature import fisher
+from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes, Axis, RandomDirections, path_coefficients
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 
 # Gives a direction's coefficients, per group and then for the whole, from the snapshots so far; None while unknown.
 Rule = Callable[[Trajectory], Float[Tensor, "G1 n"] | None]

@@ -10,9 +10,9 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.measuring import SamplesItsLabels, SplitsItsLoss, measuring, training_loss
-from callbacks.nests import take_sample
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.callbacks.measuring import SamplesItsLabels, SplitsItsLoss, measuring, training_loss
+from mini_gpt_pl.callbacks.nests import take_sample
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 Kind = Literal["batch_mean", "per_sample", "monte_carlo"]
 

@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.measuring import NamesItsLosses, measuring
-from callbacks.probe import Deferred, DeferringProbe, Estimate, Row
-from callbacks.schedule import Schedule
-from callbacks.trajectory import TrajectoryRecorder, find_recorder
-from mini_gpt_pl.geometry.alignment import cosines, noise_floor
-from mini_gpt_pl.geometry.axes import BACKBONE, Axes
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.callbacks.measuring import NamesItsLosses, measuring
+from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
+from mini_gpt_pl.geometry.vectors.alignment import cosines, noise_floor
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 
 class GradientAlignment(DeferringProbe):

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from callbacks.bases import BasisSource
+from mini_gpt_pl.callbacks.bases import BasisSource
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.moments import Settings
-from mini_gpt_pl.geometry.selection import Vector, plain_name
-from mini_gpt_pl.geometry.steering import Steering
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.geometry.directions.steering import Steering
+from mini_gpt_pl.geometry.optimizer.moments import Settings
+from mini_gpt_pl.geometry.vectors.selection import Vector, plain_name
+from mini_gpt_pl.runs.logs import log_now, logging_due
 
 
 class SubspaceIntervention(Callback):

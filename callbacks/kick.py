@@ -12,16 +12,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.bases import BasisSource, draw_seed
-from callbacks.commutator import trained
-from callbacks.measuring import measuring, training_loss
-from callbacks.pairs import BatchPairs
+from mini_gpt_pl.callbacks.bases import BasisSource, draw_seed
+from mini_gpt_pl.callbacks.commutator import trained
+from mini_gpt_pl.callbacks.measuring import measuring, training_loss
+from mini_gpt_pl.callbacks.pairs import BatchPairs
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import commutator
-from mini_gpt_pl.geometry.free_weights import FreeWeights, Loss
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.steering import Steering
-from mini_gpt_pl.logs import log_now
+from mini_gpt_pl.geometry.curvature import commutator
+from mini_gpt_pl.geometry.directions.steering import Steering
+from mini_gpt_pl.geometry.vectors.free_weights import FreeWeights, Loss
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.runs.logs import log_now
 
 
 class Kick(Callback):

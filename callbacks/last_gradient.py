@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mini_gpt_pl.geometry.axes import Axes
-from mini_gpt_pl.geometry.moments import copies
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.directions.axes import Axes
+from mini_gpt_pl.geometry.optimizer.moments import copies
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 
 class LastGradient:

@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from callbacks.measuring import TakesSamples
+from mini_gpt_pl.callbacks.measuring import TakesSamples
 
 
 def take_sample(batch: Any, index: int) -> Any:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.measuring import DrawsBatches
-from callbacks.nests import first_length, map_tensors, take_samples
+from mini_gpt_pl.callbacks.measuring import DrawsBatches
+from mini_gpt_pl.callbacks.nests import first_length, map_tensors, take_samples
 from mini_gpt_pl.errors import UserError
 
 

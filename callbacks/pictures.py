@@ -16,11 +16,11 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from callbacks.probe import Probe
-from callbacks.schedule import Schedule
-from callbacks.trajectory import TrajectoryRecorder, find_recorder
-from mini_gpt_pl.geometry import nulls, pca
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.callbacks.probe import Probe
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.geometry.path import nulls, pca
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
 
 COMPONENTS = 20
 """Rows of the spectrum's table."""
@@ -114,7 +114,7 @@ class GeometryPictures(Probe):
 
     def _show(self, trainer: Trainer) -> None:
         """Draw and log what is new, here and now."""
-        from mini_gpt_pl.report.trajectory_figures import draw_files  # late: most runs draw nothing
+        from mini_gpt_pl.figures.trajectory_figures import draw_files  # late: most runs draw nothing
 
         if (trajectory := self._new()) is not None:
             assert self._recorder is not None
@@ -162,7 +162,7 @@ class Artist:
         self._folder = Path(tempfile.mkdtemp(prefix="pictures-"))
         file = self._folder / "trajectory.safetensors"
         self.trajectory.save(file)
-        command = [sys.executable, "-m", "mini_gpt_pl.report.trajectory_figures", str(file)]
+        command = [sys.executable, "-m", "mini_gpt_pl.figures.trajectory_figures", str(file)]
         options = ["--whole", whole, "--out", str(self._folder), "--nice", "10"]
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(

@@ -16,8 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import TypeVar, override
 
-from callbacks.schedule import Schedule
-from mini_gpt_pl.logs import log_now, logging_due
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.runs.logs import log_now, logging_due
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from rich.table import Column
 from rich.text import Text
 from typing_extensions import override
 
-from callbacks.trajectory import TrajectoryRecorder
-from mini_gpt_pl.logs import logging_due
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder
+from mini_gpt_pl.runs.logs import logging_due
 
 # Seconds between two drawings on a terminal, and between two lines where there is none.
 _REDRAW, _LINE = 0.25, 60.0

@@ -16,15 +16,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.fisher import FisherProbe
-from callbacks.probe import Estimate, Probe
-from callbacks.schedule import Schedule
-from callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.callbacks.fisher import FisherProbe
+from mini_gpt_pl.callbacks.probe import Estimate, Probe
+from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import switching
-from mini_gpt_pl.geometry.switching import Axes, Event, Interval, Switch, SwitchReport
-from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.logs import log_now
+from mini_gpt_pl.geometry.path import switching
+from mini_gpt_pl.geometry.path.switching import Axes, Event, Interval, Switch, SwitchReport
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.runs.logs import log_now
 
 SWITCHING_FILE = "switching.json"
 

@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from callbacks.backbone import backbone_coefficients, live_metrics
-from callbacks.last_gradient import LastGradient
-from callbacks.probe import Estimate, Probe
-from callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.backbone import backbone_coefficients, live_metrics
+from mini_gpt_pl.callbacks.last_gradient import LastGradient
+from mini_gpt_pl.callbacks.probe import Estimate, Probe
+from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.axes import BACKBONE, Axes
-from mini_gpt_pl.geometry.leading import LeadingFiles
-from mini_gpt_pl.geometry.moments import decay_rate, is_trained
-from mini_gpt_pl.geometry.rows import IncrementRows, Place, memory_of
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.sketch import SketchedRows
-from mini_gpt_pl.geometry.snapshots import SnapshotFolder, StoredRow
-from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.logs import log_now, resume_tables
+from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
+from mini_gpt_pl.geometry.optimizer.moments import decay_rate, is_trained
+from mini_gpt_pl.geometry.path.leading import LeadingFiles
+from mini_gpt_pl.geometry.path.rows import IncrementRows, Place, memory_of
+from mini_gpt_pl.geometry.path.sketch import SketchedRows
+from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, StoredRow
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.runs.logs import log_now, resume_tables
 
 TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from callbacks.trajectory import TRAJECTORY_FILE, TrajectoryRecorder
-from mini_gpt_pl.geometry import pca
+from mini_gpt_pl.callbacks.trajectory import TRAJECTORY_FILE, TrajectoryRecorder
+from mini_gpt_pl.geometry.path import pca
 
 TYPE = "geometry"
 BASIS_FILE = "basis.safetensors"

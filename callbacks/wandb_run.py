@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
-from callbacks.trajectory import TrajectoryRecorder
-from callbacks.wandb_artifacts import artifact_name, log_geometry, use_parent
+from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder
+from mini_gpt_pl.callbacks.wandb_artifacts import artifact_name, log_geometry, use_parent
 from mini_gpt_pl.errors import UserError
 
 AXIS = "trainer/global_step"

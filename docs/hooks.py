@@ -7,6 +7,7 @@ page where the site has one, and plain text where it has none. A link to nothing
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import posixpath
 import re
@@ -31,6 +32,15 @@ _DRESS = re.compile(
 
 # Where in the repository a generated page comes from, as links in it are relative to that.
 _origins: dict[str, str] = {}
+
+
+def on_startup(**kwargs: Any) -> None:
+    """Lay the package out as it is installed, where the reference is read from."""
+    spec = importlib.util.spec_from_file_location("house", ROOT / "docs" / "tools" / "house.py")
+    assert spec is not None and spec.loader is not None
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    house.build()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

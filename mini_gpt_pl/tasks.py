@@ -1,51 +1,74 @@
-"""The tasks that the command line trains: for each a LightningModule, its data, and what one tells the other."""
+"""The list of tasks: for each, by dotted name, its module, its data, its commands and what its report is made of.
+
+It is the only way in which the rest of the package reaches a study, so a study can be left out as a whole: its tasks
+are then not in the list.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
 
 from mini_gpt_pl.errors import UserError
 
-TaskName = Literal["stories", "operations", "multitask", "markers"]
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+DEFAULT = "stories"
+"""The task of a command line, or of a run's configuration, that names none."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What `fit` builds for a task.
+    """What the command line and the report need to know of a task.
 
     Args:
         model: Dotted path of the LightningModule; its module has the settings of its optimizer, `ADAMW`.
         data: Dotted path of the LightningDataModule.
+        contents: Dotted path of the `report.contents.Contents` that a report on its runs is made of.
         from_data: Attributes of the data that the model takes over.
         from_seed: Options that are always `seed_everything`.
-        without: Commands with a trainer that the task does not have.
+        trainer: Dotted path of the Trainer, whose methods are its further commands.
+        trained: Further commands with a trainer, and what each does.
+        commands: Further commands on run folders: the dotted module with `main(args)`, and what each does.
     """
 
     model: str
     data: str
+    contents: str
     from_data: tuple[str, ...]
     from_seed: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
+    trainer: str = "lightning.pytorch.Trainer"
+    trained: Mapping[str, str] = field(default_factory=dict)
+    commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def model_class(self) -> type[LightningModule]:
         """The LightningModule."""
-        found: type[LightningModule] = _at(self.model)
-        return found
+        return _at(self.model)  # type: ignore[no-any-return]
 
     @property
     def data_class(self) -> type[LightningDataModule]:
         """The LightningDataModule."""
-        found: type[LightningDataModule] = _at(self.data)
-        return found
+        return _at(self.data)  # type: ignore[no-any-return]
+
+    @property
+    def trainer_class(self) -> type[Trainer]:
+        """The Trainer."""
+        return _at(self.trainer)  # type: ignore[no-any-return]
+
+    @property
+    def report_contents(self) -> Any:
+        """The `report.contents.Contents` of its runs."""
+        return _at(self.contents)
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -59,34 +82,53 @@ def _at(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
-_FROM_DATA = ("vocab_size", "classes", "length", "causal")
-_ENCODER = {
-    "model": "mini_gpt_pl.grokking.module.ResidueClassifier",
-    "from_data": _FROM_DATA,
-    "from_seed": ("model.seed", "data.seed"),
-    "without": ("predict", "reheat"),
-}
-TASKS: Mapping[TaskName, Task] = {
-    "stories": Task(
-        "mini_gpt_pl.module.ProbedGPT", "mini_gpt_pl.data.datamodule.ProbedStories", ("vocab_size", "context")
-    ),
-    "operations": Task(data="mini_gpt_pl.grokking.data.ModularArithmetic", **_ENCODER),  # type: ignore[arg-type]
-    "multitask": Task(
-        **{
-            **_ENCODER,
-            "model": "mini_gpt_pl.grokking.multitask.MultiTaskClassifier",
-            "from_data": (*_FROM_DATA, "tasks"),
-        },  # type: ignore[arg-type]
-        data="mini_gpt_pl.grokking.multitask.MultiTaskArithmetic",
-    ),
-    "markers": Task(data="mini_gpt_pl.grokking.data.MarkerSums", **_ENCODER),  # type: ignore[arg-type]
+_STORIES = Task(
+    model="mini_gpt_pl.stories.module.ProbedGPT",
+    data="mini_gpt_pl.stories.data.datamodule.ProbedStories",
+    contents="mini_gpt_pl.stories.study.contents.CONTENTS",
+    from_data=("vocab_size", "context"),
+    trainer="mini_gpt_pl.stories.trainer.StoryTrainer",
+    trained={
+        "predict": "Continue a prompt with a checkpoint.",
+        "reheat": "Restart a late checkpoint, and follow it in its parent's basis.",
+    },
+    commands={
+        "replay": (
+            "mini_gpt_pl.stories.replay",
+            "Measure gradients at stored checkpoints against the whole run's backbone.",
+        )
+    },
+)
+
+
+def _residues(model: str, data: str, *more_from_data: str) -> Task:
+    return Task(
+        model=f"mini_gpt_pl.arithmetic.{model}",
+        data=f"mini_gpt_pl.arithmetic.{data}",
+        contents="mini_gpt_pl.arithmetic.study.contents.CONTENTS",
+        from_data=("vocab_size", "classes", "length", "causal", *more_from_data),
+        from_seed=("model.seed", "data.seed"),
+    )
+
+
+_LISTED: Mapping[str, Task] = {
+    "stories": _STORIES,
+    "operations": _residues("module.ResidueClassifier", "data.ModularArithmetic"),
+    "multitask": _residues("multitask.MultiTaskClassifier", "multitask.MultiTaskArithmetic", "tasks"),
+    "markers": _residues("module.ResidueClassifier", "data.MarkerSums"),
 }
 
 
-def task_named(args: Sequence[str]) -> TaskName:
+@cache
+def tasks() -> dict[str, Task]:
+    """The tasks whose study is installed, by name."""
+    return {name: task for name, task in _LISTED.items() if find_spec(_package(task))}
+
+
+def task_named(args: Sequence[str]) -> str:
     """Find the task in a command line before it is parsed, since the options depend on it.
 
-    The last one counts, in an option or in a configuration file, as for every option; without any it is `stories`.
+    The last one counts, in an option or in a configuration file, as for every option; without any it is `DEFAULT`.
 
     Args:
         args: The command line, without the program's name.
@@ -94,15 +136,19 @@ def task_named(args: Sequence[str]) -> TaskName:
     Raises:
         UserError: There is no such task.
     """
-    name = "stories"
+    name = DEFAULT
     for option, value in _options(args):
-        found = value if option == "--task" else _in_config(value)
-        name = name if found is None else str(found)
-    if name not in TASKS:
-        near = get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(TASKS)}"
+        named = value if option == "--task" else _in_config(value)
+        name = name if named is None else str(named)
+    if name not in tasks():
+        near = get_close_matches(name, tasks(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(tasks())}"
         raise UserError(f"there is no task {name!r}: {hint}")
-    return name  # type: ignore[return-value]
+    return name
+
+
+def _package(task: Task) -> str:
+    return ".".join(task.model.split(".")[:2])
 
 
 def _options(args: Sequence[str]) -> list[tuple[str, str]]:

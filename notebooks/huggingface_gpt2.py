@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from callbacks import GradientAlignment, Schedule, TrajectoryRecorder
-from mini_gpt_pl.logs import MetricsCSV
+from mini_gpt_pl.callbacks import GradientAlignment, Schedule, TrajectoryRecorder
+from mini_gpt_pl.runs.logs import MetricsCSV
 
 
 class HuggingFaceGPT(LightningModule):

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from callbacks import GradientAlignment, Schedule, TrajectoryRecorder
-from mini_gpt_pl.logs import MetricsCSV
+from mini_gpt_pl.callbacks import GradientAlignment, Schedule, TrajectoryRecorder
+from mini_gpt_pl.runs.logs import MetricsCSV
 
 
 class Recurrent(LightningModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -11,7 +12,10 @@ from jaxtyping import install_import_hook
 
 # Before anything imports the package: jaxtyping rewrites modules as they load. The model is left out, as the checks
 # break the graph that `torch.compile` makes of it.
-install_import_hook(["mini_gpt_pl.geometry", "mini_gpt_pl.objective", "mini_gpt_pl.grokking"], "beartype.beartype")
+_ARITHMETIC = Path(__file__).parents[1] / "mini_gpt_pl" / "arithmetic"
+_NUMERICS = [f"mini_gpt_pl.arithmetic.{file.stem}" for file in sorted(_ARITHMETIC.glob("[a-z]*"))]
+_NUMERICS = [name for name in _NUMERICS if not name.endswith(".study")]
+install_import_hook(["mini_gpt_pl.geometry", "mini_gpt_pl.stories.objective", *_NUMERICS], "beartype.beartype")
 
 from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
@@ -23,9 +27,9 @@ from hypothesis import settings  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from mini_gpt_pl.errors import UserError  # noqa: E402
-from mini_gpt_pl.geometry.rows import IncrementRows  # noqa: E402
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector  # noqa: E402
-from mini_gpt_pl.geometry.trajectory import Trajectory  # noqa: E402
+from mini_gpt_pl.geometry.path.rows import IncrementRows  # noqa: E402
+from mini_gpt_pl.geometry.path.trajectory import Trajectory  # noqa: E402
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Examples are derived from the test, not from a clock: a red test stays red.

@@ -12,10 +12,10 @@ import torch
 import yaml
 from conftest import normal
 
-from mini_gpt_pl.geometry.rows import IncrementRows
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import Trajectory
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.geometry.path.rows import IncrementRows
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.runs.folder import Run
 
 GROUPS = tuple(f"blocks.{layer}.attn.w_{matrix}" for layer in range(2) for matrix in "qkvo")
 WEIGHTS = ParameterSelection(tuple(f"{group}.weight" for group in GROUPS), ((4, 5),) * 8, GROUPS)
@@ -29,7 +29,7 @@ Series = Callable[[int], float]
 def config(operation: str = "add", seed: int = 42, decay: float = 1.0, **changed: Any) -> dict[str, Any]:
     """A configuration as a run records it: the paper's, but for what is changed in its data."""
     settings = {"lr": changed.pop("lr", 1e-3), "betas": [0.9, 0.98], "weight_decay": decay}
-    recorder = {"class_path": "callbacks.TrajectoryRecorder", "init_args": {"name": "attention"}}
+    recorder = {"class_path": "mini_gpt_pl.callbacks.TrajectoryRecorder", "init_args": {"name": "attention"}}
     data = {"operation": operation, "modulus": 97, "train_fraction": 0.5, "batch_size": 512, "seed": seed}
     return {
         "task": "operations",

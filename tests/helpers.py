@@ -20,18 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from callbacks import GradientAlignment, Schedule, StopOnDivergence, TrajectoryRecorder
-from mini_gpt_pl.data.corpus import CorpusConfig
-from mini_gpt_pl.data.datamodule import Batch, ProbedStories
-from mini_gpt_pl.data.probe import ProbeConfig
-from mini_gpt_pl.data.tokenizer import load_tokenizer
-from mini_gpt_pl.gpt import GPT, TRUNK_PATTERN, GPTSize
-from mini_gpt_pl.logs import MetricsCSV
-from mini_gpt_pl.module import ProbedGPT
-from mini_gpt_pl.objective import ProbeWeight
-from mini_gpt_pl.optim import ClippedCosine
-from mini_gpt_pl.runs import Run
-from mini_gpt_pl.trainer import GeometryTrainer
+from mini_gpt_pl.callbacks import GradientAlignment, Schedule, StopOnDivergence, TrajectoryRecorder
+from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.runs.logs import MetricsCSV
+from mini_gpt_pl.stories.data.corpus import CorpusConfig
+from mini_gpt_pl.stories.data.datamodule import Batch, ProbedStories
+from mini_gpt_pl.stories.data.probe import ProbeConfig
+from mini_gpt_pl.stories.data.tokenizer import load_tokenizer
+from mini_gpt_pl.stories.gpt import GPT, TRUNK_PATTERN, GPTSize
+from mini_gpt_pl.stories.module import ProbedGPT
+from mini_gpt_pl.stories.objective import ProbeWeight
+from mini_gpt_pl.stories.trainer import StoryTrainer
+from mini_gpt_pl.training.optimizers import ClippedCosine
 
 CONTEXT = 64
 SIZE = GPTSize(n_layer=2, n_head=2, d_model=32, d_ff=64, context=CONTEXT)
@@ -87,7 +87,7 @@ def tiny_gpt(seed: int = 1, **settings: Any) -> ProbedGPT:
     return ProbedGPT(**{**defaults, **training, **settings})
 
 
-def quiet_trainer(folder: Path, callbacks: Sequence[Callback] = (), **settings: Any) -> GeometryTrainer:
+def quiet_trainer(folder: Path, callbacks: Sequence[Callback] = (), **settings: Any) -> StoryTrainer:
     """A trainer on one CPU with a CSV that logs every step; `steps` optimizer steps are its only end."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -104,7 +104,7 @@ def quiet_trainer(folder: Path, callbacks: Sequence[Callback] = (), **settings: 
         "gradient_clip_val": 1.0,
         "callbacks": list(callbacks),
     }
-    return GeometryTrainer(**{**defaults, **settings})
+    return StoryTrainer(**{**defaults, **settings})
 
 
 def recorder(every: int = 2, **settings: Any) -> TrajectoryRecorder:

@@ -12,11 +12,11 @@ import torch
 import yaml
 from conftest import bent_path
 
-from mini_gpt_pl.geometry.rows import IncrementRows
-from mini_gpt_pl.geometry.selection import ParameterSelection, Vector
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.path.rows import IncrementRows
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 from mini_gpt_pl.report.sheet import Table
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs.folder import Run
 
 # Two blocks of unequal size: D = 6 + 9.
 BLOCKS = ParameterSelection(("blocks.0.w", "blocks.1.w"), ((2, 3), (9,)), ("blocks.0", "blocks.1"))
@@ -37,7 +37,7 @@ def config(
     **data: Any,
 ) -> dict[str, Any]:
     """A configuration as a run records it, of the paper's model on its data for 4,000 steps."""
-    recorder = {"class_path": "callbacks.TrajectoryRecorder", "init_args": {"name": "trunk"}}
+    recorder = {"class_path": "mini_gpt_pl.callbacks.TrajectoryRecorder", "init_args": {"name": "trunk"}}
     return {
         "seed_everything": seed,
         "trainer": {

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from mini_gpt_pl.geometry.alignment import noise_floor
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.alignment import noise_floor
 
 # Eight epsilons of float32.
 COSINE = 1e-6

@@ -15,7 +15,7 @@ from mini_gpt_pl.dashboard.layout import Logged, Panel, Section, workspace_secti
 from mini_gpt_pl.dashboard.sweeps import SweepRuns, find_sweep, report_sections
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.page import expand
-from mini_gpt_pl.runs import METRICS, Run
+from mini_gpt_pl.runs.folder import METRICS, Run
 
 _NAME = "geometry"
 _PROJECT = "mini_gpt_pl"

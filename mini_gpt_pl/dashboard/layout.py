@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs import TRAJECTORY, Run
+from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 
 AXIS = "trainer/global_step"
 """The optimizer step, which every history row of a run holds."""

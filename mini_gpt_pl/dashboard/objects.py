@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from callbacks.wandb_run import SUMMARIES
+from mini_gpt_pl.callbacks.wandb_run import SUMMARIES
 from mini_gpt_pl.dashboard.layout import AXIS, Panel, Section
 from mini_gpt_pl.dashboard.sweeps import SweepRuns
 from mini_gpt_pl.errors import UserError

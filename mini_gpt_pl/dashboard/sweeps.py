@@ -12,7 +12,7 @@ import yaml
 
 from mini_gpt_pl.dashboard.layout import WHOLE, Logged, Panel, Section
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.sweep.grid import Sweep, read_sweep
 
 _SWEEPS = Path("configs/sweeps")

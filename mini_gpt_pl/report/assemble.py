@@ -15,16 +15,15 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.report.comparison import require_comparable
+from mini_gpt_pl.figures.plotting import STYLE, lay_out, render, save
 from mini_gpt_pl.report.contents import contents_of
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.headline import Headline, headline
-from mini_gpt_pl.report.plotting import STYLE, lay_out, render, save
 from mini_gpt_pl.report.progress import Steps
 from mini_gpt_pl.report.sections import MORE, Plate, Section, Subject, claimed
-from mini_gpt_pl.report.sheet import NULLS
-from mini_gpt_pl.report.tables import Table, require_reportable, write_tables
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.report.sheet import NULLS, Table, write_tables
+from mini_gpt_pl.runs.folder import Run, require_reportable
+from mini_gpt_pl.stories.study.comparison import require_comparable
 
 # Vector graphics stay sharp, but one with thousands of points would be most of the page.
 _LARGEST_SVG = 110_000

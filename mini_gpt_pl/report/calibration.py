@@ -14,9 +14,9 @@ import pandas as pd
 
 from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import growth, nulls, pca
-from mini_gpt_pl.geometry.alignment import noise_floor
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.geometry.path import growth, nulls, pca
+from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.runs.folder import Run
 
 QUANTITIES: dict[str, tuple[str, str]] = {
     "pc1": ("PC1 of the drift, raw", "{:.1%}"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mini_gpt_pl.report.settings import facts, optimizer_label, plain
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs.folder import Run
 
 OF_OPTIMIZER = ("optimizer", "learning rate", "weight decay", "beta1", "beta2", "momentum", "Nesterov")
 """Facts that are an optimizer's own."""

@@ -12,12 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import growth as growth_laws
-from mini_gpt_pl.geometry import nulls, pca
-from mini_gpt_pl.geometry.alignment import noise_floor
-from mini_gpt_pl.report import trajectory_figures
-from mini_gpt_pl.report.learning_tables import fit_of
-from mini_gpt_pl.report.plotting import (
+from mini_gpt_pl.figures import trajectory_figures
+from mini_gpt_pl.figures.plotting import (
     BACKBONE,
     GREY,
     NULL,
@@ -33,7 +29,11 @@ from mini_gpt_pl.report.plotting import (
     plain_log_steps,
     save,
 )
-from mini_gpt_pl.runs import FIGURES, Run
+from mini_gpt_pl.geometry.path import growth as growth_laws
+from mini_gpt_pl.geometry.path import nulls, pca
+from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.runs.folder import FIGURES, Run
+from mini_gpt_pl.stories.study.learning_tables import fit_of
 
 _WINDOW = 10  # snapshots, as in the paper
 

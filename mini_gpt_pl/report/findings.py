@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.nulls import Calibrated
+from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run
 from mini_gpt_pl.report.families import (
     beta2_of,
@@ -18,11 +18,11 @@ from mini_gpt_pl.report.families import (
     reheat_setting,
     seeds_of,
 )
-from mini_gpt_pl.report.learning_tables import fit_of
 from mini_gpt_pl.report.settings import diverged, facts, plain, progress
 from mini_gpt_pl.report.sheet import gap
-from mini_gpt_pl.report.sweep_tables import direction, spearman, t_interval
-from mini_gpt_pl.runs import METRICS, Run
+from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.stories.study.learning_tables import fit_of
+from mini_gpt_pl.stories.study.sweep_tables import direction, spearman, t_interval
 
 _JUDGED = ("pc1", "pc1_unit", "k95", "k95_unit")  # those with an interval
 _FEW = 4  # names that a sentence can hold

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mini_gpt_pl.arithmetic.study.runs import TEST, grokking_runs
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.nulls import Calibrated
+from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
-from mini_gpt_pl.report.grokking_runs import TEST, grokking_runs
-from mini_gpt_pl.report.learning_tables import fit_of
 from mini_gpt_pl.report.settings import facts, optimizer_label, plain, progress
-from mini_gpt_pl.runs import METRICS, Run
+from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.stories.study.learning_tables import fit_of
 
 
 @dataclass(frozen=True)

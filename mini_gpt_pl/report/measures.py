@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import growth, nulls, pca
-from mini_gpt_pl.geometry.nulls import Calibrated
-from mini_gpt_pl.geometry.pca import Gram
-from mini_gpt_pl.geometry.trajectory import Trajectory
+from mini_gpt_pl.geometry.path import growth, nulls, pca
+from mini_gpt_pl.geometry.path.nulls import Calibrated
+from mini_gpt_pl.geometry.path.pca import Gram
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.report.calibration import calibrate_run
 from mini_gpt_pl.report.settings import facts
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs.folder import Run
 
 SPAN = 200
 """Optimizer steps of the paper's updates."""

@@ -14,11 +14,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import nulls, pca
-from mini_gpt_pl.geometry.nulls import Calibrated
+from mini_gpt_pl.figures.plotting import BACKBONE, GREY, NULL, PC2, RESIDUAL, WIDTH, legend_below, mark_change
+from mini_gpt_pl.geometry.path import nulls, pca
+from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run
-from mini_gpt_pl.report.plotting import BACKBONE, GREY, NULL, PC2, RESIDUAL, WIDTH, legend_below, mark_change
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs.folder import Run
 
 _SHARES = (
     "pc1",

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry import nulls, pca
+from mini_gpt_pl.figures.plotting import DISTINCT, NULL, WIDTH, log_if_dwarfed
+from mini_gpt_pl.geometry.path import nulls, pca
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.plotting import DISTINCT, NULL, WIDTH, log_if_dwarfed
 from mini_gpt_pl.report.settings import diverged, progress
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs.folder import Run
 
 STYLES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
 """Of lines that share a colour."""

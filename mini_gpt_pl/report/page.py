@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.progress import Steps
-from mini_gpt_pl.runs import CONFIG, REPORT, TRAJECTORY, Run, runs_below
+from mini_gpt_pl.runs.folder import CONFIG, REPORT, TRAJECTORY, Run, runs_below
 
 _SEVERAL = Path("reports")
 _PAGE = "report.html"

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mini_gpt_pl.gpt import PRESETS
-from mini_gpt_pl.runs import METRICS, Run
+from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.stories.gpt import PRESETS
 
 PAPER: dict[str, Any] = {
     "model": "8 blocks, 16 heads, width 512, MLP 2048",

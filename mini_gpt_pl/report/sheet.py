@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mini_gpt_pl.geometry.nulls import Calibrated
+from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report.calibration import markdown
 
 NULLS = (

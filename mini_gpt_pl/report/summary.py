@@ -18,9 +18,9 @@ from rich.text import Text
 
 from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.nulls import Calibrated
+from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
-from mini_gpt_pl.runs import Run
+from mini_gpt_pl.runs.folder import Run
 
 SHOWN = (
     "pc1",

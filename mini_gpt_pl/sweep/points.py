@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs import OUTCOME, Outcome, Run
+from mini_gpt_pl.runs.folder import OUTCOME, Outcome, Run
 from mini_gpt_pl.sweep.grid import Point, Sweep
 
 RECORD = "point.json"

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs import METRICS
+from mini_gpt_pl.runs.folder import METRICS
 from mini_gpt_pl.sweep.points import PointRun, State
 
 VAL_LOSS, P_OOD = "val/loss", "probe/p_ood"

@@ -1,0 +1,163 @@
+"""Accuracy of a finished run rebuilt from few directions, in sample and out of sample, beside random ones.
+
+python -m mini_gpt_pl.arithmetic.reconstruction runs/grokking/multitask --other runs/grokking/second --out rebuilt.csv
+
+The run's recorder must have kept all weights, as in configs/grokking/multitask.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mini_gpt_pl.arithmetic.milestones import MILESTONES
+from mini_gpt_pl.arithmetic.module import ResidueClassifier
+from mini_gpt_pl.arithmetic.operations import Examples
+from mini_gpt_pl.arithmetic.restore import recorded, restore, vectors
+from mini_gpt_pl.arithmetic.statistics import reconstruction
+from mini_gpt_pl.arithmetic.statistics.reconstruction import Rebuilt
+from mini_gpt_pl.command_line import CommandParser, one_line_errors
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.path import pca
+from mini_gpt_pl.geometry.vectors.selection import Vector
+from mini_gpt_pl.runs.folder import Run
+
+END = "end"
+"""Basis of the row that is the final point itself."""
+
+
+def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> pd.DataFrame:
+    """Accuracy and loss on the whole sets of theta_0 + P_k (theta_T - theta_0), for k = 1 .. K directions.
+
+    Bases: `whole`, uncentred principal directions of all snapshots, the end among them (in sample); `until_<step>`,
+    of the snapshots up to memorisation, to half and to nine tenths of the run; `other`, of another run's path (out of
+    sample); `span`, random directions in the span of all drifts; `random`, of the whole space; `shortened`, the true
+    drift scaled to the length that `whole` holds at that k; and `end`, the final point itself.
+
+    Args:
+        run: Its recorder kept all weights.
+        other: A run of the same model with another seed.
+        k: Largest number of directions, K.
+        seed: Of the random directions.
+
+    Returns:
+        Columns basis, k, share (of ||theta_T - theta_0||^2), and what the module's `evaluate` gives.
+
+    Raises:
+        UserError: k is below 1, nothing has moved, the recorder kept some weights only, the runs are of different
+            models, or snapshots are missing.
+    """
+    if k < 1:
+        raise UserError(f"{k} directions rebuild nothing: give --k 1 or more")
+    module, data = restore(run)
+    selection, _ = recorded(run, module)
+    if selection.dim != sum(p.numel() for p in module.parameters()):
+        raise UserError(f"the recorder of {run.path} kept {selection.dim} weights, not all: record all of them")
+    gram = run.trajectory.gram()
+    ends = vectors(run, module, torch.stack([pca.theta0(len(gram)), run.drift_rows[-1]]))
+    rows = []
+    for basis, found in _bases(run, other, module, ends[1], k, seed):
+        for part in found:
+            scores = _scores(module, data.sets, Vector(ends[0] + part.drift, selection))
+            rows.append({"basis": basis, "k": part.k, "share": part.share, **scores})
+    end = _scores(module, data.sets, Vector(ends[0] + ends[1], selection))
+    rows.append({"basis": END, "k": len(gram) - 1, "share": 1.0, **end})
+    return pd.DataFrame(rows)
+
+
+def fewest_directions(found: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
+    """Smallest k from which on each accuracy stays at a share of that of the end, k*, for each basis of `rebuild`.
+
+    A basis that knows the end needs few directions whatever the solution is: what counts is how many more, or fewer,
+    one needs that does not know it, and the drift shortened to the same length.
+
+    Args:
+        found: Of `rebuild`.
+        level: Share of the accuracy at the end.
+
+    Returns:
+        A row for each basis but the end, a column for each accuracy; missing where K directions do not suffice, or the
+        end has none.
+    """
+    scores = [str(name) for name in found.columns if str(name).endswith("_accuracy")]
+    (end,) = found[found["basis"] == END][scores].to_dict("records")
+    rows = []
+    for basis, part in found[found["basis"] != END].groupby("basis", sort=False):
+        row: dict[str, object] = {"basis": basis, "k": int(part["k"].max())}
+        for name in scores:
+            pairs = list(zip(part["k"].tolist(), part[name].tolist(), strict=True))
+            row[name] = reconstruction.fewest(pairs, level * end[name]) if end[name] > 0 else None
+        rows.append(row)
+    return pd.DataFrame(rows).astype(dict.fromkeys(scores, "Int64"))
+
+
+def _bases(
+    run: Run, other: Run | None, module: ResidueClassifier, drift: Tensor, k: int, seed: int
+) -> Iterator[tuple[str, Iterator[Rebuilt]]]:
+    gram, generator = run.trajectory.gram(), torch.Generator().manual_seed(seed)
+
+    def along(source: Run, coefficients: Tensor) -> Iterator[Rebuilt]:
+        return reconstruction.rebuilt(vectors(source, module, coefficients), drift)
+
+    whole = list(along(run, reconstruction.principal(gram, k)))
+    yield "whole", iter(whole)
+    for step in _early(run):
+        until = run.trajectory.steps.index(step)
+        yield f"until_{step}", along(run, reconstruction.principal(gram, k, until))
+    if other is not None:
+        yield "other", along(other, reconstruction.principal(other.trajectory.gram(), k))
+    yield "span", along(run, reconstruction.in_span(gram, k, generator))
+    isotropic = torch.randn(min(k, drift.numel()), drift.numel(), generator=generator)
+    yield "random", reconstruction.rebuilt(isotropic, drift)
+    yield "shortened", reconstruction.shortened(drift, [part.share for part in whole])
+
+
+def _early(run: Run) -> list[int]:
+    """Snapshots at memorisation, half and nine tenths of the run: bases that do not know its end."""
+    steps = run.trajectory.steps
+    memorised = next(m for m in MILESTONES if m.name == "train_99")
+    series = run.series("eval/train_accuracy")
+    at = memorised.reached([int(step) for step in series.index], series.tolist())
+    wanted = [*([] if at is None else [at]), 0.5 * steps[-1], 0.9 * steps[-1]]
+    nearest = {max(step for step in steps if step <= max(limit, steps[1])) for limit in wanted}
+    return sorted(nearest)
+
+
+@torch.no_grad()
+def _scores(module: ResidueClassifier, sets: dict[str, Examples], theta: Vector) -> dict[str, float]:
+    """What an evaluation says at given weights, without the names' common beginning."""
+    parts = theta.selection.unflatten(theta)
+    for name, parameter in module.named_parameters():
+        parameter.copy_(parts[name])
+    return {name.removeprefix("eval/"): float(value) for name, value in module.evaluate(sets).items()}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Print the table and k* of each basis, and write both where asked to."""
+    parser = CommandParser("reconstruction", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run whose recorder kept all weights")
+    parser.add_argument("--other", type=Path, help="folder of a run of the same model with another seed")
+    parser.add_argument("--k", type=int, default=20, help="largest number of directions")
+    parser.add_argument("--seed", type=int, default=0, help="of the random directions")
+    parser.add_argument("--level", type=float, default=0.98, help="share of the end's accuracy that k* keeps")
+    parser.add_argument("--out", type=Path, help="CSV file for the table; k* goes into one beside it, NAME_fewest.csv")
+    told = parser.parse_args(args)
+    if told.out is not None and not told.out.parent.is_dir():
+        raise UserError(f"there is no folder {told.out.parent} to write {told.out.name} into: make it first")
+    found = rebuild(Run(told.run), None if told.other is None else Run(told.other), told.k, told.seed)
+    fewest = fewest_directions(found, told.level)
+    if told.out is not None:
+        found.to_csv(told.out, index=False)
+        fewest.to_csv(told.out.with_name(f"{told.out.stem}_fewest.csv"), index=False)
+    print(found.to_string(index=False, float_format="{:.4f}".format))
+    print(f"\nk*, directions from which on {told.level:.0%} of the accuracy at the end is kept; - for none of them")
+    print(fewest.astype(object).where(fewest.notna(), "-").to_string(index=False))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,1 @@
+"""Statistics over runs that generalise late: onsets, leads, lifetimes and scaling."""

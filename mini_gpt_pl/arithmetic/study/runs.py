@@ -1,0 +1,356 @@
+"""Runs of the second task as its report reads them: when they memorised and generalised, and their path in windows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+import pandas as pd
+import torch
+
+from mini_gpt_pl.arithmetic.statistics import onset
+from mini_gpt_pl.arithmetic.study.published import SETTING
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.path import innovations, nulls, resampled, windows
+from mini_gpt_pl.geometry.path.centred import centred_statistics
+from mini_gpt_pl.geometry.path.innovations import Correlation
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.report.families import names
+from mini_gpt_pl.report.settings import differences, facts, plain
+from mini_gpt_pl.report.sheet import Cell, number, word
+from mini_gpt_pl.runs.folder import METRICS, TRAJECTORY, Run
+
+TEST, TRAIN, LOSS = "eval/test_accuracy", "eval/train_accuracy", "eval/train_loss"
+_PERMUTATIONS = 20
+_FEWEST = 4  # snapshots: the PC1 of two increments is arithmetic
+NULLS: Mapping[str, str] = {
+    "walk": "walk",
+    "decaying_walk": "decay, ‖d‖",
+    "innovation_walk": "decay, ‖e‖",
+    "autoregressive_walk": "AR(1)",
+    "permuted": "permuted",
+}
+"""Nulls of a path, and their columns."""
+DECAYING = ("decaying_walk", "innovation_walk")
+"""The two that keep lengths under the run's own decay; an excess over one of them names it."""
+NULLS_NOTE = (
+    "Walk: the run's step lengths ‖d‖ in orthogonal directions. Decay, ‖d‖: the same under the run's weight decay, "
+    "with innovations as long as that takes. Decay, ‖e‖: under decay with the lengths of the measured innovations "
+    "e = θ_k - ρ_k θ_(k-1). The two differ where training pushes back against "
+    "decay. AR(1): the third with the measured correlation of successive innovations. Permuted: the measured "
+    "increments in other orders, median of 20."
+)
+
+Numbers = Mapping[str, Mapping[str, float]]
+"""Of a path: statistic -> measured and each null."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of steps.
+
+    Args:
+        name: What happens in it.
+        first: Step that it starts at.
+        last: Step that it ends at.
+        steps: The snapshots in it that count; all of them for None.
+    """
+
+    name: str
+    first: int
+    last: int
+    steps: tuple[int, ...] | None = field(default=None, repr=False)
+
+    @property
+    def words(self) -> str:
+        """Name and steps."""
+        return f"{self.name}, {self.first:,} to {self.last:,}"
+
+
+@dataclass(frozen=True)
+class GrokkingRun:
+    """A run of the second task.
+
+    Args:
+        run: Its folder.
+        label: What it is called.
+    """
+
+    run: Run
+    label: str
+    _paths: dict[Window, dict[str, Numbers]] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def facts(self) -> Mapping[str, object]:
+        """What decides how it goes; see `settings.facts`."""
+        return facts(self.run)
+
+    @property
+    def operation(self) -> str:
+        """The operation, or what else it learned; apart where the length of the weights was held to another run's."""
+        name = str(self.facts["operation"] or self.run.task)
+        return f"{name}, tied norm" if self.is_tied else name
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether its weights were held to the length that another run's had: neither decayed nor free of it."""
+        return bool(self.run.callback_settings("TiedNorm"))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is a control without weight decay."""
+        return not self.decay and not self.is_tied
+
+    @property
+    def was_disturbed(self) -> bool:
+        """Whether something changed its gradients, updates or weights on the way."""
+        return any(self.run.callback_settings(name) for name in ("SubspaceIntervention", "Kick"))
+
+    @property
+    def decay(self) -> float:
+        """Weight decay."""
+        return float(self.facts["weight decay"] or 0.0)  # type: ignore[arg-type]
+
+    @property
+    def rate(self) -> float:
+        """Learning rate."""
+        return float(self.facts["learning rate"] or math.nan)  # type: ignore[arg-type]
+
+    @property
+    def seed(self) -> int | None:
+        """Of weights, split and batches."""
+        found = self.facts["seed"]
+        return None if found is None else int(found)  # type: ignore[call-overload]
+
+    @property
+    def unit(self) -> str:
+        """What runs share that are no independent draws: operation, decay and learning rate."""
+        return f"{self.kind}, decay {plain(self.decay)}, lr {plain(self.rate)}"
+
+    @property
+    def kind(self) -> str:
+        """The operation, and whether it is a control."""
+        return f"{self.operation}, no decay" if self.is_free else self.operation
+
+    @property
+    def last(self) -> int:
+        """Step of the last snapshot."""
+        return self.run.trajectory.steps[-1]
+
+    def series(self, name: str) -> pd.Series[float]:
+        """Metric by step; empty if it never was logged."""
+        return self.run.series(name) if (self.run.path / METRICS).is_file() else pd.Series(dtype=float)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of all commutators that were measured: a run of several tasks has them within tasks and across."""
+        if not (self.run.path / METRICS).is_file():
+            return ()
+        found = [str(c) for c in self.run.metrics.columns if str(c).endswith("/defect") and str(c).count("/") == 2]
+        return tuple(name.split("/")[1] for name in found)
+
+    @cached_property
+    def name(self) -> str:
+        """Of the commutator that is reported; empty if none was measured.
+
+        Of several that of the training loss, else the first of one task (one loss for both batches), else the first.
+        """
+        told = {
+            probe.get("name", "all"): probe.get("losses") for probe in self.run.callback_settings("CommutatorProbe")
+        }
+
+        def rank(name: str) -> int:
+            losses = told.get(name)
+            return 0 if losses is None else 1 + (losses[0] != losses[1])
+
+        return min(self.names, key=rank, default="")
+
+    def commutator(self, name: str) -> pd.Series[float]:
+        """Number of the commutator probe by step; empty without one."""
+        return self.series(f"commutator/{self.name}/{name}")
+
+    @cached_property
+    def differs(self) -> tuple[str, ...]:
+        """What is not as in the paper, its learning rate aside; empty for a run that repeats it.
+
+        The paper's snapshots are 100 steps apart in the runs with weight decay at its main rate alone.
+        """
+        free = ["learning rate"]
+        if not self.decay or self.rate != SETTING["learning rate"]:
+            free.append("steps a snapshot")
+        found = differences(self.facts, SETTING, free)
+        if self.decay not in (0.0, 1.0):
+            found.append(f"weight decay {plain(self.decay)} instead of 1")
+        if self.is_tied:
+            found.append("norm tied to another run's instead of free")
+        return tuple(found)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it repeats one of the paper's runs at its main learning rate: published numbers go beside it."""
+        return not self.differs and self.rate == SETTING["learning rate"]
+
+    # ------------------------------------------------------------------------------------------- milestones
+
+    @cached_property
+    def steps(self) -> dict[str, int | None]:
+        """When it memorised (train_99), began to generalise (t10), and the grok step by every definition."""
+        found = {"train_99": self._reached(TRAIN, 0.99), "t10": self._reached(TEST, 0.10)}
+        found |= {"t50": self._reached(TEST, 0.50)}
+        test = self.series(TEST)
+        return found | onset.grok_steps([int(s) for s in test.index], test.tolist())
+
+    def _reached(self, name: str, level: float) -> int | None:
+        series = self.series(name)
+        return onset.first_reaching([int(s) for s in series.index], series.tolist(), level)
+
+    @property
+    def groks(self) -> bool:
+        """Whether it reached 90 % of the test set."""
+        return self.steps["t90"] is not None
+
+    @property
+    def cut(self) -> Window:
+        """From the start to the stop of the original study, three evaluations with 98 %, or to the end."""
+        return Window("to the stop", 0, min(self.steps["stop"] or self.last, self.last))
+
+    @property
+    def phases(self) -> list[Window]:
+        """The run to its stop, then in its own phases."""
+        return [self.cut, *phases(self.steps, self.last)]
+
+    # ------------------------------------------------------------------------------------------------ path
+
+    def window(self, window: Window) -> Trajectory:
+        """Its path in a window.
+
+        Raises:
+            UserError: The window holds fewer than three snapshots.
+        """
+        return windows.window(self.run.trajectory, window.first, window.last, steps=window.steps)
+
+    def path(self, window: Window) -> dict[str, Numbers]:
+        """Numbers of each group and of the whole in a window, beside their nulls; empty with under four snapshots."""
+        if window not in self._paths:
+            self._paths[window] = self._described(window)
+        return self._paths[window]
+
+    def _described(self, window: Window) -> dict[str, Numbers]:
+        try:
+            trajectory = self.window(window)
+        except UserError:
+            return {}
+        if len(trajectory) < _FEWEST:
+            return {}
+        labels = (*trajectory.groups, self.run.trunk)
+        grams = torch.cat([trajectory.grams, trajectory.gram()[None]])
+        moved = grams.diagonal(dim1=1, dim2=2)[:, 1:].sum(1) > 0
+        labels = tuple(label for label, moves in zip(labels, moved.tolist(), strict=True) if moves)
+        if not labels:
+            return {}
+        kept = grams[moved].contiguous()
+        described = _numbers(kept.numpy().tobytes(), len(labels), tuple(trajectory.survival))
+        return dict(zip(labels, described, strict=True))
+
+    def correlation(self, window: Window, label: str, *, tangential: bool) -> Correlation:
+        """Correlation of successive innovations of a group, or of the whole, in a window."""
+        trajectory = self.window(window)
+        group = None if label == self.run.trunk else label
+        return innovations.correlation(
+            trajectory.gram(group), trajectory.survival, trajectory.dim_of(group), tangential=tangential
+        )
+
+
+# Tables, claims and figures of one report ask for the same paths; fifteen runs have 90 windows.
+@lru_cache(maxsize=512)
+def _numbers(content: bytes, count: int, survival: tuple[float, ...]) -> list[Numbers]:
+    """Statistics of several paths of one decay, given as the bytes of their Grams, and of each of their nulls."""
+    grams = torch.frombuffer(bytearray(content), dtype=torch.float64).view(count, len(survival), len(survival))
+    paths = [
+        grams,
+        nulls.walk(grams),
+        nulls.decaying_walk(grams, survival),
+        innovations.innovation_walk(grams, survival),
+        innovations.autoregressive_walk(grams, survival),
+        *[resampled.permuted(gram, _PERMUTATIONS) for gram in grams],
+    ]
+    found = centred_statistics(torch.cat(paths), survival)
+    described: list[Numbers] = []
+    for k in range(count):
+        one: dict[str, dict[str, float]] = {}
+        for name, values in found.items():
+            closed = values[: 5 * count].view(5, count)[:, k].tolist()
+            drawn = values[5 * count :].view(count, _PERMUTATIONS)[k]
+            one[name] = dict(zip(("measured", *NULLS), [*closed, float(drawn.nanquantile(0.5))], strict=True))
+        described.append(one)
+    return described
+
+
+def phases(steps: Mapping[str, int | None], last: int) -> list[Window]:
+    """Memorisation, plateau, transition and what comes after; those that a run does not have are left out.
+
+    The plateau lies between 99 % of the training set and 10 % of the test set, the transition between that and the
+    third evaluation in a row with 98 %.
+    """
+    memorised, begun, stop = (steps[name] for name in ("train_99", "t10", "stop"))
+    if memorised is None:
+        return []
+    begun = last if begun is None else max(begun, memorised)
+    ended = last if stop is None else max(stop, begun)
+    found = [
+        Window("memorisation", 0, memorised),
+        Window("plateau", memorised, begun),
+        Window("transition", begun, ended),
+        Window("after", ended, last),
+    ]
+    return [window for window in found if window.last > window.first]
+
+
+def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
+    """The same steps for all runs: as far as the shortest goes, and the median phases of those that generalise.
+
+    Only snapshots that all runs have count, so that a run recorded more often is thinned: a PC1 depends on the number
+    of snapshots.
+    """
+    recorded = [run.run.trajectory.steps for run in runs]
+    shared = tuple(sorted(set(recorded[0]).intersection(*recorded[1:])))
+    last = shared[-1] if shared else 0
+    found = [Window("all runs alike", 0, last)]
+    if reference := [run.steps for run in runs if run.groks and run.decay]:
+        middle: dict[str, int | None] = {}
+        for name in ("train_99", "t10", "stop"):
+            reached = [steps[name] for steps in reference]
+            known = [last if step is None else min(step, last) for step in reached]
+            middle[name] = int(statistics.median_low(known))
+        found += phases(middle, last)
+    return [replace(window, steps=shared) for window in found]
+
+
+def grokking_runs(runs: Sequence[Run]) -> list[GrokkingRun]:
+    """Runs that recorded a path and were evaluated on both sets, by operation, decay and seed.
+
+    Of several, those that were intervened in are left out: an arm is no seed of its baseline.
+    """
+    called = names(runs)
+    found = [GrokkingRun(run, called[run]) for run in runs if (run.path / TRAJECTORY).is_file()]
+    known = [run for run in found if len(run.series(TEST)) and len(run.series(TRAIN))]
+    known = [run for run in known if len(runs) == 1 or not run.was_disturbed]
+    order = {name: k for k, name in enumerate(("add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy"))}
+    return sorted(
+        known, key=lambda run: (-run.decay, order.get(run.operation, 9), run.operation, run.rate, run.seed or 0)
+    )
+
+
+def median(values: Sequence[float]) -> float:
+    """Median of what is known, NaN for nothing."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
+
+
+def reached(run: GrokkingRun, name: str) -> Cell:
+    """Step of a milestone, in words where it was never reached."""
+    step = run.steps[name]
+    return word("never") if step is None else number(step, "{:,.0f}")

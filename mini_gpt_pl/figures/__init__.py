@@ -1,0 +1,1 @@
+"""Figures that every room may draw: the style, and those of a path."""

@@ -1,0 +1,1 @@
+"""Second derivatives and their stand-ins: Fisher matrices and commutators of steps."""

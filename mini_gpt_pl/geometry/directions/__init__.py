@@ -1,0 +1,1 @@
+"""Directions and subspaces of weight space, made of a path or given."""

@@ -1,0 +1,1 @@
+"""What an optimizer's settings and state say about its updates."""

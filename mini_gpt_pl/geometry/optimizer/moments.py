@@ -1,0 +1,346 @@
+r"""What an optimizer's own settings and state say about its updates.
+
+From the gradient g to the step that is taken (paper, eqs. 13 to 16):
+
+    g  ->  m_hat  ->  m_hat / (sqrt(v_hat) + eps)  ->  -lr m_hat / (sqrt(v_hat) + eps) - lr wd theta
+
+Everything here is read from the state that the optimizer keeps anyway (exp_avg, exp_avg_sq, momentum_buffer), whether
+it steps tensor by tensor, with foreach or fused. Vectors are signed as steps: the first rungs are -g and -m_hat, so
+that a cosine keeps its sign along the ladder, and for plain SGD all rungs are parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, Optimizer
+
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+
+# torch keeps the two kinds of decay apart by class, or by this flag on Adam and its relatives.
+_DECOUPLED = ("AdamW", "SGDW", "Muon", "MuonAdamW", "Adafactor")
+
+
+def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """Return the optimizer's parameter group that holds a parameter.
+
+    Raises:
+        ValueError: None does.
+    """
+    for group in optimizer.param_groups:
+        if any(parameter is member for member in group["params"]):
+            return group
+    raise ValueError("the optimizer does not train this parameter")
+
+
+def is_trained(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether an optimizer trains a parameter."""
+    return any(parameter is member for group in optimizer.param_groups for member in group["params"])
+
+
+def steps_taken(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[int]:
+    """Read how often each parameter was stepped; it waits for the device, so whoever sees every step counts on."""
+    return [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
+
+
+def decay_rate(optimizer: Optimizer, parameter: Tensor) -> float:
+    """Share of a parameter that weight decay takes away in one step at the current learning rate.
+
+    Decoupled decay (AdamW, SGDW, Muon, Adafactor): lr wd. L2 inside SGD's gradient: lr wd / (1 - momentum), its rate
+    once the momentum buffer has filled. L2 inside an adaptive gradient is rescaled per coordinate and is no shrinkage
+    at any common rate: 0.
+    """
+    group = group_of(optimizer, parameter)
+    rate = float(group["lr"]) * float(group.get("weight_decay", 0.0))
+    if _is_decoupled(optimizer, group):
+        return rate
+    if "SGD" in _kinds(optimizer):
+        return rate / (1.0 - float(group.get("momentum", 0.0)))
+    return 0.0
+
+
+def _kinds(optimizer: Optimizer) -> set[str]:
+    return {kind.__name__ for kind in type(optimizer).__mro__}
+
+
+def _is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    return bool(_kinds(optimizer) & set(_DECOUPLED) or group.get("decoupled_weight_decay"))
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An optimizer's settings for one parameter group and one step.
+
+    Args:
+        kind: Whose update rule it is: torch's Adam and AdamW, torch's SGD and SGDW, or one that is not known here.
+        lr: Learning rate.
+        decay: Weight decay coefficient.
+        decay_at: Where decay enters: in the gradient (L2), or on the weights before or after the step.
+        beta1: Of the first moment; SGD's momentum factor.
+        beta2: Of the second moment.
+        eps: Beside sqrt(v_hat).
+        dampening: Of SGD's momentum.
+        nesterov: Whether SGD looks ahead.
+        amsgrad: Whether the largest second moment so far is used.
+        sign: -1 where the optimizer maximises.
+        overwrites: Whether the step leaves g + momentum b in `.grad` (see `Settings.of`).
+    """
+
+    kind: Literal["adam", "sgd", "other"]
+    lr: float
+    decay: float
+    decay_at: Literal["gradient", "before", "after"]
+    beta1: float
+    beta2: float
+    eps: float
+    dampening: float
+    nesterov: bool
+    amsgrad: bool
+    sign: float
+    overwrites: bool
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, group: Mapping[str, Any]) -> Settings:
+        """Read a parameter group as it is now; schedulers change it between steps."""
+        kind: Literal["adam", "sgd", "other"] = (
+            "adam" if isinstance(optimizer, Adam) else "sgd" if isinstance(optimizer, SGD) else "other"
+        )
+        after = "SGDW" in _kinds(optimizer)
+        beta1, beta2 = group["betas"] if kind == "adam" else (group.get("momentum", 0.0), 0.0)
+        decay = float(group.get("weight_decay", 0.0))
+        return cls(
+            kind=kind,
+            lr=float(group["lr"]),
+            decay=decay,
+            decay_at="after" if after else "before" if _is_decoupled(optimizer, group) else "gradient",
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group.get("eps", 0.0)),
+            dampening=float(group.get("dampening", 0.0)),
+            nesterov=bool(group.get("nesterov", False)),
+            amsgrad=bool(group.get("amsgrad", False)),
+            sign=-1.0 if group.get("maximize") else 1.0,
+            overwrites=kind == "sgd" and not after and _overwrites_gradient(group, decay),
+        )
+
+    @property
+    def l2(self) -> float:
+        """Decay that passes through the moments; 0 where it is decoupled."""
+        return self.decay if self.decay_at == "gradient" else 0.0
+
+
+def _overwrites_gradient(group: Mapping[str, Any], decay: float) -> bool:
+    """Whether torch's foreach SGD adds momentum b to `.grad` in place: with Nesterov, and nothing that copies it."""
+    if not group.get("nesterov") or decay != 0.0 or group.get("maximize") or group.get("fused"):
+        return False
+    if group.get("foreach") is not None:
+        return bool(group["foreach"])
+    return all(p.is_cuda for p in group["params"])  # torch's default
+
+
+@dataclass(frozen=True)
+class BeforeStep:
+    """What a step is about to destroy: the settings, copies of the weights, and the unclipped gradients.
+
+    Args:
+        parameters: The selected parameters, in the selection's order.
+        settings: One per parameter; None where the step will not touch it (frozen, or without gradient).
+        weights: Copies, one per parameter; empty if not asked for.
+        gradients: As the loss gave them, signed for descent, of one width with the weights; empty if not asked for.
+    """
+
+    parameters: Sequence[Tensor]
+    settings: Sequence[Settings | None]
+    weights: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        *,
+        weights: bool = True,
+        gradients: Sequence[Tensor] = (),
+        loss_scale: float = 1.0,
+    ) -> BeforeStep:
+        """Remember the state before `optimizer.step()`, gradients complete.
+
+        Args:
+            optimizer: About to step.
+            parameters: The selected ones.
+            weights: Whether to copy the weights.
+            gradients: Copies of the gradients, one per parameter, for whoever wants them beside the clipped ones.
+            loss_scale: Factor that is still on the gradients.
+        """
+        groups = [(Settings.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
+        owner = {id(p): settings for settings, members in groups for p in members}
+        settings = [owner.get(id(p)) if p.grad is not None else None for p in parameters]
+        raw = [
+            wide(gradient) if s is None or s.sign == loss_scale else wide(gradient) * (s.sign / loss_scale)
+            for gradient, s in zip(gradients, settings, strict=bool(gradients))
+        ]
+        return cls(parameters, settings, copies(parameters) if weights else [], raw)
+
+    def touched(self) -> Iterator[tuple[int, Settings, Tensor]]:
+        """Iterate over position, settings and parameter of what the step moves."""
+        for i, (settings, parameter) in enumerate(zip(self.settings, self.parameters, strict=True)):
+            if settings is not None:
+                yield i, settings, parameter
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors; plain ones of one kind all at once, as views of one copy."""
+    kinds = {(type(t) in (Tensor, Parameter), t.dtype, t.device) for t in tensors}
+    if len(kinds) != 1 or not kinds.pop()[0]:
+        return [t.detach().clone() for t in tensors]
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One parameter's step: theta <- theta - lr numerator / denominator + decay."""
+
+    gradient: Tensor
+    momentum: Tensor
+    numerator: Tensor
+    denominator: Tensor
+    decay: Tensor
+    bias1: Tensor
+
+
+def parts_of(optimizer: Optimizer, settings: Settings, parameter: Tensor, before: Tensor) -> Parts:
+    """Take apart the step that has just been made on one parameter, in float32 or wider."""
+    gradient, theta = seen_gradient(optimizer, settings, parameter), wide(before)
+    one = torch.ones((), dtype=theta.dtype, device=theta.device)
+    if settings.kind == "adam":
+        state = optimizer.state[parameter]
+        bias1 = 1.0 - settings.beta1 ** _count(state)
+        momentum = numerator = wide(state["exp_avg"]) / bias1
+        square = wide(state["max_exp_avg_sq" if settings.amsgrad else "exp_avg_sq"])
+        denominator = (square / (1.0 - settings.beta2 ** _count(state))).sqrt() + settings.eps
+    else:
+        bias1, denominator = one, one
+        momentum = numerator = gradient + settings.l2 * theta
+        if settings.beta1 != 0.0:
+            momentum = wide(optimizer.state[parameter]["momentum_buffer"])
+            numerator = numerator + settings.beta1 * momentum if settings.nesterov else momentum
+    decay = torch.zeros_like(theta)
+    if settings.decay_at != "gradient":
+        shrunk = theta if settings.decay_at == "before" else theta - settings.lr * numerator / denominator
+        decay = -settings.lr * settings.decay * shrunk
+    return Parts(gradient, momentum, numerator, denominator, decay, bias1)
+
+
+def seen_gradient(optimizer: Optimizer, settings: Settings, parameter: Tensor) -> Tensor:
+    """Gradient that the step used, signed for descent, without L2: accumulated, reduced, clipped. To be read only."""
+    assert parameter.grad is not None
+    grad = wide(parameter.grad)
+    if settings.sign != 1.0:
+        grad = grad * settings.sign
+    if settings.overwrites and settings.beta1 != 0.0:
+        grad = grad - settings.beta1 * wide(optimizer.state[parameter]["momentum_buffer"])
+    return grad
+
+
+def _count(state: Mapping[str, Any]) -> Tensor:
+    """Steps taken, in float64 where the optimizer keeps them: 1 - beta^t cancels in float32."""
+    return torch.as_tensor(state["step"]).double()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Detach, and convert what is narrower than float32 to that: squares of small gradients vanish in float16."""
+    tensor = tensor.detach()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+_RUNGS = ("gradient", "momentum", "normalised", "decay", "update", "denominator", "difference")
+
+
+def _rungs(optimizer: Optimizer, settings: Settings, parameter: Tensor, before: Tensor) -> dict[str, Tensor]:
+    if settings.kind == "other":
+        return {"gradient": -seen_gradient(optimizer, settings, parameter)}
+    parts = parts_of(optimizer, settings, parameter, before)
+    ratio = parts.numerator / parts.denominator
+    return {
+        "gradient": -parts.gradient,
+        "momentum": -parts.momentum,
+        "normalised": -ratio,
+        "decay": parts.decay,
+        "update": parts.decay - settings.lr * ratio,
+        "denominator": parts.denominator.expand_as(ratio),
+    }
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """One step from the gradient to the update, each rung signed as a step.
+
+    Args:
+        gradient: -g as the optimizer saw it, clipped; without L2.
+        momentum: -m_hat of Adam, minus the buffer of SGD; it holds the L2 term if there is one. None if unknown.
+        normalised: -m_hat / (sqrt(v_hat) + eps); None without a second moment.
+        decay: What decoupled decay moved, in parameter units; None if unknown.
+        update: theta_{t+1} - theta_t, in parameter units: by the optimizer's formula, or where that is unknown the
+            difference of the weights.
+        difference: theta_{t+1} - theta_t of the stored weights, rounding included.
+        denominator: sqrt(v_hat) + eps; None without a second moment.
+        settings: Of the first parameter that the step moved; None if it moved none.
+    """
+
+    gradient: Vector
+    momentum: Vector | None
+    normalised: Vector | None
+    decay: Vector | None
+    update: Vector
+    difference: Vector
+    denominator: Vector | None
+    settings: Settings | None
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, before: BeforeStep, selection: ParameterSelection) -> Ladder:
+        """Read the ladder after `optimizer.step()`, `.grad` still there. Reads only."""
+        first = next((settings for _, settings, _ in before.touched()), None)
+        kind = "other" if first is None else first.kind
+        rungs: dict[str, list[Tensor]] = {name: [] for name in _RUNGS}
+        for old, parameter, settings in zip(before.weights, before.parameters, before.settings, strict=True):
+            found = {} if settings is None else _rungs(optimizer, settings, parameter, old)
+            found["difference"] = wide(parameter) - wide(old)
+            for name, tensors in rungs.items():
+                tensors.append(found[name] if name in found else torch.zeros_like(found["difference"]))
+        flat = {name: flatten(selection, rungs.pop(name)) for name in _RUNGS}
+        known, adaptive = kind != "other", kind == "adam"
+        return cls(
+            gradient=flat["gradient"],
+            momentum=flat["momentum"] if known else None,
+            normalised=flat["normalised"] if adaptive else None,
+            decay=flat["decay"] if known else None,
+            update=flat["update"] if known else flat["difference"],
+            difference=flat["difference"],
+            denominator=flat["denominator"] if adaptive else None,
+            settings=first,
+        )
+
+    def rungs(self) -> dict[str, Vector]:
+        """Name the vectors that this optimizer has."""
+        named = {name: getattr(self, name) for name in ("gradient", "momentum", "normalised", "decay", "update")}
+        return {name: vector for name, vector in named.items() if vector is not None}
+
+
+def flatten(selection: ParameterSelection, tensors: Sequence[Tensor]) -> Vector:
+    """Copy one tensor per selected parameter into a flat vector of their own width."""
+    return selection.flatten(tensors, dtype=tensors[0].dtype)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy to the host, even from there: what a checkpoint holds must not change with the run."""
+    return tensor.detach().to("cpu", copy=True)

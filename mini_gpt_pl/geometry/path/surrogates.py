@@ -1,0 +1,70 @@
+"""What chance, and weight decay, would have put in a measurement's place: stand-ins of the measured lengths.
+
+Where `nulls` has a closed form, it is better: these are for quantities that nobody has derived one for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mini_gpt_pl.geometry.path import nulls
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.selection import Vector
+
+
+def isotropic(vector: Vector, generator: torch.Generator) -> Vector:
+    """Draw a Gaussian vector with the given vector's length in every group.
+
+    Args:
+        vector: Gives the lengths, the order and the device.
+        generator: The one source of randomness, on the vector's device.
+    """
+    drawn = _gaussian(vector, generator)
+    return _scaled(drawn, vector.dots(vector), drawn.dots(drawn))
+
+
+def decaying_step(update: Vector, weights: Vector, rate: float, generator: torch.Generator) -> Vector:
+    """Draw the step of a decaying walk, -rate theta + e, with the measured step's length in every group.
+
+    Args:
+        update: The measured step.
+        weights: theta before it.
+        rate: Share of the weights that decay takes in this step, lr x weight decay.
+        generator: The one source of randomness, on the vectors' device.
+
+    Returns:
+        A step whose innovation e is orthogonal to theta; a group in which decay alone is longer than the measured step
+        gets no innovation.
+    """
+    drawn = _gaussian(update, generator)
+    size = weights.dots(weights)
+    drawn = drawn - _each(weights, torch.where(size > 0, drawn.dots(weights) / size, 0.0))
+    left = (update.dots(update) - rate**2 * size).clamp_min(0.0)
+    innovation = _scaled(drawn, left, drawn.dots(drawn))
+    return Vector(innovation.values - rate * weights.values, update.selection)
+
+
+def decaying_walk(trajectory: Trajectory) -> Trajectory:
+    """Put the decaying walk of `nulls.decaying_walk` in the place of each group's path."""
+    grams = [nulls.decaying_walk(gram, trajectory.survival) for gram in trajectory.grams]
+    return replace(trajectory, grams=torch.stack(grams))
+
+
+def _gaussian(like: Vector, generator: torch.Generator) -> Vector:
+    values = torch.randn(like.values.shape, generator=generator, device=like.values.device)
+    return Vector(values, like.selection)
+
+
+def _scaled(drawn: Vector, wanted: Float[Tensor, " G"], squares: Float[Tensor, " G"]) -> Vector:
+    """Give each group the wanted squared length."""
+    return _each(drawn, torch.where(squares > 0, wanted / squares, 0.0).sqrt())
+
+
+def _each(vector: Vector, factors: Float[Tensor, " G"]) -> Vector:
+    """Multiply each group by its own factor."""
+    parts = [vector.values[part] * factor for part, factor in zip(vector.selection.slices, factors, strict=True)]
+    return Vector(torch.cat([part.to(vector.values.dtype) for part in parts]), vector.selection)

@@ -1,0 +1,446 @@
+r"""Peaks and troughs of a metric, and where the weights go between them.
+
+A metric that swings during training has peaks and troughs; a switch is a peak and the first trough after it. Its
+direction v_sw ~ theta(peak) - theta(trough) is a sum of increments, so its cosine with the backbone, its energy in the
+later principal components, its share in each parameter group and its cosines with other switches are algebra on the
+Gram matrix of `trajectory`.
+
+Any two points of a path have a direction, and a longer stretch lies closer to the backbone than a shorter one, so no
+number of a switch means anything alone: each comes with its percentile among stretches of the same length in which
+nothing switched.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mini_gpt_pl.geometry.path import pca
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+
+# Metrics are float32 as a rule, so that a prominence of exactly the threshold may come out a hair below it.
+_TOLERANCE = 1e-6
+# PC1 to PC6: the backbone, and the components whose share of a switch is reported.
+_LEADING = 6
+
+
+# ------------------------------------------------------------------------------------------ peaks and troughs
+
+
+@dataclass(frozen=True)
+class Event:
+    """A peak or a trough of a series.
+
+    Args:
+        kind: Which of the two.
+        index: In the series.
+        step: Optimizer step of that value.
+        value: Of the series there.
+        declared: Index of the later value that made it certain.
+    """
+
+    kind: Literal["peak", "trough"]
+    index: int
+    step: int
+    value: float
+    declared: int
+
+
+def events(steps: Sequence[int], values: Sequence[float], prominence: float = 0.03, reach: int = 3) -> list[Event]:
+    """Find peaks and troughs of a series, each with the moment from which it was certain.
+
+    Value i is a peak if it is strictly above both neighbours and
+    v_i - max(min of the `reach` values before, min of the `reach` values after) >= prominence; a trough is its mirror
+    image. The first and the last value are neither. A later value can only lower the minimum of the values after, so
+    that prominence only grows: what holds with the values so far holds for ever, and is declared at once.
+
+    Args:
+        steps: Optimizer step of each value.
+        values: The series.
+        prominence: In the values' units.
+        reach: Number of values to either side; fewer near the ends.
+
+    Returns:
+        Events in the order of the series.
+
+    Raises:
+        ValueError: Steps and values differ in number, or a value is not finite.
+    """
+    if len(steps) != len(values):
+        raise ValueError(f"{len(values)} values for {len(steps)} steps")
+    if not all(map(math.isfinite, values)):
+        raise ValueError("the series holds values that are not finite")
+    mirrored = [-value for value in values]
+    found = []
+    for index in range(1, len(values) - 1):
+        declared = _declared(values, index, prominence, reach)
+        if declared is not None:
+            found.append(Event("peak", index, steps[index], values[index], declared))
+            continue
+        declared = _declared(mirrored, index, prominence, reach)
+        if declared is not None:
+            found.append(Event("trough", index, steps[index], values[index], declared))
+    return found
+
+
+def _declared(values: Sequence[float], index: int, prominence: float, reach: int) -> int | None:
+    """Index of the first later value with which value `index` is a peak; None if it is none."""
+    here = values[index]
+    if not values[index - 1] < here > values[index + 1]:
+        return None
+    floor_before = min(values[max(0, index - reach) : index])
+    for last in range(index + 1, min(index + reach, len(values) - 1) + 1):
+        floor_after = min(values[index + 1 : last + 1])
+        if here - max(floor_before, floor_after) >= prominence - _TOLERANCE:
+            return last
+    return None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A peak and the first trough after it.
+
+    Args:
+        peak: Where it begins.
+        trough: Where it ends.
+        declared: Index of the value of the series that made the pair certain.
+    """
+
+    peak: Event
+    trough: Event
+    declared: int
+
+
+def switches(found: Sequence[Event], reach: int = 3) -> list[Switch]:
+    """Pair each peak with the first later trough; peaks without a trough between them share one.
+
+    With a reach above 3, a shallow trough between the two could still be recognised after the later one has been: the
+    pair is certain only when that can no longer happen.
+
+    Args:
+        found: From `events`.
+        reach: As given to `events`.
+    """
+    troughs = [event for event in found if event.kind == "trough"]
+    pairs = []
+    for peak in found:
+        trough = next((trough for trough in troughs if trough.index > peak.index), None)
+        if peak.kind == "peak" and trough is not None:
+            # Two troughs are at least two values apart, and one is settled once `reach` values have followed it.
+            certain = max(peak.declared, trough.declared, trough.index - 2 + reach)
+            pairs.append(Switch(peak, trough, certain))
+    return pairs
+
+
+# ------------------------------------------------------------------------------------ stretches of a trajectory
+
+
+class Interval(NamedTuple):
+    """A stretch of the trajectory, by the indices of the snapshots at its ends; `first` < `last`."""
+
+    first: int
+    last: int
+
+
+def snapshot_at(steps: Sequence[int], step: int) -> int:
+    """Return the index of the snapshot at a step, or of the nearest earlier one.
+
+    Raises:
+        ValueError: Every snapshot is later.
+    """
+    index = bisect.bisect_right(steps, step) - 1
+    if index < 0:
+        raise ValueError(f"there is no snapshot at step {step} or before")
+    return index
+
+
+def interval_of(switch: Switch, steps: Sequence[int]) -> Interval | None:
+    """Return the snapshots at, or last before, the two ends of a switch; None if they are one and the same.
+
+    Args:
+        switch: Peak and trough.
+        steps: Of the snapshots.
+    """
+    if switch.peak.step < steps[0]:
+        return None
+    found = Interval(snapshot_at(steps, switch.peak.step), snapshot_at(steps, switch.trough.step))
+    return found if found.first < found.last else None
+
+
+def switch_direction(n: int, index_from: int, index_to: int) -> pca.Direction:
+    """Coefficients of theta(index_to) - theta(index_from) over the basis (theta_0, d_1, ..., d_{n-1}).
+
+    A sum of increments, and minus that sum where `index_to` is the earlier one. Not scaled to unit length.
+
+    Example:
+        >>> switch_direction(4, 1, 3)
+        tensor([0., 0., 1., 1.], dtype=torch.float64)
+    """
+    direction = torch.zeros(n, dtype=torch.float64)
+    first, last = sorted((index_from, index_to))
+    direction[first + 1 : last + 1] = 1.0 if index_from < index_to else -1.0
+    return direction
+
+
+def control_intervals(
+    steps: Sequence[int], like: Interval, avoid: Sequence[Interval], limit: int = 50
+) -> list[Interval]:
+    """Stretches as long as another, in optimizer steps, that share no increment with any switch.
+
+    Equal in steps rather than in snapshots: where snapshots lie more densely, as many of them are a shorter way.
+
+    Args:
+        steps: Of the snapshots.
+        like: The stretch whose length they have.
+        avoid: The switches.
+        limit: Most stretches to return; of more, evenly chosen ones.
+    """
+    at = {step: index for index, step in enumerate(steps)}
+    length = steps[like.last] - steps[like.first]
+    stretches = [Interval(i, at[step + length]) for i, step in enumerate(steps) if step + length in at]
+    free = [s for s in stretches if not any(overlap(s, other) for other in (like, *avoid))]
+    if len(free) <= limit:
+        return free
+    return [free[round(k * (len(free) - 1) / max(1, limit - 1))] for k in range(limit)]
+
+
+def overlap(a: Interval, b: Interval) -> bool:
+    """Whether two stretches share an increment."""
+    return a.first < b.last and b.first < a.last
+
+
+# --------------------------------------------------------------------------------------- measuring a stretch
+
+
+class Axes:
+    """Leading principal directions of the first snapshots of a growing trajectory, each set computed once.
+
+    What a run's first k snapshots say does not change as it goes on, so one instance serves a whole run.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str | None, int], Float[Tensor, "K k"] | None] = {}
+
+    def of(self, trajectory: Trajectory, group: str | None, snapshots: int) -> Float[Tensor, "K k"] | None:
+        """Coefficients of PC1 to PC6 (raw rows from theta_0) of the first snapshots; None if nothing had moved."""
+        key = (group, snapshots)
+        if key not in self._known:
+            self._known[key] = _leading(trajectory.gram(group)[:snapshots, :snapshots])
+        return self._known[key]
+
+
+def _leading(gram: pca.Gram) -> Float[Tensor, "K k"] | None:
+    try:
+        return pca.pca(gram, pca.drifts(len(gram))[1:]).directions[:_LEADING]
+    except ValueError:  # every row is zero
+        return None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """How the displacement over a stretch lies, as a unit vector v_sw ~ theta(first) - theta(last).
+
+    Numbers are NaN where there is nothing to compare with: no past, or no displacement.
+
+    Args:
+        cosine: <v_sw, v_b>, with its sign.
+        energy: Sum of <v_sw, v_j>^2 over PCs 2 to 6.
+        energy_across: The same for v_sw with its part along v_b projected out and scaled to unit length.
+        share: ||.||^2 of this parameter group over that of the whole selection.
+    """
+
+    cosine: float
+    energy: float
+    energy_across: float
+    share: float
+
+    @property
+    def transverse(self) -> float:
+        """Share across the backbone, 1 - cos^2."""
+        return 1.0 - self.cosine**2
+
+
+def measure(
+    trajectory: Trajectory,
+    stretches: Sequence[Interval],
+    axes: Axes,
+    *,
+    group: str | None = None,
+    past: bool,
+) -> list[Stretch]:
+    """Place displacements in the principal directions of a parameter group.
+
+    Args:
+        trajectory: Of the run, or of the run so far.
+        stretches: Which displacements.
+        axes: Kept between calls, so that directions are computed once.
+        group: A parameter group, whose own backbone counts; the whole selection for None.
+        past: Compare each displacement with the directions of the snapshots up to its beginning, which know nothing of
+            it, so that chance gives a cosine of zero; else with those of all snapshots.
+    """
+    gram, whole = trajectory.gram(group), trajectory.gram()
+    return [
+        _place(gram, whole, stretch, axes.of(trajectory, group, stretch.first + 1 if past else len(gram)))
+        for stretch in stretches
+    ]
+
+
+def _place(gram: pca.Gram, whole: pca.Gram, stretch: Interval, axes: Float[Tensor, "K k"] | None) -> Stretch:
+    row = switch_direction(len(gram), stretch.last, stretch.first)
+    square, total = float(pca.inner(gram, row, row)), float(pca.inner(whole, row, row))
+    share = square / total if total > 0 else math.nan
+    if axes is None or square <= 0:
+        return Stretch(math.nan, math.nan, math.nan, share)
+    coordinates = axes @ (gram @ row)[: axes.shape[1]] / math.sqrt(square)
+    cosine, energy = float(coordinates[0]), float(coordinates[1:].square().sum())
+    left = 1.0 - cosine**2
+    # Of a displacement along the backbone itself nothing is left but rounding.
+    return Stretch(cosine, energy, energy / left if left > 1e-12 else 0.0, share)
+
+
+def percentile(value: float, controls: Sequence[float]) -> float:
+    """Share of the controls below a value, ties counted half; NaN without controls. On chance alone it is uniform."""
+    known = [control for control in controls if not math.isnan(control)]
+    if math.isnan(value) or not known:
+        return math.nan
+    below = sum(control < value for control in known) + 0.5 * sum(control == value for control in known)
+    return below / len(known)
+
+
+# ------------------------------------------------------------------------------------------ switches and controls
+
+
+@dataclass(frozen=True)
+class SwitchReport:
+    """A switch in one parameter group, beside stretches of equal length without a switch.
+
+    Args:
+        stretch: The switch itself.
+        controls: Number of control stretches that could be measured.
+        cosine_percentile: Of |cos| among the controls.
+        energy_percentile: Of the energy in PCs 2 to 6.
+        energy_across_percentile: Of that energy without the part along v_b.
+        share_percentile: Of the group's share; NaN for the whole selection, whose share is always 1.
+        control_cosine: Mean |cos| of the controls.
+        control_share: Mean share of the group in the controls.
+    """
+
+    stretch: Stretch
+    controls: int
+    cosine_percentile: float
+    energy_percentile: float
+    energy_across_percentile: float
+    share_percentile: float
+    control_cosine: float
+    control_share: float
+
+
+def compare(stretch: Stretch, controls: Sequence[Stretch], *, group: str | None = None) -> SwitchReport:
+    """Put a switch beside its controls."""
+    cosines = [abs(control.cosine) for control in controls]
+    shares = [control.share for control in controls]
+    return SwitchReport(
+        stretch=stretch,
+        controls=sum(not math.isnan(cosine) for cosine in cosines),
+        cosine_percentile=percentile(abs(stretch.cosine), cosines),
+        energy_percentile=percentile(stretch.energy, [control.energy for control in controls]),
+        energy_across_percentile=percentile(stretch.energy_across, [control.energy_across for control in controls]),
+        share_percentile=math.nan if group is None else percentile(stretch.share, shares),
+        control_cosine=_mean(cosines),
+        control_share=_mean(shares),
+    )
+
+
+def report(
+    trajectory: Trajectory,
+    stretch: Interval,
+    avoid: Sequence[Interval],
+    axes: Axes,
+    *,
+    past: bool,
+    limit: int = 50,
+) -> dict[str | None, SwitchReport]:
+    """Describe one switch per parameter group, and for the whole selection under None.
+
+    Controls come from the trajectory given, early and late ones alike: where a whole run turns slowly, an extreme
+    percentile may say no more than when in the run the switch happened.
+
+    Args:
+        trajectory: Of the run, or of the run so far.
+        stretch: The switch.
+        avoid: All switches known, so that no control contains one.
+        axes: Kept between calls.
+        past: As in `measure`; it holds for the controls too, each with its own past.
+        limit: Most controls.
+    """
+    controls = control_intervals(trajectory.steps, stretch, avoid, limit)
+    reports: dict[str | None, SwitchReport] = {}
+    for group in (None, *trajectory.groups):
+        own, *others = measure(trajectory, [stretch, *controls], axes, group=group, past=past)
+        reports[group] = compare(own, others, group=group)
+    return reports
+
+
+def effective_groups(shares: Sequence[float]) -> float:
+    """Number of groups that a displacement is spread over, 1 / sum share^2: 1 if it is all in one."""
+    square = sum(share**2 for share in shares)
+    return 1.0 / square if square > 0 else math.nan
+
+
+def pairwise_cosines(gram: pca.Gram, stretches: Sequence[Interval]) -> Float[Tensor, "S S"]:
+    """Cosines of displacements with one another; zero where one vanishes.
+
+    Stretches that overlap share increments and are alike for that reason alone: see `mean_cosine`.
+    """
+    n = len(gram)
+    if not stretches:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    return _cosines(gram, torch.stack([switch_direction(n, last, first) for first, last in stretches]))
+
+
+def mean_cosine(gram: pca.Gram, stretches: Sequence[Interval]) -> float:
+    """Mean |cos| over the pairs of displacements that share no increment; NaN if there is no such pair."""
+    cosines = pairwise_cosines(gram, stretches).abs().tolist()
+    return _mean(
+        [cosines[i][j] for i, a in enumerate(stretches) for j, b in enumerate(stretches[:i]) if not overlap(a, b)]
+    )
+
+
+def control_mean_cosine(trajectory: Trajectory, stretches: Sequence[Interval], limit: int = 50) -> float:
+    """`mean_cosine` with each switch replaced by its controls in turn: mean over switches, then over controls.
+
+    A control shares no increment with the other switches either, so it is compared with the switches as they are.
+
+    Args:
+        trajectory: Of the run.
+        stretches: The switches.
+        limit: Most controls for each.
+    """
+    gram, n = trajectory.gram(), len(trajectory)
+    means = []
+    for stretch in stretches:
+        rest = [other for other in stretches if not overlap(other, stretch)]
+        for control in control_intervals(trajectory.steps, stretch, stretches, limit) if rest else []:
+            rows = torch.stack([switch_direction(n, last, first) for first, last in (control, *rest)])
+            means.append(float(_cosines(gram, rows)[0, 1:].abs().mean()))
+    return _mean(means)
+
+
+def _cosines(gram: pca.Gram, rows: pca.Rows) -> Float[Tensor, "S S"]:
+    products = rows @ gram @ rows.T
+    lengths = products.diagonal().clamp_min(0.0).sqrt()
+    scale = lengths[:, None] * lengths
+    return torch.where(scale > 0, products / scale.clamp_min(1e-300), 0.0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of what is not NaN; NaN if nothing is left."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan

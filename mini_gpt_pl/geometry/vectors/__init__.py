@@ -1,0 +1,1 @@
+"""Flat vectors of selected weights: their order, files, products and alignments."""

@@ -1,0 +1,89 @@
+"""Cosines with a direction, and how large they are by chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mini_gpt_pl.geometry.vectors.products import gram_at_once
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+
+# Values of each vector converted to float64 at a time.
+_CHUNK = 1 << 20
+
+
+def noise_floor(dim: int) -> float:
+    """Mean |cos| of two independent isotropic vectors in `dim` dimensions, sqrt(2 / (pi D)) (paper, eq. 11)."""
+    return math.sqrt(2.0 / (math.pi * dim))
+
+
+def with_total(per_group: Float[Tensor, " G"]) -> Float[Tensor, " G1"]:
+    """Append the whole selection's value to those of its groups, where they add up."""
+    return torch.cat([per_group, per_group.sum()[None]])
+
+
+def cosines(vector: Vector, direction: Vector, *, norms: Float[Tensor, " G"] | None = None) -> Float[Tensor, " G1"]:
+    """Cosine with a direction per group, then for the whole selection.
+
+    Args:
+        vector: For instance a gradient.
+        direction: Of any length: a cosine does not see it (but the whole sees how the length is shared by groups).
+        norms: Squared norms of `vector` per group, if they are at hand.
+
+    Returns:
+        G + 1 cosines in float64; zero where either part vanishes, NaN where one is not finite.
+    """
+    inner = vector.dots(direction)
+    own = vector.dots(vector) if norms is None else norms
+    other = direction.dots(direction)
+    inner, own, other = map(with_total, (inner, own, other))
+    scale = (own * other).sqrt()
+    return torch.where(scale == 0, 0.0, inner / scale)
+
+
+class Products:
+    """All inner products of a few vectors, per group and over the whole selection, in float64.
+
+    One pass over the coordinates serves every cosine between them.
+
+    Args:
+        vectors: By name.
+    """
+
+    def __init__(self, vectors: Mapping[str, Vector]) -> None:
+        self.names = list(vectors)
+        self.selection = next(iter(vectors.values())).selection
+        for vector in vectors.values():
+            self.selection.require(vector.selection.fingerprint)
+        self.grams = _grams([vector.values for vector in vectors.values()], self.selection)
+
+    def dot(self, a: str, b: str) -> Float[Tensor, " G1"]:
+        """Inner product in each group, then of the whole."""
+        return self.grams[:, self.names.index(a), self.names.index(b)]
+
+    def cosine(self, a: str, b: str) -> Float[Tensor, " G1"]:
+        """Cosine in each group, then of the whole; zero where either vanishes."""
+        scale = (self.dot(a, a) * self.dot(b, b)).sqrt()
+        return torch.where(scale == 0, 0.0, self.dot(a, b) / scale)
+
+
+def _grams(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tensor, "G1 K K"]:
+    groups = gram_at_once(rows, selection)
+    if groups is None:
+        groups = _grams_in_chunks(rows, selection)
+    return torch.cat([groups, groups.sum(0, keepdim=True)])
+
+
+def _grams_in_chunks(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tensor, "G K K"]:
+    totals = []
+    for span in selection.slices:
+        total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
+        for lo in range(span.start, span.stop, _CHUNK):
+            stacked = torch.stack([row[lo : min(lo + _CHUNK, span.stop)].double() for row in rows])
+            total += stacked @ stacked.T
+        totals.append(total)
+    return selection.total(torch.stack(totals))

@@ -1,0 +1,1 @@
+"""Every logged name: its words, formula, unit, format, null, cost and panel."""

@@ -1,5 +1,0 @@
-"""Gradients at stored checkpoints against directions that exist only after the run: the whole run's backbone."""
-
-from mini_gpt_pl.replay.command import main
-
-__all__ = ["main"]

@@ -1,0 +1,323 @@
+"""A run folder as an object: what was configured, what was measured, where the weights went."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.path import pca
+from mini_gpt_pl.geometry.path.rebuild import rebuild
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+
+CONFIG = "config.yaml"
+METRICS = "metrics.csv"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+TRAJECTORY = "trajectory.safetensors"
+FIGURES = "figures"
+OUTCOME = "outcome.json"
+REHEAT = "reheat.json"
+REPLAY = "replay"
+REPORT = "report"
+WEIGHTS_ONLY = "weights-"
+"""How the names of checkpoints begin that cannot be resumed, as they hold no optimizer."""
+# Folders that hold copies of configurations without being runs.
+_NO_RUNS = ("wandb",)
+# Everything a run writes into its folder; overwriting a run removes these and nothing else.
+PRODUCTS = (
+    CONFIG,
+    METRICS,
+    CHECKPOINTS,
+    SNAPSHOTS,
+    TRAJECTORY,
+    FIGURES,
+    OUTCOME,
+    REHEAT,
+    REPLAY,
+    REPORT,
+    "switching.json",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended by itself; a run that broke off, or is still going, has none.
+
+    Args:
+        state: `finished`, or `diverged` when its loss was no longer finite.
+        step: Optimizer steps taken.
+        milestones: Step of each milestone that the run watched for, None for one that it did not reach.
+    """
+
+    state: Literal["finished", "diverged"]
+    step: int
+    milestones: dict[str, int | None] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Record it in a run folder."""
+        told = {name: value for name, value in asdict(self).items() if value != {}}
+        (folder / OUTCOME).write_text(json.dumps(told) + "\n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training run.
+
+    Args:
+        path: The folder.
+
+    Example:
+        >>> run = Run(Path("runs/quickstart"))  # doctest: +SKIP
+        >>> run.metrics["probe/p_ood"].dropna()  # doctest: +SKIP
+    """
+
+    path: Path
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path) -> Run | None:
+        """Return the run that a checkpoint lies in, or None if it lies in no run folder."""
+        folder = Path(checkpoint).resolve().parent
+        for candidate in (folder, folder.parent):
+            if (candidate / CONFIG).is_file():
+                return cls(candidate)
+        return None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return any((self.path / product).exists() for product in (CONFIG, METRICS, TRAJECTORY))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration.
+
+        Raises:
+            UserError: There is none, or it is no YAML mapping.
+        """
+        file = self.path / CONFIG
+        if not file.is_file():
+            raise UserError(f"{self.path} is no run folder: it has no {CONFIG}")
+        try:
+            loaded = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"the configuration {file} is no valid YAML: {str(error).splitlines()[0]}") from None
+        if not isinstance(loaded, dict):
+            raise UserError(f"the configuration {file} holds no options: restore it, or give another with --config")
+        return loaded
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration, or an empty one where a Trainer of the reader's own left none."""
+        return self.config if (self.path / CONFIG).is_file() else {}
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended, or None if it broke off or is still going.
+
+        Raises:
+            UserError: The record of it is damaged.
+        """
+        return None if (found := self._read_json(OUTCOME)) is None else Outcome(**found)
+
+    @property
+    def reheated(self) -> dict[str, Any] | None:
+        """What a reheated run recorded of its gain and of its parent, whose folder is absolute here; else None."""
+        found = self._read_json(REHEAT)
+        if found is not None and "parent" in found:
+            found["parent"] = str((self.path / found["parent"]).resolve())
+        return found
+
+    @property
+    def task(self) -> str:
+        """What was trained; a configuration that does not say is one of stories."""
+        return str(self.settings.get("task", "stories"))
+
+    @property
+    def is_reheated(self) -> bool:
+        """Whether the run was started by `reheat`: its configuration then holds the settings of that."""
+        return "data_order" in self.settings
+
+    @property
+    def replayed(self) -> dict[int, dict[str, Any]]:
+        """What a replay found at each stored checkpoint, by step; empty before one."""
+        files = sorted((self.path / REPLAY).glob("[0-9]*.json"))
+        return {int(file.stem): self._read_json(f"{REPLAY}/{file.name}") or {} for file in files}
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
+        return found
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """All logged numbers, one row per step; a number that was not logged at a step is NaN.
+
+        Raises:
+            UserError: There are none, or the file is damaged.
+        """
+        file = self.path / METRICS
+        if not file.is_file():
+            raise UserError(f"the run {self.path} has no {METRICS}: it ended before it logged anything")
+        try:
+            return pd.read_csv(file, index_col="step")
+        except ValueError as error:  # pandas' own errors are ValueErrors too
+            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): restore or delete it") from None
+
+    def series(self, name: str) -> pd.Series[float]:
+        """Return one metric at the steps where it was logged; empty if it never was."""
+        if name not in self.metrics:
+            return pd.Series(dtype=float)
+        return self.metrics[name].dropna()
+
+    def last(self, name: str) -> float:
+        """Return the last value of a metric, NaN if it was never logged."""
+        values = self.series(name)
+        return float(values.iloc[-1]) if len(values) else float("nan")
+
+    def best_until(self, name: str, step: int) -> float:
+        """Return the largest value of a metric up to a step, NaN if it was never logged."""
+        if not (self.path / METRICS).is_file():
+            return float("nan")
+        return float(self.series(name).loc[:step].max())
+
+    @cached_property
+    def trajectory(self) -> Trajectory:
+        """The Gram matrices of the recorded weights.
+
+        Raises:
+            UserError: The file is missing or corrupt.
+        """
+        return Trajectory.load(self.path / TRAJECTORY)
+
+    def rebuild_trajectory(self, pattern: str | None = None) -> Trajectory:
+        r"""Compute the Gram matrices again from the snapshots, for a lost file or for other groups of weights.
+
+        One pass over the snapshots; `.save(run.path / TRAJECTORY)` puts the result where the run's own belongs.
+
+        Args:
+            pattern: Which of the recorded weights, and their groups, as the recorder has it; as recorded for None.
+
+        Raises:
+            UserError: A snapshot is missing or corrupt, or the snapshots are too old to say what is not asked for.
+
+        Example:
+            >>> run = Run(Path("runs/mine"))
+            >>> halves = run.rebuild_trajectory(r"(?P<group>attn|mlp)\.")  # doctest: +SKIP
+        """
+        known = self.trajectory if (self.path / TRAJECTORY).is_file() else None
+        if known is None:
+            return rebuild(self.snapshot_folder, pattern)
+        return rebuild(self.snapshot_folder, pattern, known.survival, known.steps)
+
+    @property
+    def drift_rows(self) -> pca.Rows:
+        """Coefficients of the drift of every snapshot but the first, whose drift is zero.
+
+        Raises:
+            UserError: Nothing has moved, so that there is no direction to speak of.
+        """
+        if not bool((self.trajectory.gram().diagonal()[1:] > 0).any()):
+            raise UserError(f"the weights of {self.path} have not moved between snapshots: there is no path to show")
+        return pca.drifts(len(self.trajectory))[1:]
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """Full checkpoints by optimizer step; the last version (`-v1`, `-v2`) where a resumed run came by again."""
+        return self._checkpoints(lambda file: not file.name.startswith(WEIGHTS_ONLY))
+
+    @property
+    def stored_weights(self) -> dict[int, Path]:
+        """Checkpoints by step that hold the model's weights: the full ones, and those named `weights-<step>.ckpt`."""
+        return dict(sorted({**self._checkpoints(lambda file: True), **self.checkpoints}.items()))
+
+    def _checkpoints(self, wanted: Callable[[Path], bool]) -> dict[int, Path]:
+        found = []
+        for file in filter(wanted, (self.path / CHECKPOINTS).glob("*.ckpt")):
+            if match := re.search(r"(\d+)(?:-v(\d+))?\.ckpt$", file.name):
+                found.append((int(match[1]), int(match[2] or 0), file))
+        return {step: file for step, _, file in sorted(found)}
+
+    @property
+    def snapshot_folder(self) -> Path:
+        """Where the recorded weights lie."""
+        return self.path / SNAPSHOTS
+
+    @property
+    def border(self) -> int:
+        """Step between the early and the late phase: where lambda changes or, if it does not, half-way."""
+        last = self.trajectory.steps[-1]
+        weight = (self.settings.get("model") or {}).get("probe_weight") or {}
+        switch = int(weight.get("switch_step") or 0)
+        return switch if 0 < switch < last else last // 2
+
+    @property
+    def trunk(self) -> str:
+        """What the recorder calls the whole of its weights."""
+        found = self.callback_settings("TrajectoryRecorder")
+        return str(found[0].get("name", "trunk")) if found else "trunk"
+
+    def callback_settings(self, name: str) -> list[dict[str, Any]]:
+        """Return the configured arguments of each of the run's callbacks of a class; most have one, or none.
+
+        Args:
+            name: Of the class, without its module.
+        """
+        callbacks = (self.settings.get("trainer") or {}).get("callbacks") or []
+        return [
+            dict(callback.get("init_args") or {})
+            for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
+            if str(callback.get("class_path", "")).endswith(name)
+        ]
+
+
+def require_reportable(run: Run) -> None:
+    """Check that a run recorded a path to report on.
+
+    Raises:
+        UserError: It is no run folder, or has no trajectory file.
+    """
+    if not run.exists:
+        raise UserError(f"{run.path} is no run folder: it has no {CONFIG}")
+    if not (run.path / TRAJECTORY).is_file():
+        raise UserError(
+            f"the run {run.path} has no {TRAJECTORY}: train it with the TrajectoryRecorder callback, "
+            "or put the file back"
+        )
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Return the folder if it is a run's, else the run folders in it at any depth; runs inside a run are its own.
+
+    Raises:
+        UserError: The folder does not exist, or holds no run.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}: give folders that hold a {CONFIG}")
+    if found := list(_run_folders(folder)):
+        return found
+    raise UserError(f"{folder} is no run folder and holds none: nothing in it has a {CONFIG}")
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    # A Trainer of the reader's own writes no configuration.
+    if any((folder / name).is_file() for name in (CONFIG, TRAJECTORY)):
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in _NO_RUNS and not path.name.startswith("."):
+            yield from _run_folders(path)

@@ -1,0 +1,1 @@
+"""The probed GPT on stories: model, data, module, and the study made with it."""

@@ -1,0 +1,212 @@
+"""Measure stored checkpoints of a run, one after the other, against the directions of the whole run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.curvature import fisher
+from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axis
+from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories.data.batch import Batch
+from mini_gpt_pl.stories.module import EVALUATIONS
+from mini_gpt_pl.stories.replay.batches import fixed_batches, sha256
+from mini_gpt_pl.stories.replay.directions import switch_of, whole_run_axes
+from mini_gpt_pl.stories.replay.gradients import BatchGradients, curvature, summarise
+from mini_gpt_pl.stories.replay.lens import lens_accuracy
+from mini_gpt_pl.stories.replay.records import Record
+from mini_gpt_pl.stories.replay.restore import load_weights, probe_weight, restore, selection_of
+from mini_gpt_pl.stories.switches import events_of
+
+# Leading eigenvalues of the Fisher that are listed.
+_EIGENVALUES = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a replay measures.
+
+    Args:
+        batches: Fixed batches for gradient alignment, bias and interference.
+        fisher_batches: Fixed batches for the Fisher, the same first ones.
+        precision: `32`, or `bf16` for autocast of the forward pass.
+        lens: At which replayed checkpoints the logit lens looks: the peaks and troughs of p_ood and the last stored
+            one (`events`), `all` or `none`.
+        block: Combined gradients held at a time for the Gram of the Fisher, each D float32 values; all of them for 0.
+            With fewer, gradients are computed several times.
+
+    Raises:
+        UserError: A number is too small.
+    """
+
+    batches: int = 16
+    fisher_batches: int = 32
+    precision: Literal["32", "bf16"] = "32"
+    lens: Literal["all", "events", "none"] = "events"
+    block: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.batches, self.fisher_batches) < 2 or self.block < 0:
+            raise UserError(
+                f"replay: --batches {self.batches}, --fisher_batches {self.fisher_batches} (2 or more, for an error "
+                f"bar), --block {self.block} (0 or more)"
+            )
+
+
+class Replay:
+    """A run that can be measured at its checkpoints; what all of them share is made once, when it is first needed.
+
+    Args:
+        run: A run folder with snapshots and checkpoints.
+        settings: How to measure.
+        device: Where to.
+        overrides: `data.<option>=<value>` for data that has moved.
+
+    Raises:
+        UserError: The folder is no run, or lacks snapshots, checkpoints or data.
+
+    Example:
+        >>> replay = Replay(Run(Path("runs/mine")))  # doctest: +SKIP
+        >>> replay.measure(500)["gradient"]["combined"]["trunk"]["abs_cos"]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings = Settings(),
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (constant)
+        overrides: Sequence[str] = (),
+    ) -> None:
+        self.run = run
+        self.settings = settings
+        self.device = device
+        run.config  # noqa: B018 (no run folder at all is told first)
+        self.stored = run.stored_weights
+        if not self.stored:
+            raise UserError(
+                f"{run.path / 'checkpoints'} holds no checkpoint to replay: train with a ModelCheckpoint that keeps "
+                "some (save_top_k: -1)"
+            )
+        self.module, self.data = restore(run, overrides)
+        self.selection = selection_of(run, self.module)
+        self.weight = probe_weight(run, self.module)
+        self.events = {event.step: event.kind for event in events_of(run)}
+        self.labels = (*self.selection.groups, run.trunk)
+        self.dims = (*self.selection.dims, self.selection.dim)
+
+    @cached_property
+    def axes(self) -> dict[str, Axis]:
+        """Directions of the whole run, on the device."""
+        return whole_run_axes(self.run, self.selection, self.device)
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The fixed batches, on the host."""
+        return fixed_batches(self.data, max(self.settings.batches, self.settings.fisher_batches))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the fixed batches."""
+        return sha256(self.batches)
+
+    @cached_property
+    def described(self) -> Record:
+        """Everything besides the checkpoint and the batches that the numbers depend on."""
+        trajectory, switch = self.run.trajectory, switch_of(self.run)
+        settings = asdict(self.settings)
+        del settings["block"]  # how it is computed, not what
+        return settings | {
+            "batch_size": self.data.batch_size,
+            "snapshots": len(trajectory),
+            "last_snapshot": trajectory.steps[-1],
+            "switch": None if switch is None else [switch.peak, switch.trough],
+            "fingerprint": trajectory.fingerprint,
+            # A run that went on, or was repeated, has other directions.
+            "grams": hashlib.sha256(trajectory.grams.contiguous().numpy().tobytes()).hexdigest(),
+        }
+
+    def prepare(self) -> None:
+        """Read all that every checkpoint needs, so that what is missing is told before anything is measured.
+
+        Raises:
+            UserError: Snapshots or data are missing or of something else.
+        """
+        self.axes  # noqa: B018
+        self.batches  # noqa: B018
+        if self.settings.lens != "none":
+            self.data.setup("validate")
+
+    def measure(self, step: int) -> Record:
+        """Measure one stored checkpoint.
+
+        The combined loss has lambda(step), as the published analysis has it.
+
+        Args:
+            step: Of the checkpoint.
+
+        Returns:
+            The record, as it is written; numbers may be NaN.
+
+        Raises:
+            UserError: The checkpoint cannot be read or is of another model, or the data is gone.
+        """
+        load_weights(self.module, self.stored[step])
+        self.module.to(self.device).eval()
+        weight = self.weight(step)
+        gradients = BatchGradients(
+            self.module,
+            self.selection,
+            self._on_device,
+            weight,
+            self.axes[BACKBONE],
+            self._autocast,
+            self.settings.batches,
+        )
+        count = self.settings.fisher_batches
+        found = fisher.survey(gradients, count, self.axes, block=self.settings.block or count, gram=True).cpu()
+        record: Record = {
+            "step": step,
+            "probe_weight": weight,
+            "settings": self.described,
+            "sha256": self.sha256,
+            "device": self.device.type,
+            "event": self.events.get(step),
+            "noise_floor": {label: noise_floor(dim) for label, dim in zip(self.labels, self.dims, strict=True)},
+            **summarise(gradients.scalars(), self.labels),
+            # Weights that have diverged have no curvature to speak of.
+            "fisher": curvature(found, self.labels, self.dims, _EIGENVALUES)
+            if bool(torch.isfinite(found.squares).all())
+            else {},
+        }
+        if self._looks_through_lens(step):
+            record["logit_lens"] = self._lens()
+        return record
+
+    @cached_property
+    def _on_device(self) -> list[Batch]:
+        moved: list[Batch] = move_data_to_device(self.batches, self.device)
+        return moved
+
+    @property
+    def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        if self.settings.precision == "32":
+            return nullcontext
+        return partial(torch.autocast, self.device.type, torch.bfloat16)
+
+    def _looks_through_lens(self, step: int) -> bool:
+        lens = self.settings.lens
+        return lens == "all" or (lens == "events" and (step in self.events or step == max(self.stored)))
+
+    def _lens(self) -> dict[str, list[float]]:
+        self.data.setup("validate")
+        loaders = dict(zip(EVALUATIONS, self.data.val_dataloader(), strict=True))
+        return {name: lens_accuracy(self.module.gpt, loaders[name], self._autocast) for name in ("in", "ood")}

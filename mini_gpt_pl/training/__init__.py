@@ -1,0 +1,1 @@
+"""The commands with a trainer, strategies and optimizers."""

@@ -1,0 +1,565 @@
+"""The commands with a trainer: fit, validate, test, predict and reheat, through LightningCLI."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from typing_extensions import override
+
+from mini_gpt_pl.callbacks.divergence import StopOnDivergence
+from mini_gpt_pl.callbacks.progress import LiveNumbers
+from mini_gpt_pl.callbacks.settled import SettledObjects
+from mini_gpt_pl.callbacks.termination import AgreedTermination
+from mini_gpt_pl.callbacks.wandb_run import WandbSegments
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report.figures import draw_all
+from mini_gpt_pl.report.summary import print_summary, table_console
+from mini_gpt_pl.runs.checkpoints import read_checkpoint
+from mini_gpt_pl.runs.folder import CHECKPOINTS, CONFIG, METRICS, OUTCOME, PRODUCTS, Outcome, Run
+from mini_gpt_pl.runs.logs import MetricsCSV, resume_tables
+from mini_gpt_pl.tasks import task_named, tasks
+from mini_gpt_pl.training import (
+    former_names,
+    one_sum,  # noqa: F401 (registers the strategy)
+)
+
+# What a run's configuration gives to a later command on one of its checkpoints.
+_SHARED = ("task", "seed_everything", "trainer", "model", "data")
+_TRAINING = ("fit", "reheat")
+# What belongs to the command that began a run, not to the one that goes on with it.
+_OF_ONE_COMMAND = ("run_dir", "overwrite", "resume")
+
+
+def subcommands(task: str) -> dict[str, set[str]]:
+    """Commands with a trainer that a task has, with the arguments that are no options of theirs."""
+    general = {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+    return {**general, **{name: {"model", "datamodule"} for name in tasks()[task].trained}}
+
+
+def trained_commands() -> list[str]:
+    """All commands with a trainer that any task has."""
+    return list(dict.fromkeys(name for task in tasks() for name in subcommands(task)))
+
+
+class RunConfig(SaveConfigCallback):
+    """Write the resolved configuration into the run folder, and hand it to W&B, once training begins.
+
+    Not earlier: a resume that is refused (another tokenizer, a missing snapshot) must leave the folder as it was.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing yet."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > 0:
+            resume_tables(trainer)
+        self.save_config(trainer, pl_module, "fit")
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / OUTCOME).unlink(missing_ok=True)  # it goes on: not ended yet
+
+    @override
+    @rank_zero_only
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        file = Path(trainer.default_root_dir) / CONFIG
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
+
+
+class ProbedCLI(LightningCLI):
+    """LightningCLI with a run folder, one CSV for every run, `reheat`, and errors of one line.
+
+    Args:
+        task: Name of what is trained.
+        settings: Of `LightningCLI`, but for the classes of model and data.
+
+    Raises:
+        UserError: For anything on the command line, or in a file that it names, that is not as it should be.
+    """
+
+    def __init__(self, task: str, **settings: Any) -> None:
+        self.task = task
+        self._words = frozenset(settings.get("args") or ())
+        of = tasks()[task]
+        super().__init__(of.model_class, of.data_class, trainer_class=of.trainer_class, **settings)
+
+    checkpoint: dict[str, Any] | None = None
+    """Counters and callback states of `--ckpt_path`, without its weights."""
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return subcommands(self.task)
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Each parser takes a twentieth of a second or more; one command line holds one of the commands.
+        known = self.subcommands()
+        asked = {name: skipped for name, skipped in known.items() if name in self._words} or known
+        self.subcommands = lambda: asked  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder for everything the run writes.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Replace a run that run_dir already holds.")
+        parser.add_argument(
+            "--task", type=Literal[tuple(tasks())], default=self.task, help="What is trained, on which data."
+        )
+        task = tasks()[self.task]
+        # The module's own default is a function, which a kept configuration could not name.
+        parser.set_defaults({"model.optimizer": task.optimizer})
+        for name in task.from_data:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        for option in task.from_seed:
+            parser.link_arguments("seed_everything", option, compute_fn=_fixed_seed)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command = next((arg for arg in args if arg in trained_commands()), None)
+        if command is not None and command not in subcommands(self.task):
+            whose = " and ".join(name for name, task in tasks().items() if command in task.trained)
+            raise UserError(f"{command} is for {whose}, and this is the task {self.task}: it has no {command}")
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            known = self._subcommand_parsers[command]._option_string_actions if command else ()
+            raise UserError(_one_line_usage(str(error), command, list(known))) from None
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Look into the checkpoint; nothing that it holds overrides the command line."""
+        config = self.config[self.config.subcommand]
+        if config.get("moments") and config.ckpt_path:
+            config.ckpt_path = str(Path(config.ckpt_path).resolve())  # recorded: a resume may come from elsewhere
+        path = config.get("resume") or config.get("ckpt_path")
+        if path:
+            loaded = read_checkpoint(path)
+            self.checkpoint = {key: loaded.get(key) for key in ("global_step", "callbacks")}
+        elif self.config.subcommand != "fit":
+            raise UserError(f"{self.config.subcommand} needs a checkpoint: give --ckpt_path RUN/checkpoints/STEP.ckpt")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        run = Run(Path(config.run_dir))
+        config.trainer.default_root_dir = config.run_dir
+        self._logger_as_given = deepcopy(config.trainer.logger)
+        if self.subcommand not in _TRAINING:
+            # Lightning would ask for the callbacks that we leave out on purpose.
+            warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
+            config.trainer.logger = False
+            config.trainer.enable_checkpointing = False
+            config.trainer.callbacks = None
+            return
+        self._replaces = _claim(run, config, str(self.subcommand))
+        _direct_wandb(config, run, str(self.subcommand), self.checkpoint)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # What W&B is told of this one segment (its id, its group) is no part of the configuration that is kept.
+        config = self.config[self.subcommand].trainer
+        config.logger = self._logger_as_given
+        if self.subcommand in _TRAINING and config.enable_progress_bar is not False:
+            self._show_live_numbers()
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"{str(error).rstrip('.!')}: correct the --trainer options") from error
+        if self.subcommand in _TRAINING:
+            _make_folder(Run(Path(trainer.default_root_dir)), clear=self._replaces)
+            self._complete(trainer)
+        return trainer
+
+    def _show_live_numbers(self) -> None:
+        given = self.config_init[self.subcommand].trainer.callbacks or []
+        if not any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given])):
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [LiveNumbers()]}
+
+    def _complete(self, trainer: Trainer) -> None:
+        """Give every training run what it must have, whatever its configuration lists."""
+        root = Path(trainer.default_root_dir)
+        trainer.loggers = [MetricsCSV(root / METRICS), *trainer.loggers]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(root / CHECKPOINTS)
+        extra = [Timer(), StopOnDivergence(), SettledObjects(), AgreedTermination(), WandbSegments()]
+        trainer.callbacks[:0] = extra  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------------------------------ after a command
+
+    def after_fit(self) -> None:
+        """Print what was found and where it lies."""
+        self._close()
+
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation()
+
+    def after_test(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation()
+
+    def after_reheat(self) -> None:
+        """Print what was found, the gain, and where it lies."""
+        self._close()
+
+    def _close(self) -> None:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        _finish_wandb()  # before the table, which is to be the last thing on the screen
+        run = Run(Path(self.config[self.subcommand].run_dir))
+        stopped = next(c for c in self.trainer.callbacks if isinstance(c, StopOnDivergence))  # type: ignore[attr-defined]
+        diverged = stopped.step is not None
+        if not self.trainer.interrupted:
+            state: Literal["finished", "diverged"] = "diverged" if diverged else "finished"
+            Outcome(state, self.trainer.global_step, _milestones(self.trainer)).write(run.path)
+        figures = draw_all(run)
+        console = table_console()
+        print_summary(run, console)
+        _print_reheat(run, console)
+        _print_milestones(run, console)
+        _print_time(self.trainer, console)
+        _print_products(run, figures, console)
+        if diverged:
+            raise UserError(f"the run diverged: its loss was not finite at step {stopped.step}; its records are kept")
+
+    @rank_zero_only
+    def _print_evaluation(self) -> None:
+        # Lightning's own table leaves out what it did not hand to the loggers itself.
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print(f"{name:<16} {float(value):.4f}")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Print the continuation of the prompt."""
+        text = self.trainer.predict(**kwargs)
+        if self.trainer.is_global_zero:
+            print(text)
+
+
+def _fixed_seed(seed: bool | int) -> int:
+    if isinstance(seed, bool):
+        raise UserError("--seed_everything: this task needs a number, which its split, batches and weights come from")
+    return seed
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+def _claim(run: Run, config: Any, command: str) -> bool:
+    """Make sure that nothing already recorded is lost by mistake.
+
+    Returns:
+        Whether the folder holds a run that is to be replaced; not before model, data and trainer could be made.
+    """
+    checkpoint = config.get("resume") or config.ckpt_path
+    origin = Run.of_checkpoint(checkpoint) if checkpoint else None
+    at_home = origin is not None and origin.path.resolve() == run.path.resolve()
+    if command == "reheat" and at_home and not config.resume:
+        raise UserError(f"{run.path} is the run of the checkpoint itself: give the reheated one its own --run_dir")
+    if command == "fit" and origin is not None and not at_home and origin.snapshot_folder.is_dir():
+        raise UserError(
+            f"a run goes on in its own folder, {origin.path}, where its snapshots lie: leave out --run_dir, "
+            "or copy that folder and resume the copy's checkpoint"
+        )
+    if at_home or not run.exists:
+        return False
+    if (
+        not config.overwrite and getattr(rank_zero_only, "rank", 0) == 0
+    ):  # the other ranks may come when the first has begun
+        last = next(reversed(run.checkpoints.values()), None)
+        resume = f"resume it with --ckpt_path {last}, " if last else ""
+        raise UserError(
+            f"{run.path} already holds a run: {resume}replace it with --overwrite true, "
+            "or choose another folder with --run_dir"
+        )
+    return True
+
+
+@rank_zero_only
+def _make_folder(run: Run, *, clear: bool) -> None:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        for path in [run.path / product for product in PRODUCTS if clear]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.path} cannot be a run folder ({error.strerror}): choose another --run_dir") from None
+
+
+def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any] | None) -> None:
+    """Point W&B loggers at the run folder, obey WANDB_MODE, and trace resumed and reheated runs to their origin."""
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    mode = os.environ.get("WANDB_MODE")
+    origin = ((checkpoint or {}).get("callbacks") or {}).get(WandbSegments.__name__, {})
+    for logger in loggers:
+        if not str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
+            continue
+        arguments = logger.init_args
+        arguments.save_dir = str(run.path)
+        arguments.name = arguments.get("name") or run.path.name
+        if mode is not None:
+            # The logger's flag would win over the variable. Lightning's own word for offline is the older one.
+            arguments.offline = mode in ("offline", "dryrun")
+        more = dict(logger.get("dict_kwargs") or {})
+        if arguments.offline:
+            os.environ.setdefault("WANDB_SILENT", "true")  # there is no address to show
+            more["mode"] = "offline"  # the logger sets the variable, which wandb reads once a process
+        elif mode is not None:
+            more["mode"] = mode
+        if origin.get("group"):
+            more.setdefault("group", arguments.get("group") or origin["group"])
+        if command == "reheat":
+            more.setdefault("job_type", "reheat")
+        if command == "reheat" and not config.resume:
+            lineage = {"parent_run": origin.get("run_id"), "parent_step": (checkpoint or {}).get("global_step")}
+            known = {name: value for name, value in lineage.items() if value is not None}
+            more["config"] = {**more.get("config", {}), **known}
+        elif origin.get("run_id") and not arguments.offline:
+            arguments.id = origin["run_id"]  # online the run goes on; offline it gets a new segment in its group
+        if more:
+            logger.dict_kwargs = more
+
+
+def _finish_wandb() -> None:
+    """End the process's W&B run: a second run of this process would be logged into it."""
+    wandb = sys.modules.get("wandb")  # imported by the logger if there is one
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def _print_reheat(run: Run, console: Console) -> None:
+    found = run.reheated
+    if found is None:
+        return
+    console.print(
+        f"re-entry gain G = {found['gain']:+.3f}: p_ood {found['p0']:.3f} -> {found['peak']:.3f} at step "
+        f"{found['peak_step']:.0f}"
+    )
+    if "coordinate_before" in found:
+        console.print(
+            f"in the parent's basis: a {found['coordinate_before']:.2f} -> {found['coordinate_after']:.2f}, "
+            f"||r|| {found['residual_before']:.2f} -> {found['residual_after']:.2f}"
+        )
+
+
+def _milestones(trainer: Trainer) -> dict[str, int | None]:
+    """What the callbacks watched for, by name, and the step at which it came."""
+    found: dict[str, int | None] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        found |= getattr(callback, "milestones", {})
+    return found
+
+
+def _print_milestones(run: Run, console: Console) -> None:
+    outcome = run.outcome
+    if outcome is None or not outcome.milestones:
+        return
+    steps = [f"{name} {step}" for name, step in outcome.milestones.items() if step is not None]
+    missed = [name for name, step in outcome.milestones.items() if step is None]
+    told = [f"reached: {', '.join(steps)}"] if steps else []
+    told += [f"not within {outcome.step} steps: {', '.join(missed)}"] if missed else []
+    console.print(f"milestones {'; '.join(told)}", highlight=False)
+
+
+def _print_time(trainer: Trainer, console: Console) -> None:
+    timer = next(c for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+    console.print(
+        f"{trainer.global_step} steps in {timer.time_elapsed('train'):.1f} s, evaluations and probes included"
+    )
+
+
+def _print_products(run: Run, figures: list[Path], console: Console) -> None:
+    for product in PRODUCTS:
+        path = run.path / product
+        if path.exists() and product != "figures":
+            console.print(f"  {path}{'/' if path.is_dir() else ''}", highlight=False)
+    for figure in figures:
+        console.print(f"  {figure}", highlight=False)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def with_run_config(args: Sequence[str]) -> list[str]:
+    """Start a command on a checkpoint from the configuration of the run that the checkpoint lies in.
+
+    The run's configuration goes right behind the subcommand, so that everything else on the command line wins over it.
+    A reheated run gets a folder of its own inside its parent's.
+    """
+    args = list(args)
+    position = next((i for i, arg in enumerate(args) if arg in trained_commands()), None)
+    checkpoint = _value_of("--ckpt_path", args)
+    if position is None or checkpoint is None or (run := Run.of_checkpoint(checkpoint)) is None:
+        return args
+    command, rest = args[position], args[position + 1 :]
+    shared = {key: run.config[key] for key in _SHARED if key in run.config}
+    folder = run.path if command == "fit" else run.path / command / Path(checkpoint).stem
+    if command == "fit" and run.is_reheated:
+        # Its schedule and its weights of the loss are those of `reheat`, so it goes on as one.
+        shared = {key: value for key, value in run.config.items() if key not in _OF_ONE_COMMAND}
+        command, rest = "reheat", ["--resume", checkpoint, *_without("--ckpt_path", rest)]
+    base = ["--config", yaml.safe_dump(shared), "--run_dir", str(folder)]
+    return [*args[:position], command, *base, *rest]
+
+
+def _without(option: str, args: Sequence[str]) -> list[str]:
+    kept = list(args)
+    while option in kept:
+        del kept[kept.index(option) : kept.index(option) + 2]
+    return [arg for arg in kept if not arg.startswith(f"{option}=")]
+
+
+def _value_of(option: str, args: Sequence[str]) -> str | None:
+    for i, arg in enumerate(args):
+        if arg == option and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{option}="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+# Lines of a parser's complaint that only say that alternatives nobody meant do not fit either.
+_NOISE = re.compile(
+    r"Expected a path but|Does not validate against|Subtypes:|Errors:|Given value type|Given value: \[?Namespace"
+    r"|expected NoneType|Expected a dot import|Not a valid subclass|Subclass types expect|a class path|a dict with"
+)
+
+
+def _one_line_usage(message: str, command: str | None, known: list[str]) -> str:
+    """Condense a parser's complaint to the option, what is wrong with it, and where to look."""
+    for pattern, plain in (
+        (r"Type typing\.Callable\[.*\] expects a function or a callable class: ", ""),
+        (r"\.* Got value: Namespace\(.*", ""),
+        (r"Call to compute_fn of link .* failed: ", ""),
+        (r"(\w+ a )?typing\.Literal\[(.*?)\]", r"expected one of \2"),
+        (r"Expected a <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1"),
+        (r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1"),
+        (r'^Parser key "([\w.]+)":', r"--\1:"),
+        (r'Parser key "([\w.]+)":', r"\1:"),
+    ):
+        message = re.sub(pattern, plain, message)
+    lines = [line.strip(" -") if line.startswith(" ") else line for line in message.splitlines()]
+    told = [line for line in lines if line and not _NOISE.match(line)]
+    text = "; ".join(told or lines).replace(":;", ":")
+    unknown = re.search(r"unrecognized arguments: (--[\w.]+)|not accept option '([\w.]+)'", text)
+    near = get_close_matches(unknown[1] or f"--{unknown[2]}", known, n=1) if unknown else []
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{text}; {hint}see mini_gpt_pl {f'{command} ' if command else ''}--help"
+
+
+def run_cli(args: Sequence[str]) -> ProbedCLI:
+    """Parse and run one command.
+
+    Raises:
+        UserError: Something in it, or in a file that it names, is not as it should be.
+    """
+    raises = {"exit_on_error": False}
+    former_names.install()
+    try:
+        task = task_named(args)
+        return ProbedCLI(
+            task,
+            save_config_callback=RunConfig,
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                "inference_mode": False,
+                "max_epochs": -1,
+                "gradient_clip_val": 1.0,
+            },
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "mini_gpt_pl", **raises, **dict.fromkeys(subcommands(task), raises)},
+            args=list(args),
+        )
+    except MisconfigurationException as error:  # Lightning's word for an error of the user
+        raise UserError(str(error)) from error
+    except ValueError as error:  # the parser wraps what the constructor of a callback says
+        raise (_said_by_us(error) or error) from error
+    finally:
+        _finish_wandb()
+
+
+def _said_by_us(error: BaseException | None) -> UserError | None:
+    """The error of ours that another one was raised from, if there is one."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def run_line(line: str, *, verbose: bool = False) -> ProbedCLI:
+    """Run one command line in this process.
+
+    Args:
+        line: As in a shell, without the program's name.
+        verbose: Show what Lightning says of devices, seeds and data loaders.
+
+    Raises:
+        UserError: As `run_cli`.
+    """
+    _quiet()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        if not verbose:
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+        try:
+            return run_cli(with_run_config(shlex.split(line)))
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _quiet() -> None:
+    """Silence an advertisement, and a deprecation inside Lightning that no user can act on."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_no_advertisement)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return not re.search(r"Tip: .*\[lit\w+\]\(", record.getMessage())
+
+
+def main(args: Sequence[str]) -> None:
+    """Run one command line.
+
+    Raises:
+        UserError: Something in it, or in a file that it names, is not as it should be.
+    """
+    _quiet()
+    # The command line stays in sys.argv, from which a strategy starts the other ranks.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    run_cli(with_run_config(args))
