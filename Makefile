@@ -6,7 +6,7 @@ CONSTRAINTS ?= -c constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types docs install clean
+.PHONY: quickstart test lint types house docs install clean
 
 install: $(VENV)/.installed
 
@@ -23,12 +23,17 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: install
+lint: install house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/house && ../../$(BIN)/lint-imports --no-logo --cache-dir ../import_linter ../../pyproject.toml
 
-types: install
+types: install house
 	$(BIN)/mypy
+
+# The package as it is installed, as links, in build/house: what the checkers of types and imports and the docs read.
+house: install
+	$(BIN)/python docs/tools/house.py
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -53,17 +53,17 @@ class Task:
     @property
     def model_class(self) -> type[LightningModule]:
         """The LightningModule."""
-        return _at(self.model)  # type: ignore[no-any-return]
+        return _at(self.model)
 
     @property
     def data_class(self) -> type[LightningDataModule]:
         """The LightningDataModule."""
-        return _at(self.data)  # type: ignore[no-any-return]
+        return _at(self.data)
 
     @property
     def trainer_class(self) -> type[Trainer]:
         """The Trainer."""
-        return _at(self.trainer)  # type: ignore[no-any-return]
+        return _at(self.trainer)
 
     @property
     def report_contents(self) -> Any:

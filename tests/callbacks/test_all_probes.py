@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from scripts import run_in_full
 from test_sharded import Sharded
+from tolerances import dims_of, tolerance
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

@@ -438,9 +438,9 @@ def test_split_gradients_are_those_of_the_first_micro_batch(group: str, accumula
         if len(vectors) == 2:
             measured += 1
             expected["lm_vs_probe"] = cosine(vectors["lm"], vectors["probe"])
-        names = [f"alignment/{group}/{name}" for name in ("lm", "probe", "lm_z", "probe_z", "lm_vs_probe")]
+        logged = [f"alignment/{group}/{name}" for name in ("lm", "probe", "lm_z", "probe_z", "lm_vs_probe")]
         named = {f"alignment/{group}/{name}": value for name, value in expected.items()}
-        found = {name: row[name] for name in names if name in row}
+        found = {name: row[name] for name in logged if name in row}
         assert_close(found, named, {group: len(v)}, rel=1e-3, cosine=1e-5, absolute=1e-5, where=step)
     assert measured
 

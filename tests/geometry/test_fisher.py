@@ -818,8 +818,8 @@ def test_streaming_equals_brute_force(group: str, accumulate: int) -> None:
             prefix = f"fisher/{group}/{kind}/"
             row = {k.removeprefix(prefix): x for k, x in rows[last].items() if k.startswith(prefix)}
             assert set(expected) <= set(row)
-            named, found = ({prefix + k: numbers[k] for k in expected} for numbers in (expected, row))
-            assert_close(found, named, {group: len(v)}, rel=5e-3, where=(last, kind))
+            named, logged = ({prefix + k: numbers[k] for k in expected} for numbers in (expected, row))
+            assert_close(logged, named, {group: len(v)}, rel=5e-3, where=(last, kind))
     told = {step for step, row in rows.items() if any(k.startswith("fisher/") for k in row)}
     assert told == {6, 7}  # up to step 3 there is no direction
     assert any("per_sample" in k for k in rows[6]) == (accumulate > 1)
