@@ -1,4 +1,12 @@
-"""Lightning callbacks that watch, or change, the geometry of training: Lightning outside, geometry inside."""
+"""Lightning callbacks that watch, or change, the geometry of training: Lightning outside, geometry inside.
+
+Everything that a script of your own needs at first is here: the probes, when they speak (`Schedule`), the base class of
+a probe of your own (`CalibratedProbe`, `View`), and the table that a run writes (`MetricsCSV`). Importing this package
+loads torch, Lightning and nothing that draws or tabulates.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "mini_gpt_pl.callbacks":
     raise ImportError(f"the package {__name__!r} is installed as mini_gpt_pl.callbacks: import that, not its folder")
@@ -15,7 +23,6 @@ from mini_gpt_pl.callbacks.fisher import FisherProbe
 from mini_gpt_pl.callbacks.gradient_alignment import GradientAlignment
 from mini_gpt_pl.callbacks.intervention import SubspaceIntervention
 from mini_gpt_pl.callbacks.kick import Kick
-from mini_gpt_pl.callbacks.pictures import GeometryPictures
 from mini_gpt_pl.callbacks.progress import LiveNumbers
 from mini_gpt_pl.callbacks.schedule import Schedule, StepRange
 from mini_gpt_pl.callbacks.settled import SettledObjects
@@ -24,6 +31,11 @@ from mini_gpt_pl.callbacks.switching import SwitchingProbe
 from mini_gpt_pl.callbacks.termination import AgreedTermination
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder
 from mini_gpt_pl.callbacks.wandb_run import WandbSegments
+from mini_gpt_pl.errors import missing_package
+from mini_gpt_pl.runs.logs import MetricsCSV
+
+if TYPE_CHECKING:
+    from mini_gpt_pl.callbacks.pictures import GeometryPictures
 
 __all__ = [
     "AgreedTermination",
@@ -38,6 +50,7 @@ __all__ = [
     "GradientAlignment",
     "Kick",
     "LiveNumbers",
+    "MetricsCSV",
     "OptimizerAnatomy",
     "Schedule",
     "SettledObjects",
@@ -50,3 +63,15 @@ __all__ = [
     "View",
     "WandbSegments",
 ]
+
+# Loaded when they are asked for: they need packages of an extra.
+_LATER = {"GeometryPictures": "mini_gpt_pl.callbacks.pictures"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_LATER[name]), name)
+    except ModuleNotFoundError as error:
+        raise (missing_package(error) or error) from error

@@ -14,11 +14,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image  # what matplotlib writes its files with
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.probe import Probe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
+from mini_gpt_pl.figures.trajectory_figures import draw_files
 from mini_gpt_pl.geometry.path import nulls, pca
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 
@@ -114,8 +116,6 @@ class GeometryPictures(Probe):
 
     def _show(self, trainer: Trainer) -> None:
         """Draw and log what is new, here and now."""
-        from mini_gpt_pl.figures.trajectory_figures import draw_files  # late: most runs draw nothing
-
         if (trajectory := self._new()) is not None:
             assert self._recorder is not None
             self._log(trainer, draw_files(trajectory, self._recorder.name), trajectory, trainer.global_step)
@@ -128,8 +128,7 @@ class GeometryPictures(Probe):
             artist.close()
 
     def _log(self, trainer: Trainer, pictures: dict[str, bytes], trajectory: Trajectory, step: int) -> None:
-        import wandb
-        from PIL import Image  # what matplotlib writes its files with
+        import wandb  # there is a WandbLogger, and so there is wandb
 
         found: dict[str, Any] = {}
         caption = f"snapshots up to step {trajectory.steps[-1]:,}"

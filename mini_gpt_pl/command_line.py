@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.errors import UserError, missing_package
 
 
 @contextmanager
@@ -18,8 +18,11 @@ def one_line_errors() -> Iterator[None]:
     """Show an error that the user can put right as one line, and exit with status 2."""
     try:
         yield
-    except UserError as error:
-        message = re.sub(r"\s*\n\s*", " ", str(error))
+    except (UserError, ModuleNotFoundError) as error:
+        said = missing_package(error) if isinstance(error, ModuleNotFoundError) else error
+        if said is None:
+            raise
+        message = re.sub(r"\s*\n\s*", " ", str(said))
         print(f"mini_gpt_pl: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -1,8 +1,59 @@
 """The one error type that the command line shows as a single line."""
 
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, requires
+
 
 class UserError(Exception):
     """Something the user can put right: the message says what is wrong, where, and what to do.
 
     The command line prints the message alone and exits with status 2; a traceback would hide the remedy.
     """
+
+
+# Distributions whose modules have another name.
+_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "wandb_workspaces": "wandb-workspaces"}
+# Extras that belong to the project's own development, which nobody is sent to.
+_OWN = ("all", "test", "notebooks", "docs", "lint", "dev")
+
+
+def extra_of(module: str) -> str | None:
+    """Name the extra of this project that installs a module, as the installed package's own metadata say it.
+
+    Args:
+        module: Dotted name of the module, or the name of its distribution.
+
+    Returns:
+        The extra, or None if no extra installs it.
+
+    Example:
+        >>> extra_of("matplotlib.axes")
+        'report'
+    """
+    top = module.split(".")[0]
+    try:
+        lines = requires("mini_gpt_pl") or []
+    except PackageNotFoundError:
+        return None
+    for line in lines:
+        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
+        if found and found[2] not in _OWN and found[1] == _DISTRIBUTIONS.get(top, top):
+            return found[2]
+    return None
+
+
+def missing_package(error: ModuleNotFoundError) -> UserError | None:
+    """Say in one line which extra installs the package that an import did not find.
+
+    Args:
+        error: What the import raised.
+
+    Returns:
+        The line, or None where the missing module is of no extra, which is a fault of the project.
+    """
+    extra = extra_of(error.name or "")
+    if extra is None:
+        return None
+    return UserError(f"this needs the package {error.name}: pip install 'mini_gpt_pl[{extra}]'")

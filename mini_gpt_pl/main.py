@@ -54,9 +54,7 @@ def run(line: str, *, verbose: bool = False) -> Any:
     Example:
         >>> run("fit -c configs/quickstart.yaml --trainer.max_steps 100")  # doctest: +SKIP
     """
-    from mini_gpt_pl.training.cli import run_line
-
-    return run_line(line, verbose=verbose)
+    return load(_TRAINING).run_line(line, verbose=verbose)
 
 
 def overview() -> str:

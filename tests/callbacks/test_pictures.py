@@ -143,7 +143,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line() -> None:
 
 
 def test_without_wandb_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trajectory_figures, "draw_files", lambda *_: pytest.fail("drawn for nobody"))
+    monkeypatch.setattr("mini_gpt_pl.callbacks.pictures.draw_files", lambda *_: pytest.fail("drawn for nobody"))
     monkeypatch.setattr("mini_gpt_pl.callbacks.pictures.Artist", lambda *_: pytest.fail("drawn for nobody"))
     pictures = GeometryPictures(Schedule(every=1))
     quiet_trainer(tmp_path, [recorder(every=1), pictures], max_steps=3).fit(tiny_gpt(), datamodule=tiny_stories())
