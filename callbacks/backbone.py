@@ -8,12 +8,7 @@ from torch import Tensor
 
 from mini_gpt_pl.geometry.path import nulls, pca
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
-
-# The live metrics that are shown beside their null and their excess over it.
-CALIBRATED = (
-    *("pc1", "pc1_unit", "k95", "k99", "cos_theta0", "pc1_corrected", "participation"),
-    *("persistence", "autocorrelation", "coordinate", "residual", "fraction"),
-)
+from mini_gpt_pl.metrics.registry import quantities
 
 
 def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
@@ -32,11 +27,12 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
     both = torch.cat([grams, nulls.decaying_walk(grams, trajectory.survival)])  # one batch of eigenvalue problems
     columns = {key: values.tolist() for key, values in nulls.statistics_of(both, trajectory.survival).items()}
     updates = pca.latest_update_alignment(both).tolist()
+    calibrated = quantities("backbone/{group}/{quantity}_null")
     metrics: dict[str, float] = {}
     for own, label in enumerate(labels):
         null = own + len(labels)
         for key, values in columns.items():
-            found = _beside(key, values[own], values[null]) if key in CALIBRATED else {key: values[own]}
+            found = _beside(key, values[own], values[null]) if key in calibrated else {key: values[own]}
             metrics |= {f"backbone/{label}/{part}": value for part, value in found.items() if value == value}
         if updates[own] == updates[own]:  # the first increment has no past to be aligned with
             beside = _beside("update", updates[own], updates[null])

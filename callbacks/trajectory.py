@@ -48,7 +48,7 @@ class TrajectoryRecorder(Probe):
     A snapshot costs one row of inner products. Everything shown live uses snapshots up to now only. Logged per group
     and for the whole selection, under `backbone/<group>/`: the numbers of `nulls.statistics` (pc1, pc1_unit with rows
     scaled to unit length, k95, drift ||x||, cos_theta0 = cos(v_b, theta_0), persistence, autocorrelation of updates,
-    pc1_corrected with the decay of theta_0 taken out, ...), those of `CALIBRATED` also as `<name>_null`, what a
+    pc1_corrected with the decay of theta_0 taken out, ...), most of them also as `<name>_null`, what a
     decaying walk with the same step lengths gives, and `<name>_excess`; coordinate a, residual ||r||, fraction
     a^2/||x||^2; and `alignment/<group>/update`, the cosine of the latest increment with the backbone of the snapshots
     before it, with `_null` and `_excess` too.

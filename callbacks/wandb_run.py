@@ -12,10 +12,9 @@ from typing_extensions import override
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder
 from mini_gpt_pl.callbacks.wandb_artifacts import artifact_name, log_geometry, use_parent
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.metrics.registry import metrics
 
 AXIS = "trainer/global_step"
-SUMMARIES = {"val/loss": "min", "probe/p_in": "max", "probe/p_ood": "max"}
-"""Metrics whose summary is their best value: it is kept as `<metric>.<min or max>`."""
 
 _WHEN = ("end", "checkpoints", "never")
 
@@ -90,8 +89,9 @@ class WandbSegments(Callback):
     def _define(self, run: Any) -> None:
         # The logger does the same, but not for a run that it finds open; every metric comes with its step.
         run.define_metric("*", step_metric=AXIS, step_sync=True)
-        for name, kind in SUMMARIES.items():
-            run.define_metric(name, step_metric=AXIS, summary=kind)
+        for metric in metrics():  # a best value is kept as `<metric>.<min or max>`
+            if metric.best:
+                run.define_metric(metric.name, step_metric=AXIS, summary=metric.best)
         self.run_id = str(run.id)
         self.group = self.group or self.run_id
         if self._resumed_from:

@@ -34,6 +34,7 @@ class Task:
         model: Dotted path of the LightningModule; its module has the settings of its optimizer, `ADAMW`.
         data: Dotted path of the LightningDataModule.
         contents: Dotted path of the `report.contents.Contents` that a report on its runs is made of.
+        metrics: Path within the package of what its study says of the metrics that it logs; empty without any.
         from_data: Attributes of the data that the model takes over.
         from_seed: Options that are always `seed_everything`.
         trainer: Dotted path of the Trainer, whose methods are its further commands.
@@ -44,6 +45,7 @@ class Task:
     model: str
     data: str
     contents: str
+    metrics: str
     from_data: tuple[str, ...]
     from_seed: tuple[str, ...] = ()
     trainer: str = "lightning.pytorch.Trainer"
@@ -86,6 +88,7 @@ _STORIES = Task(
     model="mini_gpt_pl.stories.module.ProbedGPT",
     data="mini_gpt_pl.stories.data.datamodule.ProbedStories",
     contents="mini_gpt_pl.stories.study.contents.CONTENTS",
+    metrics="stories/metrics.yaml",
     from_data=("vocab_size", "context"),
     trainer="mini_gpt_pl.stories.trainer.StoryTrainer",
     trained={
@@ -106,6 +109,7 @@ def _residues(model: str, data: str, *more_from_data: str) -> Task:
         model=f"mini_gpt_pl.arithmetic.{model}",
         data=f"mini_gpt_pl.arithmetic.{data}",
         contents="mini_gpt_pl.arithmetic.study.contents.CONTENTS",
+        metrics="arithmetic/metrics.yaml",
         from_data=("vocab_size", "classes", "length", "causal", *more_from_data),
         from_seed=("model.seed", "data.seed"),
     )

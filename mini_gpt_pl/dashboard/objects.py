@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mini_gpt_pl.callbacks.wandb_run import SUMMARIES
 from mini_gpt_pl.dashboard.layout import AXIS, Panel, Section
 from mini_gpt_pl.dashboard.sweeps import SweepRuns
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.metrics.registry import find
 
 _COLUMNS = 3
 # A report is 24 units wide.
@@ -132,4 +132,5 @@ def _panel(panel: Panel, place: int = 0) -> Any:
 
 def last_of(metric: str) -> str:
     """Return where a run's summary keeps a metric: its best value where a best is defined, else the last."""
-    return f"{metric}.{SUMMARIES[metric]}" if metric in SUMMARIES else metric
+    entry = find(metric)
+    return f"{metric}.{entry.best}" if entry is not None and entry.best else metric

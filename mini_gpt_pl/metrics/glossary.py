@@ -1,4 +1,4 @@
-"""What every logged number means: its words, formula, unit, null, cost and origin, as data.
+"""What every logged number means, printed from the registry.
 
 python -m mini_gpt_pl.metrics.glossary backbone/trunk/pc1      # one name
 python -m mini_gpt_pl.metrics.glossary runs/mine               # all that a run logged
@@ -9,177 +9,25 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import cache, cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.metrics.registry import Family, Metric, beside, find, metrics, quantity_of, registry
 from mini_gpt_pl.runs.folder import CONFIG, Run
 
-_ASSET = "assets/metrics.yaml"
-_HOLE = re.compile(r"\{(\w+)\}")
 # The placeholders that a run has several of: one row of a table stands for all of them.
 _COLLAPSED = ("group", "whole")
 # Endings of what a table of a run shows in the row of what it is about, or not at all.
 _DERIVED = re.compile(r"(.+)_(?:null|null_sd|excess|se)")
 _UNKNOWN = "not in the glossary: of a probe of your own, or of another version"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """An entry of the glossary.
-
-    Args:
-        name: Template of the logged names, such as `backbone/{group}/pc1`.
-        words: What it is.
-        formula: In the symbols of the glossary's head.
-        unit: `share` is from 0 to 1, `cosine` from -1 to 1.
-        null: What chance or a decaying walk gives; `none: ` and the reason where there is none.
-        cost: What it takes to get it.
-        reference: Where it comes from.
-        source: Dotted path of the class that logs it.
-        when: When that class logs it.
-        family: Title of the entries that it belongs to.
-        patterns: Regular expression of each placeholder in the name.
-        beside: Template of the logged metric that holds the null, or the number in units of it; empty without one.
-    """
-
-    name: str
-    words: str
-    formula: str
-    unit: str
-    null: str
-    cost: str
-    reference: str
-    source: str
-    when: str
-    family: str
-    patterns: Mapping[str, str]
-    beside: str = ""
-
-    @cached_property
-    def expression(self) -> re.Pattern[str]:
-        """Regular expression of the logged names, one named group a placeholder."""
-        parts = re.split(r"(\{\w+\})", self.name)
-        holes = [f"(?P<{part[1:-1]}>{self.patterns[part[1:-1]]})" if _HOLE.match(part) else None for part in parts]
-        return re.compile("".join(hole or re.escape(part) for hole, part in zip(holes, parts, strict=True)))
-
-    @property
-    def literal(self) -> int:
-        """Number of characters that are the same in all names: of two templates that fit, the larger one is meant."""
-        return len(_HOLE.sub("", self.name))
-
-    def match(self, name: str) -> dict[str, str] | None:
-        """Return what the placeholders stand for in a logged name, None if the name is another metric's."""
-        found = self.expression.fullmatch(name)
-        return None if found is None else found.groupdict()
-
-    def describe(self, name: str) -> str:
-        """Return the words with the placeholders of a logged name filled in."""
-        told = self.match(name) or {}
-        return _HOLE.sub(lambda hole: told.get(hole[1], hole[0]), self.words)
-
-
-# ------------------------------------------------------------------------------------------------- reading
-
-
-@cache
-def _asset() -> dict[str, Any]:
-    text = files("mini_gpt_pl.metrics").joinpath(_ASSET).read_text(encoding="utf-8")
-    loaded: dict[str, Any] = yaml.load(text, Loader=yaml.BaseLoader)  # strings only: elsewhere in YAML, null is no word
-    return loaded
-
-
-@cache
-def metrics() -> tuple[Metric, ...]:
-    """All entries, in the order of the glossary."""
-    return tuple(_entries(_asset()))
-
-
-def _entries(asset: Mapping[str, Any]) -> Iterator[Metric]:
-    common = {name: hole["pattern"] for name, hole in asset["placeholders"].items()}
-    known = {field.name for field in fields(Metric)}
-    for family in asset["families"]:
-        defaults = {key: value for key, value in family.items() if key in known} | {"family": family["title"]}
-        for name, entry in family["metrics"].items():
-            patterns = common | entry.get("where", {})
-            own = {key: value for key, value in entry.items() if key != "where"}
-            holes = {hole: patterns[hole] for hole in _HOLE.findall(name)}
-            yield Metric(**{**defaults, **own, "name": name, "patterns": holes})
-
-
-def find(name: str) -> Metric | None:
-    """Return the entry of a logged name (or of a template itself), None if no command logs it.
-
-    Args:
-        name: Such as `backbone/trunk/pc1_null`. Where several templates fit, the one that fixes most of the name.
-
-    Example:
-        >>> find("backbone/blocks.0/pc1").name
-        'backbone/{group}/pc1'
-    """
-    fitting = [metric for metric in metrics() if name == metric.name or metric.match(name) is not None]
-    return max(fitting, key=lambda metric: metric.literal, default=None)
-
-
-def quantity_of(name: str) -> str | None:
-    """Return the logged name that a derived one (a null, an excess, an error, a rank) is about, None for any other.
-
-    Example:
-        >>> quantity_of("backbone/trunk/pc1_null")
-        'backbone/trunk/pc1'
-    """
-    metric = find(name)
-    quantity = ((metric.match(name) if metric else None) or {}).get("quantity")
-    return None if quantity is None else f"{name.rpartition('/')[0]}/{quantity}"
-
-
-def beside(name: str, logged: Collection[str]) -> str | None:
-    """Return the logged name that holds a metric's null, or the number in units of it; None where there is none.
-
-    Args:
-        name: A logged name.
-        logged: All the names that the run logged.
-
-    Example:
-        >>> beside("backbone/trunk/pc1", ["backbone/trunk/pc1", "backbone/trunk/pc1_null"])
-        'backbone/trunk/pc1_null'
-    """
-    metric = find(name)
-    if metric is None:  # a reader's own probe
-        return f"{name}_null" if f"{name}_null" in logged else None
-    if not metric.beside:
-        return None
-    holes = metric.match(name) or {}
-    label = holes.get("group") or holes.get("whole")
-    told = {**holes, "group": label, "whole": label, "quantity": name.rpartition("/")[2]}
-    parts = re.split(r"\{(\w+)\}", metric.beside)
-    parts[::2] = map(re.escape, parts[::2])
-    parts[1::2] = [re.escape(told.get(hole) or "") or r"\w+" for hole in parts[1::2]]
-    return next((other for other in logged if re.fullmatch("".join(parts), other)), None)
-
-
-def _require(name: str) -> Metric:
-    metric = find(name)
-    if metric is None:
-        known = [metric.name for metric in metrics()]
-        ends = [other for other in known if other.rpartition("/")[2] == name]
-        near = ends or get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"no command logs {name!r}, and there is no such run folder; {hint}give a name of metrics.csv")
-    return metric
-
-
-# ------------------------------------------------------------------------------------------------ printing
+_ANY_MODULE = "the LightningModule"
 
 
 def explain(name: str) -> str:
@@ -188,10 +36,16 @@ def explain(name: str) -> str:
     Raises:
         UserError: No command logs it.
     """
-    metric = _require(name)
+    metric = find(name)
+    if metric is None:
+        listed = [metric.name for metric in metrics()]
+        ends = [other for other in listed if other.rpartition("/")[2] == name]
+        near = ends or get_close_matches(name, listed, n=1, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"no command logs {name!r}, and there is no such run folder; {hint}give a name of metrics.csv")
     lines = [name, f"  {metric.describe(name)}"]
     shown = {"formula": metric.formula, "unit": metric.unit, "null": metric.null, "cost": metric.cost}
-    shown |= {"logged by": f"{metric.source}, {metric.when}", "reference": metric.reference}
+    shown |= {"logged by": f"{metric.source or _ANY_MODULE}, {metric.when}", "reference": metric.reference}
     if metric.name != name:
         shown["one of"] = metric.name
     lines += [f"  {label + ':':<11}{text}" for label, text in shown.items()]
@@ -253,42 +107,34 @@ A number about geometry means something beside its null only: what chance, or ch
 
 def markdown() -> str:
     """Write the glossary as the page `docs/metrics.md`."""
-    asset = _asset()
-    lines = [_HEAD, *(f"- **{symbol}**: {words}" for symbol, words in asset["symbols"].items())]
+    held = registry()
+    lines = [_HEAD, *(f"- **{symbol}**: {words}" for symbol, words in held.symbols.items())]
     lines += ["", "## Placeholders", "", "| in a name | stands for |", "|---|---|"]
-    lines += [f"| `{{{name}}}` | {hole['words']} |" for name, hole in asset["placeholders"].items()]
-    for family in asset["families"]:
-        lines += ["", f"## {family['title']}", "", _logged_by(family)]
-        for metric in metrics():
-            if metric.family == family["title"]:
-                lines += ["", *_card(metric, family["cost"])]
+    lines += [f"| `{{{name}}}` | {place.words} |" for name, place in held.placeholders.items()]
+    for family in held.families:
+        if family.metrics:
+            lines += ["", f"## {family.title}", "", _logged_by(family)]
+        for metric in family.metrics:
+            lines += ["", *_card(metric, family)]
     return "\n".join(lines) + "\n"
 
 
-def _logged_by(family: Mapping[str, Any]) -> str:
-    module, _, name = family["source"].rpartition(".")
-    pages = {"mini_gpt_pl.callbacks": "callbacks", "mini_gpt_pl.arithmetic": "grokking"}
-    page = next((page for package, page in pages.items() if module.startswith(package)), "model")
-    source = f"[`{name}`](reference/{page}.md#{family['source']})"
-    return f"Logged by {source} {family['when']}. Cost: {family['cost']}."
+def _logged_by(family: Family) -> str:
+    name = family.source.rpartition(".")[2]
+    source = f"[`{name}`](reference/{family.page}.md#{family.source})" if name else _ANY_MODULE
+    return f"Logged by {source} {family.when}. Cost: {family.cost}."
 
 
-def _card(metric: Metric, usual_cost: str) -> list[str]:
-    choices = [f"`{hole}`: {_choices(metric.patterns[hole])}" for hole in metric.patterns if _is_narrowed(metric, hole)]
-    words = _HOLE.sub(r"`{\1}`", metric.words)
+def _card(metric: Metric, family: Family) -> list[str]:
+    general = registry().placeholders
+    narrowed = {h: own for h, own in metric.patterns.items() if h not in general or own != general[h].pattern}
+    choices = [f"`{hole}`: `{own.replace('|', '`, `')}`".replace(r"\w+", "…") for hole, own in narrowed.items()]
+    words = re.sub(r"\{(\w+)\}", r"`{\1}`", metric.words)
     lines = [f"### `{metric.name}`", "", words + (f" Here {'; '.join(choices)}." if choices else ""), ""]
     lines += [f"- formula: `{metric.formula}`", f"- unit: {metric.unit}", f"- null: {metric.null}"]
-    if metric.cost != usual_cost:
-        lines.append(f"- cost: {metric.cost}")
+    lines += [f"- logged: {metric.when}"] if metric.when != family.when else []
+    lines += [f"- cost: {metric.cost}"] if metric.cost != family.cost else []
     return [*lines, f"- reference: {metric.reference}"]
-
-
-def _is_narrowed(metric: Metric, hole: str) -> bool:
-    return metric.patterns[hole] != _asset()["placeholders"].get(hole, {}).get("pattern")
-
-
-def _choices(pattern: str) -> str:
-    return ", ".join(f"`{choice.replace(chr(92) + 'w+', '…')}`" for choice in pattern.split("|"))
 
 
 # --------------------------------------------------------------------------------------------- command line

@@ -36,7 +36,7 @@ from matplotlib.image import imread
 
 from docs.tools import concept_figures
 from mini_gpt_pl import main as cli
-from mini_gpt_pl.metrics import glossary
+from mini_gpt_pl.metrics import registry
 from mini_gpt_pl.tasks import task_named, tasks
 from mini_gpt_pl.training import cli as trainer_cli
 
@@ -240,7 +240,7 @@ def test_metrics_in_the_text_are_logged() -> None:
         if re.fullmatch(rf"({'|'.join(families)})/[\w/<>*.]+", span) and not span.endswith("/"):
             form = re.sub(r"<\w+>|\*", "§", span)
             pattern = re.compile(re.escape(form).replace("§", r"[\w.]+(/[\w.]+)*"))
-            known = any(pattern.fullmatch(name) for name in logged) or glossary.find(form.replace("§", "trunk"))
+            known = any(pattern.fullmatch(name) for name in logged) or registry.find(form.replace("§", "trunk"))
             if not known:
                 unknown.add((page.name, span))
     assert not unknown

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ from mini_gpt_pl.callbacks import (
     TrajectoryRecorder,
 )
 from mini_gpt_pl.callbacks.fixed_gradients import Kind
-from mini_gpt_pl.metrics import glossary
-from mini_gpt_pl.metrics.glossary import Metric
+from mini_gpt_pl.metrics import glossary, registry
+from mini_gpt_pl.metrics.registry import Metric
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.module import ProbedGPT
 
@@ -198,22 +199,22 @@ def test_every_logged_name_has_an_entry_and_every_entry_a_logged_name(
 ) -> None:
     logged = names(probed) | names(reheated) | names(generalised) | names(shared)
     assert len(logged) > 300
-    found = {name: glossary.find(name) for name in logged}
+    found = {name: registry.find(name) for name in logged}
     assert [name for name, metric in found.items() if metric is None] == []
     losses = {(metric.match(name) or {}).get("loss") for name, metric in found.items() if metric is not None}
     assert losses == {None, "lm", "probe"}  # nothing else hides behind the placeholder that fits any word
     used = {metric.name for metric in found.values() if metric is not None}
-    assert [metric.name for metric in glossary.metrics() if metric.name not in used] == []
+    assert [metric.name for metric in registry.metrics() if metric.name not in used] == []
 
 
 def test_every_choice_of_a_placeholder_is_logged(probed: Path, reheated: Path, generalised: Path, shared: Path) -> None:
     """`quantity: pc1|k95` must not promise a null that nobody logs."""
     seen: dict[str, set[tuple[str, str]]] = {}
     for name in names(probed) | names(reheated) | names(generalised) | names(shared):
-        metric = glossary.find(name)
+        metric = registry.find(name)
         assert metric is not None
         seen.setdefault(metric.name, set()).update((metric.match(name) or {}).items())
-    for metric in glossary.metrics():
+    for metric in registry.metrics():
         for hole, pattern in metric.patterns.items():
             plain = [choice for choice in pattern.split("|") if re.fullmatch(r"\w+", choice)]
             assert [choice for choice in plain if (hole, choice) not in seen[metric.name]] == [], metric.name
@@ -223,7 +224,7 @@ def test_groups_and_the_whole_are_told_apart(probed: Path, reheated: Path) -> No
     """`{whole}` is logged for the trunk alone; `{group}` for the blocks as well."""
     labels: dict[str, set[str]] = {}
     for name in names(probed) | names(reheated):
-        metric = glossary.find(name)
+        metric = registry.find(name)
         assert metric is not None
         holes = metric.match(name) or {}
         if label := holes.get("group") or holes.get("whole"):
@@ -234,7 +235,7 @@ def test_groups_and_the_whole_are_told_apart(probed: Path, reheated: Path) -> No
 
 def test_no_name_fits_two_entries_equally_well(probed: Path, reheated: Path, shared: Path) -> None:
     for name in names(probed) | names(reheated) | names(shared):
-        fitting = sorted(m.literal for m in glossary.metrics() if m.match(name) is not None)
+        fitting = sorted(m.literal for m in registry.metrics() if m.match(name) is not None)
         assert len(fitting) == 1 or fitting[-2] < fitting[-1], name
 
 
@@ -247,23 +248,60 @@ def test_other_optimizers_log_no_other_names(tmp_path: Path, optimizer: Any) -> 
     train(tmp_path, swinging(optimizer=optimizer), every_probe(), 4)
     logged = names(tmp_path)
     assert "anatomy/trunk/cos_gradient" in logged
-    assert [name for name in logged if glossary.find(name) is None] == []
+    assert [name for name in logged if registry.find(name) is None] == []
 
 
 @pytest.mark.parametrize("run", sorted(path.parent for path in (ROOT / "docs").glob("**/metrics.csv")), ids=str)
 def test_the_committed_runs_are_explained(run: Path) -> None:
-    assert [name for name in Run(run).metrics.columns if glossary.find(name) is None] == []
+    assert [name for name in Run(run).metrics.columns if registry.find(name) is None] == []
 
 
 def test_a_name_that_nobody_logs_has_no_entry() -> None:
     for name in ("loss", "backbone/pc1", "backbone/trunk/pc3", "backbone/trunk/pc2_null", "reheat/loss", "a/trunk/b"):
-        assert glossary.find(name) is None, name
+        assert registry.find(name) is None, name
 
 
 # --------------------------------------------------------------------------------------------------- the entries
 
 
-@pytest.mark.parametrize("metric", glossary.metrics(), ids=lambda metric: metric.name)
+def test_the_core_names_no_study() -> None:
+    text = resources.files("mini_gpt_pl").joinpath(registry.CORE).read_text(encoding="utf-8")
+    assert re.findall(r"(?i)\bpaper|\bstor(?:y|ies)\b|residue|arxiv|p_ood|codeword", text) == []
+
+
+def test_without_a_study_its_metrics_are_gone_and_the_cores_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = {metric.name for metric in registry.metrics()}
+    monkeypatch.setattr(registry, "tasks", dict)
+    core = registry.registry.__wrapped__()
+    left = {metric.name for metric in core.metrics}
+    assert {"train/loss", "val/loss", "backbone/{group}/pc1", "overhead/fraction"} <= left < everything
+    gone = everything - left
+    assert {"probe/p_ood", "reheat/gain", "eval/{set}_accuracy", "fourier/{axis}/{table}/largest"} <= gone
+    assert {metric.reference for metric in core.metrics if metric.name.startswith("backbone/")} == {"ours"}
+    assert "reheats" not in {panel.section for panel in core.panels}
+
+
+def test_a_name_has_words_and_a_way_to_be_written() -> None:
+    named = {
+        "backbone/trunk/pc1": "PC1 of the drift, raw",
+        "backbone/blocks.0/k95_excess": "excess of k95, raw",
+        "alignment/trunk/lm": "LM gradient and past v_b, |cos|",
+        "commutator/all/on_singular": "commutator on leading singular directions",
+        "mine/sharpness": "mine/sharpness",
+    }
+    assert {name: registry.title_of(name) for name in named} == named
+    pc1, k95 = registry.statistics()["pc1"], registry.statistics()["k95"]
+    assert (pc1.write(0.5), pc1.write_difference(0.0312), k95.write_difference(-2.0)) == ("50.0%", "+3.1 pt", "-2")
+    assert pc1.write_difference(math.nan) == "-"
+
+
+def test_what_a_walk_gives_beside_is_said_of_the_statistics_that_have_it(probed: Path) -> None:
+    """The choices of `{quantity}_null` follow from which entries it stands beside."""
+    logged = {name.split("/")[2] for name in names(probed) if re.fullmatch(r"backbone/trunk/\w+_null", name)}
+    assert {f"{name}_null" for name in registry.quantities("backbone/{group}/{quantity}_null")} == logged
+
+
+@pytest.mark.parametrize("metric", registry.metrics(), ids=lambda metric: metric.name)
 def test_an_entry_is_whole(metric: Metric) -> None:
     texts = (metric.words, metric.formula, metric.unit, metric.null, metric.cost, metric.reference, metric.when)
     assert all(text.strip() for text in texts)
@@ -271,12 +309,12 @@ def test_an_entry_is_whole(metric: Metric) -> None:
     assert not metric.words.startswith(("The same", "It", "Its"))  # each is read alone
     assert "`" not in metric.formula  # it is printed as code
     module, _, name = metric.source.rpartition(".")
-    assert hasattr(importlib.import_module(module), name)
+    assert not metric.source or hasattr(importlib.import_module(module), name)
     for hole in re.findall(r"\{(\w+)\}", metric.words):
         assert f"{{{hole}}}" in metric.name
 
 
-@pytest.mark.parametrize("metric", glossary.metrics(), ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", registry.metrics(), ids=lambda metric: metric.name)
 def test_geometry_has_a_null_or_says_why_not(metric: Metric) -> None:
     if metric.source.rpartition(".")[2] not in GEOMETRY:
         return
@@ -290,19 +328,19 @@ def test_what_stands_beside_a_metric_is_logged_with_it(probed: Path, reheated: P
     logged = names(probed) | names(reheated) | names(shared)
     asked = 0
     for name in logged:
-        metric = glossary.find(name)
+        metric = registry.find(name)
         if metric is not None and metric.beside:
             # A label of the whole's alone stands beside every group's.
             whole = name if name.startswith("fourier/") else re.sub("/blocks[^/]*/", "/trunk/", name)
-            other = glossary.beside(whole, logged)
-            assert other is not None and glossary.find(other) is not None, name
+            other = registry.beside(whole, logged)
+            assert other is not None and registry.find(other) is not None, name
             asked += 1
     assert asked > 100
-    assert glossary.beside("backbone/blocks.1/k95", logged) == "backbone/blocks.1/k95_null"
-    assert glossary.beside("alignment/trunk/lm", logged) == "alignment/trunk/lm_z"
-    assert glossary.beside("anatomy/blocks.0/cos_update", logged) == "anatomy/blocks.0/noise_floor"
-    assert glossary.beside("switching/trunk/energy_2_6", logged) == "switching/trunk/energy_2_6_percentile"
-    assert glossary.beside("backbone/trunk/drift", logged) is None
+    assert registry.beside("backbone/blocks.1/k95", logged) == "backbone/blocks.1/k95_null"
+    assert registry.beside("alignment/trunk/lm", logged) == "alignment/trunk/lm_z"
+    assert registry.beside("anatomy/blocks.0/cos_update", logged) == "anatomy/blocks.0/noise_floor"
+    assert registry.beside("switching/trunk/energy_2_6", logged) == "switching/trunk/energy_2_6_percentile"
+    assert registry.beside("backbone/trunk/drift", logged) is None
 
 
 # -------------------------------------------------------------------------------------------------- the formulas
@@ -436,7 +474,7 @@ def test_closed_forms_of_a_walk_of_many_equal_steps() -> None:
         "pc1_unit": ("0.70", _unit_share(50)),
     }
     for quantity, (text, value) in told.items():
-        metric = glossary.find(f"backbone/trunk/{quantity}")
+        metric = registry.find(f"backbone/trunk/{quantity}")
         assert metric is not None and text in metric.null
         number = 1.5 if text == "3/2" else float(text.strip(" ;"))
         assert value == pytest.approx(number, abs=0.005), quantity
@@ -453,7 +491,13 @@ def test_the_page_is_what_the_data_say() -> None:
 def test_a_name_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     glossary.main(["backbone/blocks.3/pc1"])
     told = capsys.readouterr().out
-    for piece in ("backbone/blocks.3/pc1", "σ₁² / Σ σ_k²", "8/π² = 0.81", "TrajectoryRecorder", "paper, eq. 4"):
+    for piece in (
+        "backbone/blocks.3/pc1",
+        "σ₁² / Σ σ_k²",
+        "8/π² = 0.81",
+        "TrajectoryRecorder",
+        "arXiv 2602.23696, eq. 4",
+    ):
         assert piece in told
 
 
@@ -509,5 +553,5 @@ def test_mistakes_are_one_line(args: list[str], told: str, tmp_path: Path, monke
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(glossary).attempted > 2
-    assert doctest.testmod(glossary).failed == 0
+    tried = doctest.testmod(registry)
+    assert tried.attempted > 4 and tried.failed == 0
