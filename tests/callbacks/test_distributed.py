@@ -50,23 +50,22 @@ def train(
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
 
-def count_barriers(folder: Path) -> None:
-    """Write a line for each training step in which the ranks wait for one another on the host."""
+def count_barriers() -> None:
+    """Leave a file beside a run's folder where the ranks wait for one another on the host in a training step."""
     step, barrier = ProbedGPT.training_step, torch.distributed.barrier
-    inside: list[bool] = []
+    inside: list[Path] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         if inside:
-            (folder / "barriers").write_text("one\n")
+            (inside[-1] / "barriers").touch()
         return barrier(*args, **kwargs)
 
     def watched(self: ProbedGPT, batch: Any, batch_idx: int) -> torch.Tensor:
-        inside.append(True)
+        inside.append(Path(self.trainer.default_root_dir).parent)
         try:
             return step(self, batch, batch_idx)
         finally:
-            inside.pop()
-            (folder / "steps").touch()
+            (inside.pop() / "steps").touch()
 
     torch.distributed.barrier = counted
     ProbedGPT.training_step = watched  # type: ignore[method-assign]
@@ -80,21 +79,27 @@ import torch
 torch.set_num_threads(1)
 from test_distributed import count_barriers, train
 
-root = Path(sys.argv[1])
-two = {"strategy": sys.argv[2], "devices": 2}
-count_barriers(root)
-train(root / "1", 2, 1, **two)
-train(root / "2", 2, 2, keep_on="disk", **two)  # the second rank reads what the first has written
-train(root / "1", 2, 1, resume=root / "1" / "checkpoints" / "000004.ckpt", **two)
+count_barriers()
+for strategy in ("ddp", "one_sum"):
+    root, two = Path(sys.argv[1]) / strategy, {"strategy": strategy, "devices": 2}
+    train(root / "1", 2, 1, **two)
+    train(root / "2", 2, 2, keep_on="disk", **two)  # the second rank reads what the first has written
+    train(root / "1", 2, 1, resume=root / "1" / "checkpoints" / "000004.ckpt", **two)
 """
 
 
-@pytest.fixture(scope="module", params=["ddp", "one_sum"])
-def two_ranks(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """Runs with 1 and 2 micro-batches a step; the first is resumed in the same folder, behind its snapshots."""
+@pytest.fixture(scope="module")
+def strategies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs under both strategies, in one script: the ranks' imports take longer than the runs."""
     folder = tmp_path_factory.mktemp("two")
-    run_in_full(SCRIPT, folder, request.param)
+    run_in_full(SCRIPT, folder)
     return folder
+
+
+@pytest.fixture(params=["ddp", "one_sum"])
+def two_ranks(strategies: Path, request: pytest.FixtureRequest) -> Path:
+    """Runs with 1 and 2 micro-batches a step; the first is resumed in the same folder, behind its snapshots."""
+    return strategies / str(request.param)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
