@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
+from scripts import ROOMS
+
+sys.path.extend(room for room in ROOMS if room not in sys.path)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import config as jaxtyping_config

@@ -31,6 +31,7 @@ from mini_gpt_pl.stories.gpt import GPT, TRUNK_PATTERN, GPTSize
 from mini_gpt_pl.stories.module import ProbedGPT
 from mini_gpt_pl.stories.objective import ProbeWeight
 from mini_gpt_pl.stories.trainer import StoryTrainer
+from mini_gpt_pl.training import one_sum  # noqa: F401 (registers the strategy)
 from mini_gpt_pl.training.optimizers import ClippedCosine
 
 CONTEXT = 64
