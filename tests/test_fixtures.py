@@ -133,7 +133,7 @@ def test_explain_lists_what_0_1_0_logged_with_the_values_of_its_last_step(task: 
     # Groups are folded into one row, which says how many more there are.
     values = {row[0].partition(" (+")[0]: float(row[1].replace(",", "")) for row in rows if row[0]}
     logged = metrics(KEPT / task)
-    assert {name.partition("/")[0] for name in values} == {name.partition("/")[0] for name in logged}
+    assert {name.partition("/")[0] for name in values} == {str(name).partition("/")[0] for name in logged}
     assert "not in the glossary" not in done.stdout
     for name, value in values.items():
         assert value == pytest.approx(logged[name].dropna().iloc[-1], rel=1e-3), name
