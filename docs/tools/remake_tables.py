@@ -263,6 +263,7 @@ _PLACES = ("README.md", "docs/*", "notebooks/*.ipynb")
 _NO_TABLES = ("docs/*/runs/*", "docs/h100_full/*")
 _WHOLE = ("docs/metrics.md", "*/tables/*.md", "runs/*.md")
 _EXTRA = "runs"  # folder of what --runs adds
+_INSIDE = ("callbacks", "configs")  # what an installed package has inside, so that the copy is run and nothing else
 _MARKED = re.compile(r"(<!-- (?:table )?(?P<name>[\w./-]+) -->\n).*?(<!-- (?:end|/(?P=name)) -->)", re.DOTALL)
 _NUMBERS = re.compile(r"\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
@@ -398,6 +399,10 @@ def copy(names: Sequence[str], to: Path, wanted: Sequence[Recipe]) -> None:
                 if "outputs" in cell:
                     cell["outputs"] = []
             target.write_text(json.dumps(notebook), encoding="utf-8")
+    for name in _INSIDE:
+        inside = to / "mini_gpt_pl" / name
+        if (to / name).is_dir() and not inside.exists():
+            inside.symlink_to(Path("..", name))
 
 
 def reason_against(table: str) -> str | None:
