@@ -12,10 +12,10 @@ import yaml
 
 from mini_gpt_pl.dashboard.layout import WHOLE, Logged, Panel, Section
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.presets import preset
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.sweep.grid import Sweep, read_sweep
 
-_SWEEPS = Path("configs/sweeps")
 # What runs differ in without being another experiment.
 _ASIDE = (
     *("run_dir", "overwrite", "resume", "config", "ckpt_path", "data.cache_dir"),
@@ -57,8 +57,8 @@ def find_sweep(wanted: str, runs: Sequence[Run]) -> SweepRuns:
     path = _sweep_file(wanted)
     if path is None and not re.fullmatch(r"[a-z0-9]{6,12}", wanted):
         raise UserError(
-            f"--sweep {wanted}: no sweep file, none in {_SWEEPS}, and no id of a W&B sweep (eight letters and digits): "
-            f"give one of them"
+            f"--sweep {wanted}: no sweep file, none in configs/sweeps, and no id of a W&B sweep (eight letters and "
+            "digits): give one of them"
         )
     if path is None:
         settings = [{k: v for k, v in flatten(run.config).items() if not _aside(k)} for run in runs]
@@ -69,9 +69,8 @@ def find_sweep(wanted: str, runs: Sequence[Run]) -> SweepRuns:
 
 
 def _sweep_file(wanted: str) -> Path | None:
-    for path in (Path(wanted), _SWEEPS / f"{wanted}.yaml"):
-        if path.is_file():
-            return path
+    if (path := preset(wanted, "sweeps")) is not None:
+        return path
     if wanted.endswith((".yaml", ".yml")):
         raise UserError(f"no sweep file {wanted}: give the path of one")
     return None
@@ -84,7 +83,7 @@ def _of_points(sweep: Sweep) -> list[dict[str, Any]]:
         settings: dict[str, Any] = {}
         for key, value in point.parameters.items():
             if key in ("config", "c"):
-                settings |= flatten(yaml.safe_load(Path(value).read_text()) or {})
+                settings |= flatten(yaml.safe_load((preset(value) or Path(value)).read_text()) or {})
             else:
                 settings |= flatten({key: value})
         found.append(settings)

@@ -21,9 +21,10 @@ from typing import Any
 import yaml
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.presets import preset
 
-# Beside the package in a checkout and where it is installed.
-PROGRAM = Path(__file__).resolve().parents[2] / "cli.py"
+# What `${program}`, which sweep files call cli.py, stands for: the command, wherever the package is installed.
+PROGRAM = Path("-mmini_gpt_pl.main")
 TRAINING = ("fit", "reheat")
 
 _KEYS = (
@@ -113,11 +114,12 @@ def read_sweep(path: Path) -> Sweep:
     """Read and check a sweep file.
 
     Args:
-        path: A YAML file as `wandb sweep` takes it, with method grid.
+        path: A YAML file as `wandb sweep` takes it, with method grid, or the name of a shipped one, such as `beta2`.
 
     Raises:
         UserError: Something in it is not as it should be; the line names the file and the key.
     """
+    path = preset(str(path), "sweeps") or path
     try:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -133,7 +135,7 @@ def _checked(path: Path, loaded: dict[str, Any]) -> Sweep:
     _known(loaded, _KEYS, path, "")
     if loaded.get("method") != "grid":
         raise UserError(f"{path}: method is {loaded.get('method')!r}: only 'grid' can be run")
-    if Path(str(loaded.get("program"))).name != PROGRAM.name:
+    if Path(str(loaded.get("program"))).name != "cli.py":
         raise UserError(f"{path}: program is {loaded.get('program')!r}: it must be cli.py")
     cap = loaded.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
@@ -249,7 +251,7 @@ def _named_files(command: Sequence[str]) -> list[str]:
 
 def _files_exist(path: Path, names: Iterable[Any]) -> None:
     for name in names:
-        if str(name).endswith((".yaml", ".yml", ".json")) and not Path(str(name)).is_file():
+        if str(name).endswith((".yaml", ".yml", ".json")) and preset(str(name)) is None:
             raise UserError(f"{path}: no configuration {name}: paths are relative to the working directory")
 
 

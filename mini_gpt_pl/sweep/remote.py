@@ -61,7 +61,7 @@ def wandb_config(call: Invocation) -> dict[str, Any]:
         "name": sweep.name,
         "method": "grid",
         "program": "cli.py",
-        "command": ["${env}", "WANDB_MODE=online", "${interpreter}", "${program}", *call.arguments("${args_json}")],
+        "command": ["${env}", "WANDB_MODE=online", "${interpreter}", str(PROGRAM), *call.arguments("${args_json}")],
         "parameters": parameters,
         **sweep.about,
     }

@@ -32,6 +32,7 @@ from mini_gpt_pl.callbacks.settled import SettledObjects
 from mini_gpt_pl.callbacks.termination import AgreedTermination
 from mini_gpt_pl.callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.presets import with_presets
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
@@ -410,10 +411,11 @@ def _print_products(run: Run, figures: list[Path], console: Console) -> None:
 def with_run_config(args: Sequence[str]) -> list[str]:
     """Start a command on a checkpoint from the configuration of the run that the checkpoint lies in.
 
-    The run's configuration goes right behind the subcommand, so that everything else on the command line wins over it.
+    Names of shipped configurations become files. The run's configuration goes right behind the subcommand, so that
+    everything else on the command line wins over it.
     A reheated run gets a folder of its own inside its parent's.
     """
-    args = list(args)
+    args = with_presets(args)
     position = next((i for i, arg in enumerate(args) if arg in trained_commands()), None)
     checkpoint = _value_of("--ckpt_path", args)
     if position is None or checkpoint is None or (run := Run.of_checkpoint(checkpoint)) is None:

@@ -1,0 +1,77 @@
+"""The configurations that the package ships, found by name from any folder.
+
+`-c quickstart` is `configs/quickstart.yaml` and `sweep beta2` is `configs/sweeps/beta2.yaml`, wherever the package is
+installed. A file of the reader's own wins over a name, and paths of shipped configurations hold from any folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from mini_gpt_pl.errors import UserError
+
+_OPTIONS = ("-c", "--config")
+_SUFFIX = ".yaml"
+
+
+@cache
+def presets() -> dict[str, Path]:
+    """The shipped configurations: their path below `configs` without its suffix, and the file."""
+    folder = Path(str(files("mini_gpt_pl.configs")))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob(f"*{_SUFFIX}"))}
+
+
+def preset(name: str, folder: str = "") -> Path | None:
+    """Find a configuration file.
+
+    Args:
+        name: A file, or a name of `presets`, which may have `configs/` in front and `.yaml` behind.
+        folder: Of the shipped ones, to look in as well: `sweeps` for the name `beta2`.
+
+    Returns:
+        The file as it was given if there is one, else the shipped one of that name, else None.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    plain = name.removeprefix("configs/").removesuffix(_SUFFIX)
+    return presets().get(plain) or presets().get(f"{folder}/{plain}")
+
+
+def with_presets(args: Sequence[str]) -> list[str]:
+    """Put files where a command line names shipped configurations.
+
+    Args:
+        args: The command line, without the program's name.
+
+    Raises:
+        UserError: A name is none of theirs.
+
+    Example:
+        >>> with_presets(["fit", "-c", "quickstart"])[2].endswith("configs/quickstart.yaml")
+        True
+    """
+    found = list(args)
+    for i, word in enumerate(found):
+        option, equals, value = word.partition("=")
+        if option in _OPTIONS and equals:
+            found[i] = f"{option}={_file(value)}"
+        elif i and found[i - 1] in _OPTIONS:
+            found[i] = _file(word)
+    return found
+
+
+def _file(value: str) -> str:
+    """The file that the value of `-c` names; what is a path or a configuration's text stays as it is."""
+    if len(value.split()) != 1 or set(value) & set(":{}\\"):
+        return value
+    if (file := preset(value)) is not None:
+        return str(file)
+    if value.endswith((".yaml", ".yml", ".json")):
+        return value
+    near = get_close_matches(value, presets(), n=1)
+    hint = f"did you mean {near[0]}?" if near else "give a file, or one of: " + ", ".join(presets())
+    raise UserError(f"-c {value}: there is no such file, and no configuration of that name is shipped; {hint}")
