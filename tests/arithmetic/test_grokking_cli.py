@@ -148,12 +148,12 @@ def test_the_report_and_the_table_read_such_a_run(finished: Run, command: Comman
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    composed = {
-        f"{name}.yaml"
-        for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier", "commutator", "commutator_full")
+    composed = {f"{name}.yaml" for name in ("nodecay", "tied_norm", "fixed", "tiny", "attention", "fourier")} | {
+        f"commutator{kind}.yaml" for kind in ("", "_full", "_sparse")
     }
     first = dict.fromkeys(("multitask_small.yaml", "multitask_three.yaml"), "multitask.yaml")
-    first |= dict.fromkeys((*composed, "all_weights.yaml"), "smoke.yaml") | {"curriculum.yaml": "markers.yaml"}
+    first |= dict.fromkeys((*composed, "all_weights.yaml"), "smoke.yaml") | {"slow.yaml": "paper.yaml"}
+    first |= dict.fromkeys(("curriculum.yaml", "commutator_markers.yaml"), "markers.yaml")
     base = ["-c", str(CONFIGS / first[name])] if name in first else []
     with pytest.raises(SystemExit) as caught:
         command("fit", *base, "-c", str(CONFIGS / name), "--print_config")
@@ -162,9 +162,9 @@ def test_every_preset_can_be_parsed(name: str, command: Command, capsys: pytest.
     kinds = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
     assert {"Evaluation", "TrajectoryRecorder", "ModelCheckpoint"} <= set(kinds)
     decay = config["model"]["optimizer"]["init_args"]["weight_decay"]
-    expected = {"nodecay.yaml": 0.0, "markers.yaml": 0.01, "curriculum.yaml": 0.01}
-    assert decay == expected.get(name, 1.0)
-    of_markers = name in ("markers.yaml", "curriculum.yaml")
+    of_markers = "markers.yaml" in (name, first.get(name))
+    expected = {"nodecay.yaml": 0.0, "slow.yaml": 0.1}
+    assert decay == expected.get(name, 0.01 if of_markers else 1.0)
     assert config["trainer"]["gradient_clip_val"] == (None if of_markers else 1.0)
 
 
