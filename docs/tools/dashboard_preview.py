@@ -20,7 +20,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from mini_gpt_pl.command_line import one_line_errors
-from mini_gpt_pl.dashboard.catalogue import CATALOGUE
 from mini_gpt_pl.dashboard.layout import Logged, Panel, Section, workspace_sections
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import DISTINCT, GREY, NULL, STYLE, palette, render
@@ -47,7 +46,7 @@ def draw_preview(run: Run, wanted: Sequence[str] = ()) -> Figure:
     logged = Logged.of([run])
     # The run may be older than the pictures, which follow from its trajectory.
     logged = Logged(logged.names, logged.whole, logged.groups, logged.probes | {"GeometryPictures"})
-    sections = workspace_sections(CATALOGUE, logged)
+    sections = workspace_sections(logged)
     if unknown := set(wanted) - {section.name for section in sections}:
         known = ", ".join(section.name for section in sections)
         raise UserError(f"no section {', '.join(sorted(unknown))}: {run.path} fills {known}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.dashboard import objects
-from mini_gpt_pl.dashboard.catalogue import CATALOGUE, standard
-from mini_gpt_pl.dashboard.layout import Logged, Panel, Section, workspace_sections
+from mini_gpt_pl.dashboard.layout import Logged, Section, workspace_sections
 from mini_gpt_pl.dashboard.sweeps import SweepRuns, find_sweep, report_sections
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.page import expand
@@ -27,11 +27,7 @@ makes a new view of the project; no run is changed. W&B draws the runs that it h
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "dashboard",
-        description="Build a W&B workspace, and a report for a sweep.",
-        epilog=_EPILOG,
-    )
+    parser = CommandParser("dashboard", description="Build a W&B workspace, and a report for a sweep.", epilog=_EPILOG)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folder, or folder of runs: their metrics get panels")
     add("--project", help="W&B project (default: the first run's, WANDB_PROJECT, or mini_gpt_pl)")
@@ -53,9 +49,9 @@ def main(args: Sequence[str]) -> None:
     """
     given = _parser().parse_args(args)
     runs = find_runs(given.runs)
-    logged = Logged.of(runs) if runs else standard()
+    logged = Logged.of(runs) if runs else Logged.standard()
     project = given.project or _project_of(runs) or os.environ.get("WANDB_PROJECT") or _PROJECT
-    sections = workspace_sections(CATALOGUE, logged)
+    sections = workspace_sections(logged)
     sweep = find_sweep(given.sweep, runs) if given.sweep else None
     pages = report_sections(logged, sweep) if sweep else []
     if given.dry_run:
@@ -63,12 +59,13 @@ def main(args: Sequence[str]) -> None:
         if sweep:
             print("\n".join(describe(pages, _report_title(sweep, project))))
         return
-    _need_server()
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if mode in _OFFLINE:
+        raise UserError(f"a dashboard is saved on a W&B server, but WANDB_MODE is {mode}: unset it, or use --dry_run")
     entity = given.entity or os.environ.get("WANDB_ENTITY") or _ask_entity()
-    view = _save(lambda: objects.workspace(sections, given.name, entity, project), "workspace")
-    print(f"workspace: {view.url}")
+    print(_save(objects.workspace(sections, given.name, entity, project), "workspace"))
     if sweep:
-        print(f"report: {_save(lambda: objects.report(pages, sweep, entity, project), 'report').url}")
+        print(_save(objects.report(pages, sweep, entity, project), "report"))
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -77,11 +74,9 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         UserError: A folder does not exist, or holds no run.
     """
-    found: list[Run] = []
-    for folder in folders:
-        # A run of one's own Trainer has metrics and no configuration.
-        found += [Run(folder)] if (folder / METRICS).is_file() else expand([folder])
-    return found
+    # A run of one's own Trainer has metrics and no configuration.
+    runs = ([Run(folder)] if (folder / METRICS).is_file() else expand([folder]) for folder in folders)
+    return list(chain.from_iterable(runs))
 
 
 def describe(sections: Sequence[Section], title: str) -> list[str]:
@@ -93,16 +88,12 @@ def describe(sections: Sequence[Section], title: str) -> list[str]:
     """
     lines = [title]
     for section in sections:
-        lines += [f"  {section.name}", *(f"    {_line(panel)}" for panel in section.panels)]
+        lines.append(f"  {section.name}")
+        for panel in section.panels:
+            parts = [f"    {panel.heading}: {', '.join(panel.values)}"]
+            parts += [f"{word} {', '.join(n)}" for word, n in (("null", panel.nulls), ("over", panel.across)) if n]
+            lines.append("; ".join(parts + ["images"] * (panel.kind == "images")))
     return lines
-
-
-def _line(panel: Panel) -> str:
-    parts = [f"{panel.heading}: {', '.join(panel.values)}"]
-    parts += [f"null {', '.join(panel.nulls)}"] if panel.nulls else []
-    parts += [f"over {', '.join(panel.across)}"] if panel.across else []
-    parts += ["images"] if panel.kind == "images" else []
-    return "; ".join(parts)
 
 
 def _report_title(sweep: SweepRuns, project: str) -> str:
@@ -124,12 +115,6 @@ def _project_of(runs: Sequence[Run]) -> str | None:
 # ------------------------------------------------------------------------------------------------------ server
 
 
-def _need_server() -> None:
-    mode = os.environ.get("WANDB_MODE", "").lower()
-    if mode in _OFFLINE:
-        raise UserError(f"a dashboard is saved on a W&B server, but WANDB_MODE is {mode}: unset it, or use --dry_run")
-
-
 def _ask_entity() -> str:
     """Return the login's own entity."""
     import wandb
@@ -140,11 +125,10 @@ def _ask_entity() -> str:
     return str(entity)
 
 
-def _save(build: Callable[[], Any], what: str) -> Any:
-    """Build and save, and return what was saved."""
-    built = build()
-    _asking(built.save, f"W&B did not take the {what}")
-    return built
+def _save(view: Any, what: str) -> str:
+    """Save what was built, and return its address."""
+    _asking(view.save, f"W&B did not take the {what}")
+    return f"{what}: {view.url}"
 
 
 def _asking(action: Callable[[], Any], trouble: str) -> Any:
@@ -156,7 +140,6 @@ def _asking(action: Callable[[], Any], trouble: str) -> Any:
     try:
         return action()
     except Exception as error:  # the library and its transports raise plain exceptions of every kind
-        told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"{trouble} ({told.rstrip('.')}): log in with `wandb login`, check --entity and --project, or use --dry_run"
-        ) from None
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "log in with `wandb login`, check --entity and --project, or use --dry_run"
+        raise UserError(f"{trouble} ({reason.rstrip('.')}): {hint}") from None

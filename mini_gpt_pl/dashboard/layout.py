@@ -5,32 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Literal
+from functools import cache
+from importlib.resources import files
+from itertools import product
+from typing import Any, Literal
+
+import yaml
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.metrics.registry import Metric, about, beside, data, expression, find, metrics
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
+from mini_gpt_pl.tasks import tasks
 
 AXIS = "trainer/global_step"
 """The optimizer step, which every history row of a run holds."""
 WHOLE, GROUP = "{whole}", "{group}"
 """Stand in a metric's name for the whole selection, and for each of its groups."""
-PICTURES = ("pictures/spectrum", "pictures/path", "pictures/blocks")
-"""What `GeometryPictures` logs as images; no CSV holds them."""
 
 Kind = Literal["line", "images", "bars", "scatter", "parallel"]
 
 # How the names of metrics end that are the null of the metric without that ending.
 _NULLS = ("_null", "_walk", "_decaying_walk")
-_EXCESS = "_excess"
+_IS_NULL = re.compile(r"none, (it|this) is (the|a) null")
 
 
 @dataclass(frozen=True)
 class Panel:
     """One panel: measured values with what chance gives beside them.
 
-    In the catalogue, names hold `{whole}`, `{group}` (one curve per group) and `*`; in a layout they are names that
-    runs log.
+    In the catalogue, names are templates with `{whole}`, `{group}` (one curve per group) and other placeholders of the
+    registry (a curve for each name that fits); in a layout they are names that runs log.
 
     Args:
         title: What it shows.
@@ -54,10 +58,38 @@ class Panel:
     kind: Kind = "line"
     across: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, given: dict[str, Any], metric: Metric | None, probe: str) -> Panel:
+        """Make a panel of the catalogue.
+
+        Args:
+            given: Its arguments, as the registry has them; a metric's title and its name are what it lacks.
+            metric: Whose panel it is; None for one that is of no metric.
+            probe: Who logs it.
+        """
+        title, values = ("", ()) if metric is None else (metric.title, (metric.name.replace(GROUP, WHOLE),))
+        panel = cls(
+            title=given.get("title", title),
+            values=tuple(given.get("values", values)),
+            nulls=tuple(given.get("nulls", ())),
+            log_y="log_y" in given,
+            probe=probe,
+            kind=given.get("kind", "line"),
+        )
+        return panel.with_level()
+
+    def with_level(self) -> Panel:
+        """Take over the level of chance that the registry has for all of the values."""
+        entries = [find(name) for name in self.values]
+        levels = {(metric.level, metric.chance) if metric else (None, "") for metric in entries}
+        level, chance = levels.pop()
+        return self if levels or level is None else replace(self, level=level, chance=chance)
+
     @property
     def heading(self) -> str:
-        """The title, with the level of chance if there is one."""
-        return self.title if self.level is None else f"{self.title} ({self.chance}: {self.level:g})"
+        """The title with a capital, and the level of chance if there is one."""
+        title = self.title[:1].upper() + self.title[1:] if re.match(r"[a-z]{2,}[ ,-]", self.title) else self.title
+        return title if self.level is None else f"{title} ({self.chance}: {self.level:g})"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -76,6 +108,20 @@ class Section:
 
     name: str
     panels: tuple[Panel, ...]
+
+
+@cache
+def catalogue() -> tuple[Section, ...]:
+    """Every panel of the workspace by section, top to bottom, as the registry of metrics has them."""
+    modules = {task.model for task in tasks().values()}
+    panels: dict[str, list[Panel]] = {name: [] for name in data()["sections"]}
+    for family in data()["families"]:
+        source = family.get("source", "")
+        probe = "" if source in modules else source.rpartition(".")[2]
+        own = [(metric, given) for metric in metrics() if metric.family == family["title"] for given in metric.panels]
+        for metric, given in [*((None, given) for given in family.get("panels", ())), *own]:
+            panels.setdefault(given["section"], []).append(Panel.of(given, metric, probe))
+    return tuple(Section(name, tuple(members)) for name, members in panels.items())
 
 
 @dataclass(frozen=True)
@@ -110,9 +156,20 @@ class Logged:
                 f"the runs call their recorded weights by different names ({', '.join(wholes)}): "
                 "give runs of one name, a dashboard for each"
             )
-        listed = frozenset(name for run in runs for name in _callbacks(run))
+        listed = frozenset(name for run in runs for name in _callbacks(run.settings))
         whole = wholes[0] if wholes else "trunk"
         return cls(names, whole, tuple(sorted(labels & parts, key=natural)), listed)
+
+    @classmethod
+    def standard(cls) -> Logged:
+        """What a run with `configs/probes/standard.yaml` logs: the whole selection's metrics, no group's."""
+        settings = yaml.safe_load(files("mini_gpt_pl.configs").joinpath("probes/standard.yaml").read_text())
+        probes = frozenset({"", *_callbacks(settings)})
+        values = [value for part in catalogue() for p in part.panels if p.probe in probes for value in p.metrics]
+        names = {name for value in values if GROUP not in value for name in _choices(value)} | set(data()["standard"])
+        nulls = {other for name in names if (m := find(name)) and _is_null(other := about(m.beside, name))}
+        measured = {name.replace(WHOLE, "trunk") for name in names | nulls if not name.startswith("anatomy/")}
+        return cls(frozenset(measured), probes=probes)
 
     def resolve(self, panel: Panel) -> Panel | None:
         """Fill in a panel of the catalogue with the names that were logged; None if no value was.
@@ -122,50 +179,58 @@ class Logged:
         if panel.kind == "images":
             return panel if panel.probe in self.probes else None
         values = tuple(dict.fromkeys(self._expand(panel.values)))
-        beside = [f"{value}{ending}" for value in values for ending in _NULLS]
-        known = (*self._expand(panel.nulls), *(name for name in beside if name in self.names))
-        nulls = tuple(name for name in dict.fromkeys(known) if name not in values)
-        return replace(panel, values=values, nulls=nulls) if values else None
+        endings = [f"{value}{ending}" for value in values for ending in _NULLS]
+        held = [other for value in values if (other := beside(value, self.names)) and _is_null(other)]
+        nulls = [*self._expand(panel.nulls), *held, *(name for name in endings if name in self.names)]
+        shown = tuple(name for name in dict.fromkeys(nulls) if name not in values)
+        return replace(panel, values=values, nulls=shown) if values else None
 
-    def _expand(self, patterns: Iterable[str]) -> Iterator[str]:
-        for pattern in patterns:
-            labels = self.groups if GROUP in pattern else (self.whole,)
-            for label in labels:
-                name = pattern.replace(GROUP, label).replace(WHOLE, label)
-                if "*" in name:
-                    yield from sorted((known for known in self.names if _matches(known, name)), key=natural)
+    def _expand(self, templates: Iterable[str]) -> Iterator[str]:
+        for template in templates:
+            for label in self.groups if GROUP in template else (self.whole,):
+                name = template.replace(GROUP, label).replace(WHOLE, label)
+                metric = find(template)
+                if "{" in name and metric is not None:
+                    fits = expression(name, metric.patterns)
+                    yield from sorted((n for n in self.names if fits.fullmatch(n) and find(n) is metric), key=natural)
                 elif name in self.names:
                     yield name
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a name fits a pattern whose `*` stays within one part of it."""
-    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+def _is_null(name: str) -> bool:
+    metric = find(name)
+    return metric is not None and _IS_NULL.match(metric.null) is not None
 
 
-def _callbacks(run: Run) -> list[str]:
-    """Names of the callbacks in a run's configuration; without one its CSV says all there is."""
-    listed = (run.settings.get("trainer") or {}).get("callbacks") or []
+def _choices(template: str) -> Iterator[str]:
+    """Every name that a template of the catalogue stands for; none where a placeholder stands for any word."""
+    metric = find(template)
+    holes = [hole for hole in re.findall(r"\{(\w+)\}", template) if hole != "whole"]
+    choices = [metric.patterns[hole].split("|") if metric else [] for hole in holes]
+    if all(re.fullmatch(r"\w+", choice) for several in choices for choice in several):
+        for chosen in product(*choices):
+            yield template.format(whole=WHOLE, **dict(zip(holes, chosen, strict=True)))
+
+
+def _callbacks(settings: dict[str, Any]) -> list[str]:
+    """Names of the callbacks in a configuration; without one its CSV says all there is."""
+    listed = (settings.get("trainer") or {}).get("callbacks") or []
     return [str(entry["class_path"]).rpartition(".")[2] for entry in (listed if isinstance(listed, list) else [listed])]
 
 
-def workspace_sections(catalogue: Sequence[Section], logged: Logged) -> list[Section]:
-    """Return the sections that runs can fill, with what the catalogue does not know behind them.
+def workspace_sections(logged: Logged) -> list[Section]:
+    """Return the sections that runs can fill, with what the catalogue does not list behind them.
 
     Args:
-        catalogue: Sections of patterns.
         logged: What runs logged.
     """
-    found = []
-    for section in catalogue:
-        panels = tuple(panel for pattern in section.panels if (panel := logged.resolve(pattern)) is not None)
-        if panels:
-            found.append(Section(section.name, panels))
-    patterns = [panel for section in catalogue for panel in section.panels]
+    patterns = [panel for section in catalogue() for panel in section.panels]
+    filled = [(part.name, tuple(filter(None, map(logged.resolve, part.panels)))) for part in catalogue()]
+    sections = [Section(name, panels) for name, panels in filled if panels]
     probes = {family(name) for panel in patterns for name in panel.metrics if panel.probe}
     modules = {family(name) for panel in patterns for name in panel.metrics if not panel.probe}
-    covered = {name for section in found for panel in section.panels for name in panel.metrics}
-    return found + _own(logged, covered, probes, modules)
+    covered = {name for section in sections for panel in section.panels for name in panel.metrics}
+    return sections + _own(logged, covered, probes, modules)
 
 
 def _own(logged: Logged, covered: set[str], probes: set[str], modules: set[str]) -> list[Section]:
@@ -180,9 +245,10 @@ def _own(logged: Logged, covered: set[str], probes: set[str], modules: set[str])
     panels: dict[str, list[Panel]] = {}
     for name in sorted(logged.names - covered, key=natural):
         kind = family(name)
-        if kind in probes or set(logged.groups) & set(name.split("/")) or _is_null(name, logged.names):
+        is_null = any(name.endswith(end) and name.removesuffix(end) in logged.names for end in _NULLS)
+        if kind in probes or set(logged.groups) & set(name.split("/")) or is_null:
             continue
-        level = 0.0 if name.endswith(_EXCESS) else None
+        level = 0.0 if name.endswith("_excess") else None
         panel = logged.resolve(Panel(name, (name,), level=level, chance="its null"))
         assert panel is not None
         panels.setdefault("more" if kind in modules or not kind else kind, []).append(panel)
@@ -192,10 +258,6 @@ def _own(logged: Logged, covered: set[str], probes: set[str], modules: set[str])
 def family(name: str) -> str:
     """Return the first part of a metric's name; empty where it has one part only."""
     return name.split("/")[0] if "/" in name else ""
-
-
-def _is_null(name: str, names: frozenset[str]) -> bool:
-    return any(name.endswith(ending) and name.removesuffix(ending) in names for ending in _NULLS)
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

@@ -50,24 +50,20 @@ def workspace(sections: Sequence[Section], name: str, entity: str, project: str)
         UserError: The extra is not installed.
     """
     ws = _library("wandb_workspaces.workspaces")
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=name,
-        sections=[
+    parts = []
+    for section in sections:
+        layout = ws.SectionLayoutSettings(columns=_COLUMNS, rows=math.ceil(len(section.panels) / _COLUMNS))
+        parts.append(
             ws.Section(
                 name=section.name,
                 panels=[_panel(panel) for panel in section.panels],
                 is_open=True,
-                layout_settings=ws.SectionLayoutSettings(
-                    columns=_COLUMNS, rows=math.ceil(len(section.panels) / _COLUMNS)
-                ),
+                layout_settings=layout,
                 panel_settings=ws.SectionPanelSettings(x_axis=AXIS),
             )
-            for section in sections
-        ],
-        settings=ws.WorkspaceSettings(x_axis=AXIS),
-    )
+        )
+    settings = ws.WorkspaceSettings(x_axis=AXIS)
+    return ws.Workspace(entity=entity, project=project, name=name, sections=parts, settings=settings)
 
 
 def report(sections: Sequence[Section], sweep: SweepRuns, entity: str, project: str) -> Any:
@@ -94,13 +90,8 @@ def report(sections: Sequence[Section], sweep: SweepRuns, entity: str, project: 
 def _run_set(wr: Any, sweep: SweepRuns, entity: str, project: str) -> Any:
     expr = _library("wandb_workspaces.expr")
     own = expr.Metric("Sweep") == sweep.identifier if sweep.identifier else expr.Metric("Name").isin(list(sweep.names))
-    return wr.Runset(
-        entity=entity,
-        project=project,
-        name=sweep.title,
-        filters=expr.And(own),
-        groupby=[f"config.{key}" for key in sweep.varied],
-    )
+    grouped = [f"config.{key}" for key in sweep.varied]
+    return wr.Runset(entity=entity, project=project, name=sweep.title, filters=expr.And(own), groupby=grouped)
 
 
 def _panel(panel: Panel, place: int = 0) -> Any:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mini_gpt_pl.dashboard.layout import WHOLE, Logged, Panel, Section
+from mini_gpt_pl.dashboard.layout import WHOLE, Logged, Panel, Section, catalogue
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.metrics.registry import data, title_of
 from mini_gpt_pl.presets import preset
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.sweep.grid import Sweep, read_sweep
 
 # What runs differ in without being another experiment.
 _ASIDE = (
-    *("run_dir", "overwrite", "resume", "config", "ckpt_path", "data.cache_dir"),
-    *("trainer.logger", "trainer.callbacks", "trainer.default_root_dir", "trainer.accelerator", "trainer.devices"),
+    *("run_dir.", "overwrite.", "resume.", "config.", "ckpt_path.", "data.cache_dir."),
+    *("trainer.logger.", "trainer.callbacks.", "trainer.default_root_dir.", "trainer.accelerator.", "trainer.devices."),
 )
 _MOST = 6
 """Settings that a report compares runs by; the others say no more than the runs' names."""
@@ -45,7 +46,7 @@ class SweepRuns:
 
 
 def find_sweep(wanted: str, runs: Sequence[Run]) -> SweepRuns:
-    """Find out which runs a sweep has and what it varies.
+    """Return which runs a sweep has and what it varies.
 
     Args:
         wanted: A sweep file, the name of one in `configs/sweeps`, or the id of a sweep on the W&B server.
@@ -61,7 +62,7 @@ def find_sweep(wanted: str, runs: Sequence[Run]) -> SweepRuns:
             "digits): give one of them"
         )
     if path is None:
-        settings = [{k: v for k, v in flatten(run.config).items() if not _aside(k)} for run in runs]
+        settings = [{k: v for k, v in flatten(run.config).items() if not f"{k}.".startswith(_ASIDE)} for run in runs]
         return SweepRuns(f"Sweep {wanted}", *_varied(settings), identifier=wanted)
     sweep = read_sweep(path)
     names = tuple(point.name for point in sweep.points)
@@ -78,16 +79,14 @@ def _sweep_file(wanted: str) -> Path | None:
 
 def _of_points(sweep: Sweep) -> list[dict[str, Any]]:
     """What each point sets, with the configuration files that it names read."""
-    found = []
+    every: list[dict[str, Any]] = []
     for point in sweep.points:
-        settings: dict[str, Any] = {}
+        every.append({})
         for key, value in point.parameters.items():
-            if key in ("config", "c"):
-                settings |= flatten(yaml.safe_load((preset(value) or Path(value)).read_text()) or {})
-            else:
-                settings |= flatten({key: value})
-        found.append(settings)
-    return found
+            is_file = key in ("config", "c")
+            held = yaml.safe_load((preset(value) or Path(value)).read_text()) or {} if is_file else {key: value}
+            every[-1] |= flatten(held)
+    return every
 
 
 def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -110,8 +109,8 @@ def _varied(settings: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tup
     # Of several that tell the same runs apart, the first.
     telling = {_partition([repr(one.get(key)) for one in settings]): key for key in reversed(several)}
     kept = tuple([key for key in several if key in telling.values()][:_MOST])
-    numbers = tuple(key for key in kept if all(_is_number(one.get(key)) for one in settings))
-    return kept, numbers
+    # The type of True is bool.
+    return kept, tuple(key for key in kept if all(type(one.get(key)) in (int, float) for one in settings))
 
 
 def _partition(values: Sequence[str]) -> tuple[int, ...]:
@@ -119,39 +118,7 @@ def _partition(values: Sequence[str]) -> tuple[int, ...]:
     return tuple(values.index(value) for value in values)
 
 
-def _aside(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in _ASIDE)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 # ------------------------------------------------------------------------------------------------------- panels
-
-
-_CURVES = (
-    Panel("Validation loss", ("val/loss",)),
-    Panel("Key retrieval, exact match", ("probe/p_in", "probe/p_ood")),
-    Panel("PC1 of the drift, raw", (f"backbone/{WHOLE}/pc1",)),
-    Panel("PC1, unit rows", (f"backbone/{WHOLE}/pc1_unit",)),
-    Panel("cos(v_b, theta_0)", (f"backbone/{WHOLE}/cos_theta0",)),
-    Panel("Persistence, drift over the free walk's", (f"backbone/{WHOLE}/persistence",)),
-    Panel("Excess of PC1", (f"backbone/{WHOLE}/pc1_excess",), level=0.0, chance="decaying walk"),
-    Panel("Update with v_b of its past", (f"alignment/{WHOLE}/update",), level=0.0, chance="walk"),
-)
-_BARS = tuple(
-    Panel(title, (f"backbone/{WHOLE}/{name}",), kind="bars")
-    for title, name in (
-        ("PC1 of the drift, raw, at the end", "pc1"),
-        ("PC1, unit rows, at the end", "pc1_unit"),
-        ("k95 at the end", "k95"),
-        ("cos(v_b, theta_0) at the end", "cos_theta0"),
-        ("Persistence at the end", "persistence"),
-        ("Autocorrelation of updates at the end", "autocorrelation"),
-    )
-)
-_OUTCOMES = ("val/loss", "probe/p_ood", f"backbone/{WHOLE}/pc1_excess", f"backbone/{WHOLE}/persistence_excess")
 
 
 def report_sections(logged: Logged, sweep: SweepRuns) -> list[Section]:
@@ -161,22 +128,23 @@ def report_sections(logged: Logged, sweep: SweepRuns) -> list[Section]:
         logged: What runs log.
         sweep: Whose report.
     """
-    panels = {
-        "Over training": [found for panel in _CURVES if (found := logged.resolve(panel))],
-        "At the end, beside the null": [found for panel in _BARS if (found := logged.resolve(panel))],
-        "Against what was varied": [found for panel in _against(sweep) if (found := logged.resolve(panel))],
-    }
-    return [Section(name, tuple(members)) for name, members in panels.items() if members]
+    shown = data()["sweep"]
+    panels = {panel.values: panel for section in catalogue() for panel in section.panels}
+    curves = (
+        panels.get(tuple(names)) or Panel(title_of(names[0]), tuple(names)).with_level() for names in shown["curves"]
+    )
+    last = (Panel(f"{title_of(name)} at the end", (name,), kind="bars") for name in shown["last"])
+    against = _against(sweep, shown["outcomes"])
+    sections = {"Over training": curves, "At the end, beside the null": last, "Against what was varied": against}
+    filled = {name: tuple(filter(None, map(logged.resolve, members))) for name, members in sections.items()}
+    return [Section(name, members) for name, members in filled.items() if members]
 
 
-def _against(sweep: SweepRuns) -> list[Panel]:
+def _against(sweep: SweepRuns, outcomes: Sequence[str]) -> Iterator[Panel]:
     """Parallel coordinates of all settings, and a scatter of each outcome over each numeric one."""
-    if not sweep.varied:
-        return []
-    found = [Panel("Settings and outcomes", _OUTCOMES, kind="parallel", across=sweep.varied)]
+    if sweep.varied:
+        yield Panel("Settings and outcomes", tuple(outcomes), kind="parallel", across=sweep.varied)
     for key in sweep.numbers:
-        for outcome in _OUTCOMES:
-            level = 0.0 if outcome.endswith("_excess") else None
+        for outcome in outcomes:
             title = f"{outcome.replace(f'{WHOLE}/', '')} over {key.rpartition('.')[2]}"
-            found.append(Panel(title, (outcome,), level=level, chance="null", kind="scatter", across=(key,)))
-    return found
+            yield Panel(title, (outcome,), kind="scatter", across=(key,)).with_level()

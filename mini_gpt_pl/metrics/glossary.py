@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.metrics.registry import Family, Metric, beside, find, metrics, quantity_of, registry
+from mini_gpt_pl.metrics.registry import Metric, beside, data, find, metrics, quantity_of
 from mini_gpt_pl.runs.folder import CONFIG, Run
 
 # The placeholders that a run has several of: one row of a table stands for all of them.
@@ -107,33 +107,28 @@ A number about geometry means something beside its null only: what chance, or ch
 
 def markdown() -> str:
     """Write the glossary as the page `docs/metrics.md`."""
-    held = registry()
-    lines = [_HEAD, *(f"- **{symbol}**: {words}" for symbol, words in held.symbols.items())]
+    lines = [_HEAD, *(f"- **{symbol}**: {words}" for symbol, words in data()["symbols"].items())]
     lines += ["", "## Placeholders", "", "| in a name | stands for |", "|---|---|"]
-    lines += [f"| `{{{name}}}` | {place.words} |" for name, place in held.placeholders.items()]
-    for family in held.families:
-        if family.metrics:
-            lines += ["", f"## {family.title}", "", _logged_by(family)]
-        for metric in family.metrics:
-            lines += ["", *_card(metric, family)]
+    lines += [f"| `{{{name}}}` | {place['words']} |" for name, place in data()["placeholders"].items()]
+    for family in (family for family in data()["families"] if "metrics" in family):
+        source = family.get("source")
+        who = f"[`{source.rpartition('.')[2]}`](reference/{family['page']}.md#{source})" if source else _ANY_MODULE
+        lines += ["", f"## {family['title']}", "", f"Logged by {who} {family['when']}. Cost: {family['cost']}."]
+        for metric in metrics():
+            if metric.family == family["title"]:
+                lines += ["", *_card(metric, family)]
     return "\n".join(lines) + "\n"
 
 
-def _logged_by(family: Family) -> str:
-    name = family.source.rpartition(".")[2]
-    source = f"[`{name}`](reference/{family.page}.md#{family.source})" if name else _ANY_MODULE
-    return f"Logged by {source} {family.when}. Cost: {family.cost}."
-
-
-def _card(metric: Metric, family: Family) -> list[str]:
-    general = registry().placeholders
-    narrowed = {h: own for h, own in metric.patterns.items() if h not in general or own != general[h].pattern}
+def _card(metric: Metric, family: Mapping[str, Any]) -> list[str]:
+    common = {hole: place["pattern"] for hole, place in data()["placeholders"].items()}
+    narrowed = {hole: own for hole, own in metric.patterns.items() if own != common.get(hole)}
     choices = [f"`{hole}`: `{own.replace('|', '`, `')}`".replace(r"\w+", "…") for hole, own in narrowed.items()]
     words = re.sub(r"\{(\w+)\}", r"`{\1}`", metric.words)
     lines = [f"### `{metric.name}`", "", words + (f" Here {'; '.join(choices)}." if choices else ""), ""]
     lines += [f"- formula: `{metric.formula}`", f"- unit: {metric.unit}", f"- null: {metric.null}"]
-    lines += [f"- logged: {metric.when}"] if metric.when != family.when else []
-    lines += [f"- cost: {metric.cost}"] if metric.cost != family.cost else []
+    lines += [f"- logged: {metric.when}"] if metric.when != family["when"] else []
+    lines += [f"- cost: {metric.cost}"] if metric.cost != family["cost"] else []
     return [*lines, f"- reference: {metric.reference}"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from test_wandb_run import config_of, geometry_of, history
 from docs.tools import dashboard_preview as preview
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.dashboard import objects, workspace_sections
-from mini_gpt_pl.dashboard.catalogue import CATALOGUE, STANDARD, standard
 from mini_gpt_pl.dashboard.command import describe, main
-from mini_gpt_pl.dashboard.layout import AXIS, Logged, Panel, Section
+from mini_gpt_pl.dashboard.layout import AXIS, Logged, Panel, Section, catalogue
 from mini_gpt_pl.dashboard.sweeps import SweepRuns, find_sweep, flatten, report_sections
+from mini_gpt_pl.metrics.registry import find
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.training import cli as trainer_cli
 
@@ -122,7 +122,7 @@ def names_of(sections: list[Section]) -> set[str]:
     return {name for section in sections for panel in section.panels for name in panel.metrics}
 
 
-def panels_of(sections: list[Section]) -> list[Panel]:
+def panels_of(sections: Sequence[Section]) -> list[Panel]:
     return [panel for section in sections for panel in section.panels]
 
 
@@ -132,10 +132,10 @@ def panels_of(sections: list[Section]) -> list[Panel]:
 def test_a_run_fills_every_panel_of_the_catalogue(runs: list[Run]) -> None:
     """So each pattern is a name that something logs: a probe that renames a metric turns this red."""
     logged = Logged.of(runs)
-    unfilled = [p.title for p in panels_of(list(CATALOGUE)) if logged.resolve(p) is None]
+    unfilled = [p.title for p in panels_of(catalogue()) if logged.resolve(p) is None]
     # Without a pair of switches, or stretches that no switch overlaps, these have nothing to say.
     assert set(unfilled) <= {"|cos| of pairs of switches, whole run"}, unfilled
-    patterns = {name for panel in panels_of(list(CATALOGUE)) for name in panel.values if "*" not in name}
+    patterns = {name for panel in panels_of(catalogue()) for name in panel.values if "*" not in name}
     named = {name.format(whole="trunk", group=group) for name in patterns for group in ("blocks.0", "blocks.1")}
     rare = {name for name in named if "percentile" in name or "run_pair" in name or "lambda_" in name}
     assert named - rare - logged.names == {f"pictures/{name}" for name in ("spectrum", "path", "blocks")}
@@ -143,8 +143,8 @@ def test_a_run_fills_every_panel_of_the_catalogue(runs: list[Run]) -> None:
 
 def test_every_panel_names_what_the_runs_logged(runs: list[Run]) -> None:
     """In the CSV, and in what W&B was given."""
-    sections = workspace_sections(CATALOGUE, Logged.of(runs))
-    assert [section.name for section in sections][:9] == [section.name for section in CATALOGUE]
+    sections = workspace_sections(Logged.of(runs))
+    assert [section.name for section in sections][:9] == [section.name for section in catalogue()]
     images = {name for panel in panels_of(sections) if panel.kind == "images" for name in panel.values}
     columns = {str(name) for run in runs for name in run.metrics}
     given = {name for run in runs for row in history(run.path) for name in row}
@@ -157,18 +157,18 @@ def test_every_panel_names_what_the_runs_logged(runs: list[Run]) -> None:
 def test_the_default_names_what_standard_probes_log(runs: list[Run]) -> None:
     loaded = yaml.safe_load((ROOT / "configs" / "probes" / "standard.yaml").read_text())
     listed = {entry["class_path"].rpartition(".")[2] for entry in loaded["trainer"]["callbacks"]}
-    assert listed - {"ModelCheckpoint"} | {"", "ReheatProbe"} == STANDARD
-    sections = workspace_sections(CATALOGUE, standard())
+    assert Logged.standard().probes == listed | {""}
+    sections = workspace_sections(Logged.standard())
     images = {name for panel in panels_of(sections) if panel.kind == "images" for name in panel.values}
     rare = {name for name in names_of(sections) if "percentile" in name or "run_pair" in name}
     assert names_of(sections) - images - rare <= Logged.of(runs).names
-    assert {panel.probe for panel in panels_of(sections)} == STANDARD
+    assert {panel.probe for panel in panels_of(sections)} == listed - {"ModelCheckpoint"} | {"", "ReheatProbe"}
 
 
 def test_no_value_stands_without_the_null_that_was_logged(runs: list[Run]) -> None:
     logged = Logged.of(runs)
     report = report_sections(logged, SweepRuns("x", ("steps",), numbers=("steps",), names=("a",)))
-    for panel in panels_of(workspace_sections(CATALOGUE, logged) + report):
+    for panel in panels_of(workspace_sections(logged) + report):
         for value in panel.values:
             known = {f"{value}{ending}" for ending in ("_null", "_walk", "_decaying_walk")} & logged.names
             known |= {value.replace("/cosine", "/control_cosine")} & logged.names if "/cosine" in value else set()
@@ -176,19 +176,20 @@ def test_no_value_stands_without_the_null_that_was_logged(runs: list[Run]) -> No
 
 
 def test_no_geometry_panel_is_without_a_null() -> None:
-    for section in CATALOGUE:
+    for section in catalogue():
         for panel in section.panels if section.name in ("backbone", "alignment") else ():
-            assert panel.nulls or panel.level is not None, panel.title
+            beside = [metric is not None and metric.beside for metric in map(find, panel.values)]
+            assert panel.nulls or panel.level is not None or all(beside), panel.title
 
 
 def test_old_runs_get_the_panels_that_they_can_fill() -> None:
     """No anatomy, no Fisher, no pictures: no empty panel."""
     run = Run(ROOT / "docs" / "replication" / "runs" / "seeds" / "seed42")
-    sections = workspace_sections(CATALOGUE, Logged.of([run]))
+    sections = workspace_sections(Logged.of([run]))
     assert names_of(sections) <= set(map(str, run.metrics))
     assert not {"beta2", "pictures", "backbone"} & {section.name for section in sections}
     newer = Run(ROOT / "docs" / "h100_full")
-    sections = workspace_sections(CATALOGUE, Logged.of([newer]))
+    sections = workspace_sections(Logged.of([newer]))
     assert names_of(sections) <= set(map(str, newer.metrics))
     by_group = next(panel for panel in panels_of(sections) if panel.title == "Excess of PC1 by group")
     assert by_group.values == tuple(f"backbone/blocks.{k}/pc1_excess" for k in range(8))
@@ -211,7 +212,7 @@ def test_a_readers_own_probes_get_a_section(tmp_path: Path) -> None:
         "backbone/trunk/k99",
     )
     run = csv_run(tmp_path / "own", *own, "backbone/trunk/pc1")
-    found = {section.name: section.panels for section in workspace_sections(CATALOGUE, Logged.of([run]))}
+    found = {section.name: section.panels for section in workspace_sections(Logged.of([run]))}
     assert [panel.metrics for panel in found["mine"]] == [
         ("mine/trunk/x", "mine/trunk/x_null"),
         ("mine/trunk/x_excess",),
@@ -225,7 +226,7 @@ def test_the_whole_has_the_name_that_the_recorder_gave(tmp_path: Path) -> None:
     first = csv_run(tmp_path / "a", "backbone/body/pc1", "backbone/body/pc1_null")
     logged = Logged.of([first])
     assert (logged.whole, logged.groups) == ("body", ())
-    (panel,) = (p for p in panels_of(workspace_sections(CATALOGUE, logged)) if p.title.startswith("PC1 of the drift"))
+    (panel,) = (p for p in panels_of(workspace_sections(logged)) if p.title.startswith("PC1 of the drift"))
     assert panel.metrics == ("backbone/body/pc1", "backbone/body/pc1_null")
     with one_line_error("different names \\(body, trunk\\)"):
         Logged.of([first, csv_run(tmp_path / "b", "backbone/trunk/pc1")])
@@ -256,7 +257,7 @@ def test_a_dry_run_names_every_panel_and_metric(
     main([*folders, "--dry_run", "--sweep", "configs/sweeps/reheat.yaml"])
     told = capsys.readouterr().out
     logged = Logged.of(runs)
-    sections = workspace_sections(CATALOGUE, logged)
+    sections = workspace_sections(logged)
     for panel in panels_of(sections):
         (line,) = [
             line for line in told.split("\nreport ")[0].splitlines() if line.strip().startswith(f"{panel.heading}: ")
@@ -337,7 +338,7 @@ def test_the_workspace_that_is_saved(runs: list[Run], saved: list[Any], capsys: 
     main([str(runs[0].path), str(runs[1].path), "--entity", "me", "--project", "p"])
     assert capsys.readouterr().out == "workspace: https://w/Workspace\n"
     (view,) = saved
-    sections = workspace_sections(CATALOGUE, Logged.of(runs))
+    sections = workspace_sections(Logged.of(runs))
     assert (view.entity, view.project, view.name) == ("me", "p", "geometry")
     built = json.loads(view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
     bank = built["section"]["panelBankConfig"]["sections"]
@@ -436,7 +437,7 @@ def test_numeric_settings_are_scattered(monkeypatch: pytest.MonkeyPatch) -> None
     sweep = find_sweep("seeds", [])
     assert sweep.numbers == sweep.varied == ("seed_everything",)
     assert sweep.names == ("seed42", "seed271")
-    sections = report_sections(standard(), sweep)
+    sections = report_sections(Logged.standard(), sweep)
     scatters = [panel for panel in panels_of(sections) if panel.kind == "scatter"]
     assert [panel.across for panel in scatters] == [("seed_everything",)] * 4
     pytest.importorskip("wandb_workspaces")
@@ -471,7 +472,7 @@ def test_settings_are_flattened_as_wandb_keeps_them() -> None:
 def test_the_preview_is_laid_out_as_the_workspace(runs: list[Run], tmp_path: Path) -> None:
     figure = preview.draw_preview(runs[0], ["backbone", "pictures", "overhead"])
     logged = Logged.of([runs[0]])
-    sections = [s for s in workspace_sections(CATALOGUE, logged) if s.name in ("backbone", "pictures", "overhead")]
+    sections = [s for s in workspace_sections(logged) if s.name in ("backbone", "pictures", "overhead")]
     titles = [axes.get_title(loc="left").replace("\n", " ") for part in figure.subfigs for axes in part.axes]
     assert [title for title in titles if title] == [panel.heading for panel in panels_of(sections)]
     preview.write_preview(figure, tmp_path / "x.png")

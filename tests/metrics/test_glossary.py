@@ -272,13 +272,13 @@ def test_the_core_names_no_study() -> None:
 def test_without_a_study_its_metrics_are_gone_and_the_cores_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = {metric.name for metric in registry.metrics()}
     monkeypatch.setattr(registry, "tasks", dict)
-    core = registry.registry.__wrapped__()
-    left = {metric.name for metric in core.metrics}
+    core = list(registry._entries(registry.data.__wrapped__()))
+    left = {metric.name for metric in core}
     assert {"train/loss", "val/loss", "backbone/{group}/pc1", "overhead/fraction"} <= left < everything
     gone = everything - left
     assert {"probe/p_ood", "reheat/gain", "eval/{set}_accuracy", "fourier/{axis}/{table}/largest"} <= gone
-    assert {metric.reference for metric in core.metrics if metric.name.startswith("backbone/")} == {"ours"}
-    assert "reheats" not in {panel.section for panel in core.panels}
+    assert {metric.reference for metric in core if metric.name.startswith("backbone/")} == {"ours"}
+    assert "reheats" not in {panel["section"] for metric in core for panel in metric.panels}
 
 
 def test_a_name_has_words_and_a_way_to_be_written() -> None:
