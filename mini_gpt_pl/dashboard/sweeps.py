@@ -133,7 +133,7 @@ def report_sections(logged: Logged, sweep: SweepRuns) -> list[Section]:
     curves = (
         panels.get(tuple(names)) or Panel(title_of(names[0]), tuple(names)).with_level() for names in shown["curves"]
     )
-    last = (Panel(f"{title_of(name)} at the end", (name,), kind="bars") for name in shown["last"])
+    last = (Panel(f"{title_of(name)}, at the end", (name,), kind="bars") for name in shown["last"])
     against = _against(sweep, shown["outcomes"])
     sections = {"Over training": curves, "At the end, beside the null": last, "Against what was varied": against}
     filled = {name: tuple(filter(None, map(logged.resolve, members))) for name, members in sections.items()}
