@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from itertools import product
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import yaml
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.metrics.registry import Metric, about, beside, data, expression, find, metrics
+from mini_gpt_pl.presets import presets
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 from mini_gpt_pl.tasks import tasks
 
@@ -163,7 +163,7 @@ class Logged:
     @classmethod
     def standard(cls) -> Logged:
         """What a run with `configs/probes/standard.yaml` logs: the whole selection's metrics, no group's."""
-        settings = yaml.safe_load(files("mini_gpt_pl.configs").joinpath("probes/standard.yaml").read_text())
+        settings = yaml.safe_load(presets()["probes/standard"].read_text())
         probes = frozenset({"", *_callbacks(settings)})
         values = [value for part in catalogue() for p in part.panels if p.probe in probes for value in p.metrics]
         names = {name for value in values if GROUP not in value for name in _choices(value)} | set(data()["standard"])
