@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.callbacks.fisher import FisherProbe
 from mini_gpt_pl.callbacks.probe import Estimate, Probe
 from mini_gpt_pl.callbacks.schedule import Schedule
@@ -338,10 +338,7 @@ def _read_series(path: Path, metric: str) -> list[tuple[int, float]]:
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     """Write JSON, NaN as null, so that a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_without_nan(result), indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(_without_nan(result), indent=2, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:

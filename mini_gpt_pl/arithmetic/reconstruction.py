@@ -20,6 +20,7 @@ from mini_gpt_pl.arithmetic.operations import Examples
 from mini_gpt_pl.arithmetic.restore import recorded, restore, vectors
 from mini_gpt_pl.arithmetic.statistics import reconstruction
 from mini_gpt_pl.arithmetic.statistics.reconstruction import Rebuilt
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import pca
@@ -151,8 +152,8 @@ def main(args: Sequence[str] | None = None) -> None:
     found = rebuild(Run(told.run), None if told.other is None else Run(told.other), told.k, told.seed)
     fewest = fewest_directions(found, told.level)
     if told.out is not None:
-        found.to_csv(told.out, index=False)
-        fewest.to_csv(told.out.with_name(f"{told.out.stem}_fewest.csv"), index=False)
+        write_text(told.out, found.to_csv(index=False))
+        write_text(told.out.with_name(f"{told.out.stem}_fewest.csv"), fewest.to_csv(index=False))
     print(found.to_string(index=False, float_format="{:.4f}".format))
     print(f"\nk*, directions from which on {told.level:.0%} of the accuracy at the end is kept; - for none of them")
     print(fewest.astype(object).where(fewest.notna(), "-").to_string(index=False))

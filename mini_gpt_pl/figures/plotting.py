@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from mini_gpt_pl.atomic import write_bytes
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 
 WIDTH = 6.5
@@ -56,7 +57,7 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.{kind}" for kind in formats]
     for file in files:
-        file.write_bytes(render(figure, file.suffix[1:]))
+        write_bytes(file, render(figure, file.suffix[1:]))
     return files
 
 

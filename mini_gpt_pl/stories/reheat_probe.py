@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.frozen import FrozenBasis, Placement
 from mini_gpt_pl.geometry.vectors.selection import Vector
@@ -124,9 +125,8 @@ class ReheatProbe(Callback):
     def _record(self, trainer: Trainer, places: _Places | None) -> None:
         self.summary = {**self._gains(), **self._moved(places)}
         if trainer.is_global_zero:
-            file = Path(trainer.default_root_dir) / REHEAT
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({**self.lineage, **self.summary}, indent=2) + "\n")
+            record = json.dumps({**self.lineage, **self.summary}, indent=2) + "\n"
+            write_text(Path(trainer.default_root_dir) / REHEAT, record)
 
     def _gains(self) -> dict[str, float]:
         peak_step, peak = max(self._accuracy.items(), key=lambda item: item[1])  # the first of equal ones

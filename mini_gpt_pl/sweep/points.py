@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.folder import OUTCOME, Outcome, Run
 from mini_gpt_pl.sweep.grid import Point, Sweep
@@ -59,9 +60,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Put the record into a folder, whole or not at all."""
-        partial = folder / f".{RECORD}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(partial, folder / RECORD)
+        write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
 
     def same_run(self, other: Record) -> bool:
         """Whether both ask for one and the same run."""

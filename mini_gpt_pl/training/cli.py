@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.callbacks.divergence import StopOnDivergence
 from mini_gpt_pl.callbacks.progress import LiveNumbers
 from mini_gpt_pl.callbacks.settled import SettledObjects
@@ -84,9 +85,7 @@ class RunConfig(SaveConfigCallback):
     @rank_zero_only
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
-        file = Path(trainer.default_root_dir) / CONFIG
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        write_text(Path(trainer.default_root_dir) / CONFIG, text)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)

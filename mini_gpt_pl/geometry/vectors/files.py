@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mini_gpt_pl.atomic import replacing
 from mini_gpt_pl.errors import UserError
 
 # The format's names of what rows are stored as.
@@ -33,21 +33,9 @@ Piece: TypeAlias = tuple[int, int]
 _ALIGN = 8
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, so that a reader of the other sees the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # still there only if writing failed
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
     """Write a safetensors file so that a reader sees the old file or the whole new one, never a part."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata=meta)
 
 
@@ -101,7 +89,7 @@ def write_flat(
     text += b" " * (-len(text) % _ALIGN)
     # Not the library's writer: it would want a copy of every tensor, as parts of one vector share their memory. A plain
     # write of the vector's bytes makes none, and lets other threads run.
-    with _replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(_ALIGN, "little") + text)
         file.write(_bytes_of(values))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mini_gpt_pl.atomic import replacing
 from mini_gpt_pl.errors import UserError
 
 TABLE = "replay.csv"
@@ -84,19 +84,16 @@ def file_of(folder: Path, step: int) -> Path:
 def write(folder: Path, record: Record) -> None:
     """Write a record, NaN as null, so that a reader sees all of it or nothing."""
     text = json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
-    _write_whole(file_of(folder, record["step"]), lambda file: file.write_text(text))
+    with _written(file_of(folder, record["step"])) as file:
+        file.write_text(text)
 
 
 def write_table(folder: Path, found: dict[int, Record]) -> Path:
     """Write all records as one long table, and return its path."""
-
-    def fill(file: Path) -> None:
-        with file.open("w", newline="") as handle:
-            writer = csv.writer(handle)
-            writer.writerow(Line._fields)
-            writer.writerows(lines(found))
-
-    _write_whole(folder / TABLE, fill)
+    with _written(folder / TABLE) as file, file.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(Line._fields)
+        writer.writerows(lines(found))
     return folder / TABLE
 
 
@@ -167,15 +164,13 @@ def make(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}): choose another folder with --out") from None
 
 
-def _write_whole(file: Path, fill: Callable[[Path], object]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
+@contextmanager
+def _written(file: Path) -> Iterator[Path]:
     try:
-        fill(partial)
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}): choose another folder with --out") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
