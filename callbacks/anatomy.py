@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from typing_extensions import override
 
-from mini_gpt_pl.callbacks.gradient_alignment import loss_scale
-from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.last_gradient import loss_scale
+from mini_gpt_pl.callbacks.probe import Deferred, Estimate, Row, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -26,12 +26,13 @@ from mini_gpt_pl.geometry.optimizer.moments import BeforeStep, Ladder, Settings
 from mini_gpt_pl.geometry.path import nulls
 from mini_gpt_pl.geometry.vectors.alignment import Products, noise_floor
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.observation.steps import Step
 
 # The ladder holds seven vectors at once, and as many while it is built.
 _TRANSIENT = 14
 
 
-class OptimizerAnatomy(DeferringProbe):
+class OptimizerAnatomy(StepProbe):
     r"""How an optimizer turns gradients that hardly see the backbone into updates that follow it.
 
     Reads the optimizer's own state after a step: Adam and AdamW (single-tensor, foreach, fused, amsgrad), SGD with
@@ -109,7 +110,7 @@ class OptimizerAnatomy(DeferringProbe):
     def _reset(self) -> None:
         self._deferred = Deferred()
         self._known: dict[int, dict[str, float]] = {}  # numbers that never were on the device
-        self._before: tuple[int, Optimizer, BeforeStep] | None = None
+        self._before: BeforeStep | None = None
         self._directions: tuple[Vector, Vector] | None = None
         self._reading = self._closing = False
         self._earlier: tuple[int, Tensor] | None = None
@@ -133,7 +134,7 @@ class OptimizerAnatomy(DeferringProbe):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         selection = self.recorder.selection
-        parameters, optimizer = selection.parameters(pl_module), trainer.optimizers[0]
+        parameters, optimizer = selection.parameters(pl_module), self._first_optimizer(trainer)
         self._subset = coordinate_subset(selection.local_dim, self.coordinates, self.seed).to(parameters[0].device)
         if not isinstance(optimizer, Adam | SGD):
             self._note(f"the anatomy knows no rule of {type(optimizer).__name__}: it shows gradient and update only")
@@ -147,41 +148,47 @@ class OptimizerAnatomy(DeferringProbe):
             self._note(f"{type(optimizer).__name__} has no beta2: the anatomy shows no counterfactual one")
         if self._restored is not None:
             self._restore(self._restored, selection)
+        self.recorder.attach(self)
+
+    def _first_optimizer(self, trainer: Trainer) -> Optimizer:
+        mine = (optimizer for optimizer in trainer.optimizers if self.recorder.steps.trains(optimizer))
+        return next(mine, trainer.optimizers[0])
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        step = trainer.global_step + 1
-        reading = self.due(step)
-        closing = self._parts is not None and self.recorder.schedule.due(step)
-        if not (reading or self._others or self._parts):
+    def before_step(self, step: Step) -> None:
+        """Remember what the step is about to destroy, if it is looked at."""
+        self._before = None
+        reading = self.due(step.count)
+        closing = self._parts is not None and self.recorder.schedule.due(step.count)
+        if not (reading or self._others or self._parts) or self.recorder.gradient.lost:
             return
+        assert self._trainer is not None
+        module, optimizer = self._trainer.lightning_module, step.optimizer
         with self.watch.running():
-            scale = loss_scale(trainer)
-            before = BeforeStep.of(
+            scale = loss_scale(self._trainer, optimizer)
+            # An optimizer that is not known may replace `.grad` within its step, as one with two closures does.
+            unclipped = self._parts is not None or (reading and not isinstance(optimizer, Adam | SGD))
+            self._before = BeforeStep.of(
                 optimizer,
-                self.recorder.selection.parameters(pl_module),
-                weights=reading or self._parts is not None or _has_scaler(trainer) or _has_l2(optimizer),
-                gradients=() if self._parts is None else self.recorder.gradient.parts(pl_module, scale),
+                self.recorder.selection.parameters(module),
+                weights=reading or self._parts is not None or _has_scaler(self._trainer) or _has_l2(optimizer),
+                gradients=self.recorder.gradient.parts(module, scale) if unclipped else (),
                 loss_scale=scale,
             )
-            if not any(True for _ in before.touched()):
-                return  # another optimizer's step
-            self._before, self._reading, self._closing = (step, optimizer, before), reading, closing
+            self._reading, self._closing = reading, closing
             if reading or closing:
                 self._directions = self.recorder.backbone()  # here, as it must not know this step
             if reading:
-                self._growth(step)
+                self._growth(step.number)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        found, self._before = self._before, None
-        if found is not None:
+    def after_step(self, step: Step) -> None:
+        """Read what the step did."""
+        before, self._before = self._before, None
+        if before is not None:
             with self.watch.running():
-                self._after(trainer, *found)
+                self._after(step, before)
             self._directions = None
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -230,23 +237,27 @@ class OptimizerAnatomy(DeferringProbe):
             raise RuntimeError("the probe is used before Trainer.fit has set it up")
         return self._recorder
 
-    def _after(self, trainer: Trainer, step: int, optimizer: Optimizer, before: BeforeStep) -> None:
+    def _after(self, step: Step, before: BeforeStep) -> None:
+        assert self._trainer is not None
+        optimizer = step.optimizer
         if any(parameter.grad is None for _, _, parameter in before.touched()):
-            self._note("the gradients are gone when the batch ends: the anatomy has nothing to read")
+            self._note("the gradients are gone when the step is over: the anatomy has nothing to read")
             return
-        if _has_scaler(trainer) and all(map(torch.equal, before.weights, before.parameters)):
+        if _has_scaler(self._trainer) and all(map(torch.equal, before.weights, before.parameters)):
             return  # fp16 training has left the step out
         if self._others is not None:
             self._others.feed(optimizer, before)
         if self._parts is not None:
             self._parts.account(optimizer, before)
         if self._reading:
-            self._read(step, Ladder.of(optimizer, before, self.recorder.selection), before)
+            replaced = step.evaluations > 1 or step.elsewhere
+            self._read(step, Ladder.of(optimizer, before, self.recorder.selection, unclipped=replaced), before)
         if self._closing:
-            self._close(step)
+            self._close(step.number)
 
-    def _read(self, step: int, ladder: Ladder, before: BeforeStep) -> None:
+    def _read(self, at: Step, ladder: Ladder, before: BeforeStep) -> None:
         """Everything about one step."""
+        step = at.number
         vectors = ladder.rungs() | {"difference": ladder.difference}
         if not any(s.decay for _, s, _ in before.touched() if s.decay_at != "gradient"):
             vectors.pop("decay", None)
@@ -261,15 +272,15 @@ class OptimizerAnatomy(DeferringProbe):
         whole: dict[str, Tensor] = {"unexplained": _left_over(products, "difference", "update")}
         for beta2 in others:
             whole[f"agreement_beta2_{beta2:g}"] = products.cosine(f"normalised_beta2_{beta2:g}", "normalised")[-1]
-        self._add_whole(step, whole | self._moments(step, ladder))
+        self._add_whole(step, whole | self._moments(at, ladder))
 
-    def _moments(self, step: int, ladder: Ladder) -> dict[str, Tensor]:
+    def _moments(self, step: Step, ladder: Ladder) -> dict[str, Tensor]:
         """Adam's memory, and the paper's eqs. 17 to 19."""
         if ladder.momentum is None or ladder.normalised is None or ladder.denominator is None:
             return {}
         assert ladder.settings is not None
         beta1, beta2 = ladder.settings.beta1, ladder.settings.beta2
-        null = predictions.white_noise(beta1, beta2, step)
+        null = predictions.white_noise(beta1, beta2, step.count)
         constants = {
             "memory_beta1": predictions.memory(beta1),
             "memory_beta2": predictions.memory(beta2),
@@ -277,13 +288,13 @@ class OptimizerAnatomy(DeferringProbe):
         }
         if null.has_means:
             constants |= {"coherence_null": null.coherence, "update_size_null": null.size}
-        self._known.setdefault(step, {}).update({self._key(name): value for name, value in constants.items()})
+        self._known.setdefault(step.number, {}).update({self._key(name): value for name, value in constants.items()})
         u, m, root = (v.values[self._subset] for v in (ladder.normalised, ladder.momentum, ladder.denominator))
         found = predictions.memory_metrics(u, null) | {"preconditioner_spread": predictions.spread(root)}
         if self._earlier is not None:
             past, values = self._earlier
-            found |= predictions.averaging_metrics(m, values, root.square(), beta1, step - past)
-        self._earlier = (step, m)
+            found |= predictions.averaging_metrics(m, values, root.square(), beta1, step.count - past)
+        self._earlier = (step.count, m)
         return found
 
     def _growth(self, step: int) -> None:

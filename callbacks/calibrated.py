@@ -13,12 +13,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from mini_gpt_pl.callbacks.gradient_alignment import loss_scale
+from mini_gpt_pl.callbacks.last_gradient import loss_scale
 from mini_gpt_pl.callbacks.measuring import measuring
-from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.probe import Deferred, Estimate, Row, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
@@ -26,6 +25,7 @@ from mini_gpt_pl.geometry.path import surrogates
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.alignment import cosines
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.observation.steps import Step
 
 Need = Literal["gradient", "update", "backbone"]
 
@@ -108,7 +108,7 @@ class View:
         return value
 
 
-class CalibratedProbe(DeferringProbe):
+class CalibratedProbe(StepProbe):
     """Base of a probe of your own: say what you need and what you make of it, and the null comes with it.
 
     A subclass gives `measure`, and declares in `needs` which vectors are to be kept for it. The base does the rest: it
@@ -162,6 +162,7 @@ class CalibratedProbe(DeferringProbe):
         self._recorder: TrajectoryRecorder | None = None
         self._seen: Callable[[Any], View] | None = None
         self._restored: dict[str, tuple[str, Any]] = {}
+        self._batch: Any = None
 
     # ---------------------------------------------------------------------------------------- to be written
 
@@ -211,21 +212,34 @@ class CalibratedProbe(DeferringProbe):
         for name, (kind, value) in restored.items():
             kept = value.to(pl_module.device) if isinstance(value, Tensor) else value
             self.memory[name] = Vector(kept, self._selection) if kind == "vector" else kept
+        self._need_recorder().attach(self)
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self.due(trainer.global_step + 1):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch
+
+    @override
+    def before_step(self, step: Step) -> None:
+        """Keep what the step is about to change, if it is due."""
+        self._seen = None
+        if self.due(step.count):
             with self.watch.running():
-                self._seen = self._look(trainer, pl_module, optimizer)
+                self._seen = self._look(step)
+
+    @override
+    def after_step(self, step: Step) -> None:
+        """Measure what the step did."""
+        complete, self._seen = self._seen, None
+        if complete is not None:
+            assert self._trainer is not None
+            with self.watch.running(), measuring(self._trainer, self._trainer.lightning_module), torch.no_grad():
+                self._measure(complete(self._batch))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        complete, self._seen = self._seen, None
-        if complete is not None:
-            with self.watch.running(), measuring(trainer, pl_module), torch.no_grad():
-                self._measure(complete(batch))
+        self._batch = None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
@@ -242,30 +256,31 @@ class CalibratedProbe(DeferringProbe):
 
     # -------------------------------------------------------------------------------------------- measuring
 
-    def _look(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Callable[[Any], View] | None:
+    def _look(self, step: Step) -> Callable[[Any], View] | None:
         """Keep what the step is about to change; the result makes the view of it once the step is done."""
         recorder, selection = self._need_recorder(), self._selection
+        assert self._trainer is not None and recorder.trajectory is not None
+        module = self._trainer.lightning_module
         before: dict[str, Any] = {}
         if "backbone" in self.needs:
             if (directions := recorder.backbone()) is None:
                 return None
             before["backbone"] = directions
         if "gradient" in self.needs:
-            gradient = selection.gradients(module)
-            scale = loss_scale(trainer)
+            if recorder.gradient.lost:
+                return None
+            scale = loss_scale(self._trainer, step.optimizer)
+            gradient = recorder.gradient.of(module, scale)
             before["gradient"] = gradient if scale == 1.0 else Vector(gradient.values / scale, selection)
         if "update" in self.needs:
             before["weights"] = selection.weights(module)
-        assert recorder.trajectory is not None
-        past = recorder.trajectory.until(trainer.global_step)
-        rate = recorder.decay(optimizer)
-        step = trainer.global_step + 1
+        past = recorder.trajectory.until(step.number - 1)
 
         def complete(batch: Any) -> View:
             given = dict(before)
             if "update" in self.needs:
                 given["update"] = selection.weights(module) - given["weights"]
-            return View(step, past, selection, module, batch, rate, given)
+            return View(step.number, past, selection, module, batch, recorder.decayed, given)
 
         return complete
 

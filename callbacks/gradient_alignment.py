@@ -11,16 +11,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from mini_gpt_pl.callbacks.last_gradient import loss_scale
 from mini_gpt_pl.callbacks.measuring import NamesItsLosses, measuring
-from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.probe import Deferred, Estimate, Row, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.vectors.alignment import cosines, noise_floor
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.observation.steps import Step
 
 
-class GradientAlignment(DeferringProbe):
+class GradientAlignment(StepProbe):
     """Cosine of single-batch gradients with the backbone of the snapshots before them.
 
     The combined gradient is the one that training has just computed (accumulated, before clipping): it costs a few
@@ -64,8 +66,12 @@ class GradientAlignment(DeferringProbe):
             self._deferred, self._bias_sum, self._split_step = Deferred(), {}, -1
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.recorder.attach(self)
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step + 1
+        step = self.recorder.steps.next
         if self.split_schedule is None or step == self._split_step or not isinstance(pl_module, NamesItsLosses):
             return
         self._split_step = step  # once per optimizer step, on its first micro-batch
@@ -74,18 +80,19 @@ class GradientAlignment(DeferringProbe):
         with self.watch.running():
             if (axes := self.recorder.axes()) is not None:
                 gradients = self._part_gradients(trainer, pl_module, batch)
-                self._defer(step, self._compare_parts(gradients, axes))
+                self._defer(trainer.global_step + 1, self._compare_parts(gradients, axes))
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        step = trainer.global_step + 1
-        if not self.due(step):
+    def before_step(self, step: Step) -> None:
+        """Compare the step's gradient with the backbone, if it is due."""
+        assert self._trainer is not None
+        if not self.due(step.count) or self.recorder.gradient.lost:
             return
         with self.watch.running():
             if (axes := self.recorder.axes()) is not None:
-                scale = loss_scale(trainer)
-                cosine, bias = _along(axes, *self.recorder.gradient.meet(pl_module, axes, scale))
-                self._defer(step, {"gradient": cosine, "bias": bias / scale})
+                scale = loss_scale(self._trainer, step.optimizer)
+                cosine, bias = _along(axes, *self.recorder.gradient.meet(self._trainer.lightning_module, axes, scale))
+                self._defer(step.number, {"gradient": cosine, "bias": bias / scale})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -179,11 +186,3 @@ def _along(
     """Cosine and coordinate along the backbone: per group along its own, then of the whole along the whole's."""
     along = coordinates[axes.index(BACKBONE)]
     return torch.where(square == 0, 0.0, along / square.sqrt()), along
-
-
-def loss_scale(trainer: Trainer) -> float:
-    """Factor that fp16 training still has on its gradients when the optimizer unscales them itself (fused)."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    optimizer = trainer.optimizers[0]
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return float(scaler.get_scale()) if scaler is not None and fused else 1.0

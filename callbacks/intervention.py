@@ -198,14 +198,14 @@ class SubspaceIntervention(Callback):
         step, basis = trainer.global_step, self._steering.basis
         if step < self.start:
             return
-        if self.decay == "span" and basis is not None:
+        if self.decay == "span" and basis is not None and self._span is None:
             weights = basis.selection.flatten([self._named[name] for name in basis.selection.names])
             self._span = basis.parallel(weights)
         if (step - self.start) % self.every != 0 or self._steering.is_identity:
             return
         self._telling = self._telling_due(trainer, step + 1)
         if self.space == "update":
-            self._before = self._weights(optimizer)
+            self._before = self._before or self._weights(optimizer)  # not again at the weights of a second closure
             return
         self._steer({name: p.grad for name, p in self._named.items() if p.grad is not None})
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mini_gpt_pl.geometry.directions.axes import Axes
 from mini_gpt_pl.geometry.optimizer.moments import copies
@@ -29,8 +31,27 @@ class LastGradient:
         self.selection = selection
         self.forget()
 
+    def hold(self, module: nn.Module, scale: float) -> None:
+        """Keep the gradient as it is, unscaled, as the one of the step that is being prepared, until `forget`.
+
+        Args:
+            module: Whose.
+            scale: Factor that a loss scaler has on it now.
+        """
+        self.forget()
+        found = self.selection.gradients(module)
+        self._held = found if scale == 1.0 else Vector(found.values / scale, self.selection)
+
+    def leave(self) -> bool:
+        """Say that `.grad` belongs to other weights now: what is held is the gradient; whether anything is."""
+        self._vector, self.lost = self._held, self._held is None
+        return not self.lost
+
     def forget(self) -> None:
         """Give the memory back; to be called before each batch and each backward pass."""
+        self._held: Vector | None = None
+        self.lost = False
+        """Whether the gradient of the weights that the step began from is no longer at hand."""
         self._scale = 1.0
         self._seen: list[tuple[Tensor | None, int]] = []
         self._vector: Vector | None = None
@@ -43,6 +64,8 @@ class LastGradient:
             module: Whose.
             scale: Factor that a loss scaler has on them now.
         """
+        if self._held is not None and self._vector is self._held:
+            return self._held  # already unscaled
         gradients = [parameter.grad for parameter in self.selection.parameters(module)]
         if self._vector is None or self.selection.shards is not None or not self._is_of(gradients, scale):
             self.forget()
@@ -69,6 +92,19 @@ class LastGradient:
         """One gradient per weight, in its own width and shape, zero where there is none; to be read only."""
         parameters = self.selection.parameters(module)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        if self.selection.shards is None and all(g.dtype == torch.float32 for g in gradients):
+        held = self._held is not None and self._vector is self._held
+        if held or (self.selection.shards is None and all(g.dtype == torch.float32 for g in gradients)):
             return list(self.selection.unflatten(self.of(module, scale)).values())
         return copies(gradients)
+
+
+def loss_scale(trainer: Trainer, optimizer: Optimizer) -> float:
+    """Factor that fp16 training still has on its gradients when the optimizer unscales them itself (fused)."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return backward_scale(trainer) if fused else 1.0
+
+
+def backward_scale(trainer: Trainer) -> float:
+    """Factor that fp16 training has on its gradients right after the backward pass."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import TypeVar, override
 
 from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.observation.steps import Step
 from mini_gpt_pl.runs.logs import log_now, logging_due
 
 
@@ -220,6 +221,16 @@ class DeferringProbe(Probe):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._flush()
+
+
+class StepProbe(DeferringProbe):
+    """A probe that looks at what an optimizer does in a step; the recorder calls it (`TrajectoryRecorder.attach`)."""
+
+    def before_step(self, step: Step) -> None:
+        """Look at the weights, which have not moved yet, and at their complete, unclipped gradient."""
+
+    def after_step(self, step: Step) -> None:
+        """Look at the weights, which have just moved; `.grad` is still what the step was made of."""
 
 
 def _on_gpu() -> bool:

@@ -11,13 +11,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from mini_gpt_pl.callbacks.last_gradient import backward_scale, loss_scale
 from mini_gpt_pl.callbacks.nests import first_length
-from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.probe import Estimate, Row, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.curvature import fisher
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.observation.steps import Step
 
 
 class _Window(NamedTuple):
@@ -35,7 +37,7 @@ class _Window(NamedTuple):
     sizes: tuple[int, int]
 
 
-class StreamingFisher(DeferringProbe):
+class StreamingFisher(StepProbe):
     """Running Rayleigh quotient and anisotropy of the training gradients along the backbone, and the noise scale.
 
     The gradients are those that training computes anyway, before clipping, each at the weights of its own step. Their
@@ -54,6 +56,8 @@ class StreamingFisher(DeferringProbe):
     Without accumulation there is one batch size, and the second part is absent. A sample is one entry of the batch's
     first dimension. With several ranks a micro-batch is this rank's own, and the last of each step, which is averaged
     over ranks by the time it can be seen, is left out. Optimizer steps cut short by the end of an epoch are left out.
+    Under manual optimization the gradient is the one that `step()` is given, however the module has added it up; what
+    a micro-batch's share of it is, is not known, and the second part is absent.
 
     Args:
         schedule: At which optimizer steps the gradients are looked at: an inner product or three for each micro-batch.
@@ -78,6 +82,7 @@ class StreamingFisher(DeferringProbe):
         self._micro: list[Float[Tensor, "2 G1"]] = []
         self._seen = 0
         self._before: Vector | None = None
+        self._batch: Any = None
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
@@ -94,20 +99,44 @@ class StreamingFisher(DeferringProbe):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rows = [row.to(pl_module.device) for row in self._rows]
+        self.recorder.attach(self)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step + 1 != self._step:
-            self._begin(trainer, first_length(batch))
+        self._batch = batch
+        if self.recorder.steps.next != self._step:
+            self._begin(trainer, batch)
         elif self._active and first_length(batch) != self._sizes[0]:
             self._active = False  # micro-batches of unequal sizes have no one noise level
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self.recorder.steps.next != self._step:
+            self._begin(trainer, self._batch)  # the second step or a later one on one batch
+
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._active:
+        self._seen += 1
+        if self._active and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
+            with self.watch.running():
+                self._look(trainer, pl_module)
+
+    @override
+    def before_step(self, step: Step) -> None:
+        """Take the step's whole gradient."""
+        assert self._trainer is not None
+        module = self._trainer.lightning_module
+        complete = not module.automatic_optimization or self._seen == self._trainer.accumulate_grad_batches
+        if not (self._active and complete) or self.recorder.gradient.lost:
             return
         with self.watch.running():
-            self._look(trainer, pl_module)
+            axes, scale = self.recorder.axes(), loss_scale(self._trainer, step.optimizer)
+            assert axes is not None
+            row = [_squares(axes, *self.recorder.gradient.meet(module, axes, scale), 1.0 / scale)]
+            if self._micro:
+                row.append(torch.stack(self._micro).mean(0))
+            self._rows.append(torch.cat(row))
+            self._measured = step.number
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,37 +158,37 @@ class StreamingFisher(DeferringProbe):
 
     # -------------------------------------------------------------------------------------------- measuring
 
-    def _begin(self, trainer: Trainer, samples: int) -> None:
+    @property
+    def recorder(self) -> TrajectoryRecorder:
+        """The callback that owns the backbone."""
+        if self._recorder is None:
+            raise RuntimeError("the probe is used before Trainer.fit has set it up")
+        return self._recorder
+
+    def _begin(self, trainer: Trainer, batch: Any) -> None:
         """Start an optimizer step: decide whether to look at it, and along which direction."""
-        self._step, self._micro, self._seen, self._before = trainer.global_step + 1, [], 0, None
-        assert self._recorder is not None and self._recorder.trajectory is not None
-        snapshots = len(self._recorder.trajectory)
+        self._step, self._micro, self._seen, self._before = self.recorder.steps.next, [], 0, None
+        assert self.recorder.trajectory is not None
+        snapshots, samples = len(self.recorder.trajectory), first_length(batch)
         sizes = (samples, samples * trainer.accumulate_grad_batches * trainer.world_size)
         if (snapshots, sizes) != (self._snapshots, self._sizes):
             self._close()
             self._snapshots, self._sizes = snapshots, sizes
-        self._active = self.due(self._step) and self._recorder.axes() is not None
+        self._active = self.due(self._step) and self.recorder.axes() is not None
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take the gradient of the micro-batch that was just added to `.grad`, and with the last one the sum."""
-        assert self._recorder is not None
-        axes, parts = self._recorder.axes(), trainer.accumulate_grad_batches
+        """Take the gradient of the micro-batch that was just added to `.grad`."""
+        axes, parts = self.recorder.axes(), trainer.accumulate_grad_batches
         assert axes is not None
-        self._seen += 1
-        last, scale = self._seen == parts, _loss_scale(trainer)
-        if parts > 1:
-            total = self._recorder.gradient.of(module, scale)
-            if not (last and trainer.world_size > 1):
-                added = total if self._before is None else total - self._before
-                # Lightning has divided its loss by `parts`.
-                self._micro.append(_squares(axes, *axes.meet(added), parts / scale))
-            self._before = None if last else total
-        if last:
-            row = [_squares(axes, *self._recorder.gradient.meet(module, axes, scale), 1.0 / scale)]
-            if self._micro:
-                row.append(torch.stack(self._micro).mean(0))
-            self._rows.append(torch.cat(row))
-            self._measured = self._step
+        last, scale = self._seen == parts, backward_scale(trainer)
+        if self._seen > parts:
+            return  # the closure is called again, at other weights
+        total = self.recorder.gradient.of(module, scale)
+        if not (last and trainer.world_size > 1):
+            added = total if self._before is None else total - self._before
+            # Lightning has divided its loss by `parts`.
+            self._micro.append(_squares(axes, *axes.meet(added), parts / scale))
+        self._before = None if last else total
 
     # ---------------------------------------------------------------------------------------------- logging
 
@@ -229,9 +258,3 @@ def _named(moments: Float[Tensor, "S 2 G1"], kind: str, selection: ParameterSele
             metrics[f"fisher/{label}/{kind}/{quantity}"] = float(value[column])
         metrics[f"fisher/{name}/{kind}/{quantity}_se"] = float(error[-1])
     return {key: value for key, value in metrics.items() if value == value}
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """Factor that fp16 training has on its gradients right after the backward pass."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())

@@ -9,15 +9,16 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.backbone import backbone_coefficients, live_metrics
-from mini_gpt_pl.callbacks.last_gradient import LastGradient
-from mini_gpt_pl.callbacks.probe import Estimate, Probe
+from mini_gpt_pl.callbacks.last_gradient import LastGradient, backward_scale
+from mini_gpt_pl.callbacks.probe import Estimate, Probe, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
@@ -28,6 +29,7 @@ from mini_gpt_pl.geometry.path.sketch import SketchedRows
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, StoredRow
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.observation.steps import Step, StepObserver, hook
 from mini_gpt_pl.runs.logs import log_now, resume_tables
 
 TRAJECTORY_FILE = "trajectory.safetensors"
@@ -73,7 +75,8 @@ class TrajectoryRecorder(Probe):
 
     Raises:
         UserError: The pattern selects nothing, another recorder has the same folder, a resumed run's snapshots are
-            missing or of another model, or rows are to be kept on disk and not written.
+            missing or of another model, rows are to be kept on disk and not written, or an optimizer is none of
+            PyTorch's, whose steps can be observed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -121,7 +124,12 @@ class TrajectoryRecorder(Probe):
         self._device = torch.device("cpu")
         self._axes: tuple[int, Axes] | None = None
         self._gradient: LastGradient | None = None
-        self._decayed: Tensor | None = None
+        self._parameters: list[Parameter] = []
+        self._steps: StepObserver | None = None
+        self._probes: list[StepProbe] = []
+        self.decayed = 0.0
+        """Share of the recorded weights that weight decay has taken in the latest step."""
+        self._said: set[str] = set()
         self._trainer: Trainer | None = None
         self._side: ThreadPoolExecutor | None = None
         self._coming: tuple[int, Future[dict[str, float]]] | None = None
@@ -181,9 +189,20 @@ class TrajectoryRecorder(Probe):
 
         Read from the first of them that is trained: the nulls know one rate.
         """
-        if self._decayed is None or not is_trained(optimizer, self._decayed):
-            return 0.0
-        return decay_rate(optimizer, self._decayed)
+        trained = (p for p in self._parameters if p.requires_grad and is_trained(optimizer, p))
+        return next((decay_rate(optimizer, parameter) for parameter in trained), 0.0)
+
+    def attach(self, probe: StepProbe) -> None:
+        """Let a probe see every step of the optimizers that train the recorded weights; to be asked at train start."""
+        self.steps.watchers.append(probe)
+        self._probes.append(probe)
+
+    @property
+    def steps(self) -> StepObserver:
+        """What sees the steps; known from `on_train_start` on, where the recorder comes before all other callbacks."""
+        if self._steps is None:
+            raise RuntimeError(_EARLY)
+        return self._steps
 
     def direction(self, coefficients: Float[Tensor, "G n"]) -> Vector:
         """Materialise a direction over the basis (theta_0, d_1, ...), one set of coefficients per group.
@@ -203,8 +222,14 @@ class TrajectoryRecorder(Probe):
         if stage == "fit":
             self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
             self._axes, self._restored, self._survival, self._coming = None, None, 1.0, None
-            self._trainer = trainer
+            self._trainer, self._steps, self._probes = trainer, None, []
             self._require_own_folder(trainer)
+            # First of all, so that at train end it sees the trained weights, not those that an averaging callback puts
+            # in their place. A new list: Lightning is walking through the old one.
+            everyone: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            trainer.callbacks = sorted(  # type: ignore[attr-defined]
+                everyone, key=lambda callback: not isinstance(callback, TrajectoryRecorder)
+            )
 
     def _root(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or trainer.default_root_dir)
@@ -240,45 +265,81 @@ class TrajectoryRecorder(Probe):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._device = pl_module.device
         self._writes = trainer.is_global_zero if (shards := self.selection.shards) is None else shards.first_replica
-        self.stepped(trainer)
-        self._decayed = next((p for p in self.selection.parameters(pl_module) if p.requires_grad), None)
+        parameters = self.selection.parameters(pl_module)
+        self._parameters = parameters
+        for optimizer in trainer.optimizers:
+            hook(optimizer)
+        alone = len(trainer.optimizers) == 1
+        self._steps = StepObserver(parameters, self, lambda: trainer.global_step, alone)
         if self._restored is not None:
             self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
-            self._record(trainer, pl_module)
+            self._record(trainer.global_step)
+        self._steps.__enter__()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.gradient.forget()
+        self.steps.settle()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.gradient.forget()
+        if self.steps.backward_begins():
+            self.gradient.forget()
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._survival *= 1.0 - self.decay(optimizer)
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A SAM step in two halves under manual optimization has no hook between them.
+        manual = not pl_module.automatic_optimization and self.steps.backward_begins()
+        if manual and any(probe.schedule.due(self.steps.next) for probe in self._probes):
+            self.gradient.hold(pl_module, backward_scale(trainer))
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.steps.gradient_ready(optimizer)
+
+    def before_step(self, step: Step) -> None:
+        """Read what the step's settings say of decay, as they are now."""
+        if step.elsewhere and not self.gradient.leave():
+            self._say("the weights moved between two backward passes of one step: its gradient is not measured")
+        self.decayed = self.decay(step.optimizer)
+
+    def after_step(self, step: Step) -> None:
+        """Take a snapshot where one is due."""
+        if not step.ready:
+            self._say(
+                f"{type(step.optimizer).__name__} ignores its closure: its first step, {step.number}, is not seen"
+            )
+            self.before_step(step)
+        self._survival *= 1.0 - self.decayed
+        if self.due(step.count):
+            self._record(step.number)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.stepped(trainer):
-            return
         if self._coming is not None and self._coming[1].done():
             self._tell()
-        if self.due(trainer.global_step):
-            self._record(trainer, pl_module)
+        if self.steps.left_out() and self.due(self.steps.count):
+            self._record(self.steps.number)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.steps.sample()
         self._tell()
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.steps.sample()
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        taken = _need(self.trajectory).steps
-        if not taken or trainer.global_step > taken[-1]:
-            self._record(trainer, pl_module)
+        taken, now = _need(self.trajectory).steps, self.steps.number
+        if self.steps.replaced:
+            self._say("other weights are in place of the trained ones (averages?): the end of the path is not recorded")
+        elif not taken or now > taken[-1]:
+            self._record(now)
         self.gradient.forget()
         self._close()
 
@@ -286,8 +347,16 @@ class TrajectoryRecorder(Probe):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
+    def _say(self, text: str) -> None:
+        """Give a reason why a number is missing or not what it seems, once."""
+        if text not in self._said:
+            self._said.add(text)
+            rank_zero_warn(f"TrajectoryRecorder: {text}")
+
     def _close(self) -> None:
-        """Log what is still being computed, write what is still to be written."""
+        """Log what is still being computed, write what is still to be written, look at no further step."""
+        if self._steps is not None:
+            self._steps.__exit__()
         self._tell()
         if self._side is not None:
             self._side.shutdown()
@@ -305,6 +374,8 @@ class TrajectoryRecorder(Probe):
             # writes one waits for the disk anyway.
             self._folder.flush()
         state = {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
+        if self._steps is not None:
+            state |= {"count": self._steps.count, "number": self._steps.number}
         if isinstance(self._rows, SketchedRows) and len(self.trajectory):
             state["leading"] = self._rows.leading.coefficients.clone()
             if self.write_snapshots and self._writes:
@@ -317,14 +388,13 @@ class TrajectoryRecorder(Probe):
 
     # --------------------------------------------------------------------------------------------- recording
 
-    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _record(self, step: int) -> None:
         with self.watch.running():
-            self._snapshot(trainer, pl_module)
+            self._snapshot(_need(self._trainer), step)
 
-    def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _snapshot(self, trainer: Trainer, step: int) -> None:
         trajectory, rows = _need(self.trajectory), self._basis
-        step = trainer.global_step
-        row = rows.increment(rows.selection.weights(pl_module))
+        row = rows.increment(rows.selection.weights(trainer.lightning_module))
         products = rows.dots(row).cpu()
         if not torch.isfinite(products).all():
             rank_zero_info(f"step {step}: the weights are no longer finite, no snapshot is taken")
@@ -400,6 +470,8 @@ class TrajectoryRecorder(Probe):
         if self._writes:
             folder.discard_after(trajectory.steps[-1])
         self.trajectory, self._survival = trajectory, state["survival"]
+        last = trainer.global_step
+        self.steps.count, self.steps.number = state.get("count", last), state.get("number", last)
 
 
 def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:

@@ -11,6 +11,7 @@ that a cosine keeps its sign along the ladder, and for plain SGD all rungs are p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,7 +57,7 @@ def decay_rate(optimizer: Optimizer, parameter: Tensor) -> float:
     at any common rate: 0.
     """
     group = group_of(optimizer, parameter)
-    rate = float(group["lr"]) * float(group.get("weight_decay", 0.0))
+    rate = float(group.get("lr") or 0.0) * float(group.get("weight_decay", 0.0))
     if _is_decoupled(optimizer, group):
         return rate
     if "SGD" in _kinds(optimizer):
@@ -115,16 +116,16 @@ class Settings:
         )
         after = "SGDW" in _kinds(optimizer)
         beta1, beta2 = group["betas"] if kind == "adam" else (group.get("momentum", 0.0), 0.0)
-        decay = float(group.get("weight_decay", 0.0))
+        decay = _number(group.get("weight_decay", 0.0))
         return cls(
             kind=kind,
-            lr=float(group["lr"]),
+            lr=_number(group.get("lr")),
             decay=decay,
             decay_at="after" if after else "before" if _is_decoupled(optimizer, group) else "gradient",
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group.get("eps", 0.0)),
-            dampening=float(group.get("dampening", 0.0)),
+            beta1=_number(beta1),
+            beta2=_number(beta2),
+            eps=_number(group.get("eps", 0.0)),
+            dampening=_number(group.get("dampening", 0.0)),
             nesterov=bool(group.get("nesterov", False)),
             amsgrad=bool(group.get("amsgrad", False)),
             sign=-1.0 if group.get("maximize") else 1.0,
@@ -135,6 +136,12 @@ class Settings:
     def l2(self) -> float:
         """Decay that passes through the moments; 0 where it is decoupled."""
         return self.decay if self.decay_at == "gradient" else 0.0
+
+
+def _number(value: Any) -> float:
+    """A setting as a number; NaN where a rule that is not known here has none, or several, under that name."""
+    single = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    return float(value) if single else math.nan
 
 
 def _overwrites_gradient(group: Mapping[str, Any], decay: float) -> bool:
@@ -267,8 +274,6 @@ _RUNGS = ("gradient", "momentum", "normalised", "decay", "update", "denominator"
 
 
 def _rungs(optimizer: Optimizer, settings: Settings, parameter: Tensor, before: Tensor) -> dict[str, Tensor]:
-    if settings.kind == "other":
-        return {"gradient": -seen_gradient(optimizer, settings, parameter)}
     parts = parts_of(optimizer, settings, parameter, before)
     ratio = parts.numerator / parts.denominator
     return {
@@ -307,13 +312,29 @@ class Ladder:
     settings: Settings | None
 
     @classmethod
-    def of(cls, optimizer: Optimizer, before: BeforeStep, selection: ParameterSelection) -> Ladder:
-        """Read the ladder after `optimizer.step()`, `.grad` still there. Reads only."""
+    def of(
+        cls, optimizer: Optimizer, before: BeforeStep, selection: ParameterSelection, *, unclipped: bool = False
+    ) -> Ladder:
+        """Read the ladder after `optimizer.step()`, `.grad` still there. Reads only.
+
+        Args:
+            optimizer: That has stepped.
+            before: What was there before.
+            selection: Of the parameters.
+            unclipped: Whether an optimizer whose rule is not known has put another gradient into `.grad` since.
+        """
         first = next((settings for _, settings, _ in before.touched()), None)
         kind = "other" if first is None else first.kind
         rungs: dict[str, list[Tensor]] = {name: [] for name in _RUNGS}
-        for old, parameter, settings in zip(before.weights, before.parameters, before.settings, strict=True):
-            found = {} if settings is None else _rungs(optimizer, settings, parameter, old)
+        pairs = zip(before.weights, before.parameters, before.settings, strict=True)
+        for i, (old, parameter, settings) in enumerate(pairs):
+            if settings is None:
+                found = {}
+            elif settings.kind == "other":
+                seen = before.gradients[i] if unclipped else seen_gradient(optimizer, settings, parameter)
+                found = {"gradient": -seen}
+            else:
+                found = _rungs(optimizer, settings, parameter, old)
             found["difference"] = wide(parameter) - wide(old)
             for name, tensors in rungs.items():
                 tensors.append(found[name] if name in found else torch.zeros_like(found["difference"]))

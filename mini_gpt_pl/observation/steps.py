@@ -1,0 +1,261 @@
+"""Every step of whatever optimizer trains some weights, seen from its own `step()`.
+
+What happened in a step is read where it happens: its gradient once the first backward pass of the step is complete,
+the weights before they move, and again when `step()` is over. Nothing is inferred from how often a trainer calls a
+hook, so that a closure that is called several times (SAM, LBFGS), several optimizers in any order, several steps on one
+batch and steps that are left out are all counted as what they are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.vectors.selection import local_part
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of an optimizer that trains the observed weights.
+
+    Attributes:
+        number: On the run's own axis, counted from 1, such as `trainer.global_step` after the step.
+        count: Which step it is of those that trained these weights; what schedules count.
+        optimizer: Whose; the outermost one, where one wraps another.
+        evaluations: How often its closure has computed a gradient so far; 0 where it was given none.
+        ready: Whether `before_step` has been called; it is not where an optimizer is given a closure and never calls
+            it, which is known once its first step is over.
+        elsewhere: Whether `.grad` now belongs to other weights than those that the step began from, as it does between
+            the two halves of a SAM step.
+    """
+
+    number: int
+    count: int
+    optimizer: Optimizer
+    evaluations: int = 0
+    ready: bool = False
+    elsewhere: bool = False
+
+
+class Watcher(Protocol):
+    """Wants to see steps."""
+
+    def before_step(self, step: Step) -> None:
+        """Look at the weights, which have not moved yet, and at their complete, unclipped gradient."""
+        ...
+
+    def after_step(self, step: Step) -> None:
+        """Look at the weights, which have just moved; `.grad` is still what the step was made of."""
+        ...
+
+
+class StepObserver:
+    """Calls watchers around every step that trains some weights; it changes nothing.
+
+    Hooks on all optimizers find the steps, so that one that is wrapped in another is seen too: the outermost step
+    counts. Where a step computes its own gradient through a closure, `before_step` comes once the closure has been
+    called for the first time. A trainer that clips inside of the closure says earlier that the gradient is complete
+    (`gradient_ready`), and before each backward pass that one begins (`backward_begins`).
+
+    A step that raises, or that a loss scaler leaves out, has a `before_step` and no `after_step`; it is not counted.
+
+    Args:
+        parameters: The observed weights, as the optimizers have them.
+        watcher: Called first.
+        clock: Gives the run's own count of steps so far.
+        alone: Whether that counts steps of these weights only; a step that was left out may then be counted as well.
+
+    Example:
+        >>> import torch
+        >>> class Print:
+        ...     def before_step(self, step):
+        ...         print("before", step.count)
+        ...
+        ...     def after_step(self, step):
+        ...         print("after", step.count)
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> with StepObserver([weight], Print(), clock=lambda: 0):
+        ...     optimizer.step()
+        before 1
+        after 1
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        watcher: Watcher,
+        clock: Callable[[], int],
+        alone: bool = False,
+    ) -> None:
+        self.watchers = [watcher]
+        self.count = 0
+        self.number = 0
+        self._parameters = list(parameters)
+        self._mine = set(map(id, self._parameters))
+        self._clock = clock
+        self._alone = alone
+        self._hooks: list[RemovableHandle] = []
+        self._open: Step | None = None
+        self._running: Optimizer | None = None
+        self._depth = 0  # a class whose `step` calls that of its base class runs every hook twice
+        self._deaf: list[Optimizer] = []  # were given a closure and have not called it
+        self._begun: list[int] = []  # versions of the weights when `step()` was called
+        self._first: list[int] | None = None  # and at the first backward pass since the last step
+        self._left: list[int] = []  # and when the last step was over
+        self._sampled: tuple[int, list[Tensor]] = (-1, [])
+
+    def __enter__(self) -> StepObserver:
+        self._hooks = [register_optimizer_step_pre_hook(self._begin), register_optimizer_step_post_hook(self._end)]
+        self._open, self._running, self._first, self._left = None, None, None, self._versions()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has any of the weights."""
+        return any(id(parameter) in self._mine for group in optimizer.param_groups for parameter in group["params"])
+
+    @property
+    def next(self) -> int:
+        """Count of the step that is being prepared."""
+        return self._new_number() if self._alone else self.count + 1
+
+    def sample(self) -> None:
+        """Keep a few of the weights as they are after the last step, if nothing has changed them since."""
+        if self._versions() == self._left:
+            self._sampled = self.number, self._sample()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether weights that were sampled after the last step are no longer in their place."""
+        number, sampled = self._sampled
+        return number == self.number and not all(map(torch.equal, sampled, self._sample()))
+
+    def _sample(self) -> list[Tensor]:
+        return [local_part(parameter).detach().reshape(-1)[:8].clone() for parameter in self._parameters]
+
+    def left_out(self) -> bool:
+        """Count what the run's own clock, of these weights alone, has counted as steps and no optimizer has taken."""
+        now = self._clock()
+        if not self._alone or now <= self.number:
+            return False
+        self.count = self.number = now
+        return True
+
+    # ------------------------------------------------------------------------------ what a trainer may tell
+
+    def settle(self) -> None:
+        """Say that no step is under way: one that has not ended by now was left out, or has raised."""
+        self._open = self._running = None
+
+    def backward_begins(self) -> bool:
+        """Say that a backward pass is about to begin; whether it is at the weights that the step begins from."""
+        versions = self._versions()
+        self._first = versions if self._first is None else self._first
+        return versions == self._first and (self._open is None or not self._open.ready)
+
+    def gradient_ready(self, optimizer: Optimizer) -> None:
+        """Say that `.grad` is complete, and not clipped yet."""
+        if self._running is None and self._open is not None and self._open.ready:
+            self.settle()  # that one was left out
+        if self._running not in (None, optimizer) or not self.trains(optimizer):
+            return
+        self._open = self._open or self._new(optimizer)
+        if not self._open.ready:
+            self._ready(self._open)
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._running is optimizer:
+            self._depth += 1
+            return None
+        if self._running is not None or not self.trains(optimizer):
+            return None
+        if self._open is None or self._open.optimizer is not optimizer:
+            self._open = self._new(optimizer)
+        self._running, self._depth, self._begun = optimizer, 1, self._versions()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure) or does_nothing(closure) or optimizer in self._deaf:
+            if not self._open.ready:
+                self._ready(self._open)
+            return None
+        return args[:1], {**kwargs, "closure": partial(self._evaluate, optimizer, self._open, closure)}
+
+    def _evaluate(self, optimizer: Optimizer, step: Step, closure: Callable[[], Any]) -> Any:
+        result = closure()
+        step.evaluations += 1
+        self.gradient_ready(optimizer)
+        return result
+
+    def _end(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._running is not optimizer:
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        step, self._open, self._running, self._first = self._open, None, None, None
+        self._left = self._versions()
+        assert step is not None
+        if not step.ready:
+            self._deaf.append(optimizer)
+        self.count, self.number = step.count, step.number
+        for watcher in self.watchers:
+            watcher.after_step(step)
+
+    def _ready(self, step: Step) -> None:
+        versions = self._versions()
+        if self._running is not None and versions != self._begun:
+            raise UserError(
+                f"{type(step.optimizer).__name__} moves the weights before it asks for their gradient: "
+                "no gradient of the weights that its step begins from exists, and its steps cannot be measured"
+            )
+        step.ready, step.elsewhere = True, self._first is not None and versions != self._first
+        for watcher in self.watchers:
+            watcher.before_step(step)
+
+    def _new(self, optimizer: Optimizer) -> Step:
+        return Step(self._new_number(), self.next, optimizer)
+
+    def _new_number(self) -> int:
+        return max(self._clock(), self.number) + 1
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self._parameters]
+
+
+def does_nothing(closure: Any) -> bool:
+    """Whether a closure is what Lightning hands on where a module calls `optimizer.step()` without one."""
+    if isinstance(closure, partial):
+        return any(does_nothing(part) for part in closure.args)
+    return getattr(closure, "__name__", "") == "do_nothing_closure"
+
+
+def hook(optimizer: Any) -> None:
+    """Make sure that an optimizer's steps can be seen, also where its class never calls `Optimizer.__init__`.
+
+    Raises:
+        UserError: It is no optimizer of PyTorch.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer, so that its steps cannot be observed: "
+            "derive it from that class, or train without probes"
+        )
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        optimizer.__dict__.setdefault(name, OrderedDict())
+    optimizer._patch_step_function()  # does nothing where it has been done

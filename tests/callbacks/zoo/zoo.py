@@ -1,0 +1,293 @@
+"""Small modules and optimizers of the kinds that people train, and how a test trains them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+PATTERN = r"(?P<group>layers\.\d)\.weight"
+STEPS = 12
+
+
+class Remember(Logger):
+    """Keeps every row in memory."""
+
+    name = version = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        assert step is not None
+        self.rows.setdefault(step, {}).update(metrics)
+
+
+# ------------------------------------------------------------------------------------------------------- modules
+
+
+class Plain(LightningModule):
+    """Two layers; what all others derive from."""
+
+    pattern = PATTERN
+
+    def __init__(self, optimizer: Callable[[LightningModule], Any] | None = None) -> None:
+        super().__init__()
+        self.make = optimizer or (lambda module: AdamW(trained(module), lr=1e-2, weight_decay=0.1))
+        self.build()
+
+    def build(self) -> None:
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+    def batch_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return self.batch_loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self)
+
+
+class Tied(Plain):
+    """One weight in two places."""
+
+    def build(self) -> None:
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.layers[2].weight = self.layers[0].weight
+
+
+class Frozen(Plain):
+    """The first layer is not trained."""
+
+    def build(self) -> None:
+        super().build()
+        self.layers[0].requires_grad_(False)
+
+
+class LowRank(Plain):
+    """A frozen weight and a product of two thin ones beside it."""
+
+    pattern = r"(?P<group>down|up)$"
+
+    def build(self) -> None:
+        super().build()
+        self.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 6) * 0.3), nn.Parameter(torch.zeros(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[2](torch.tanh(self.layers[0](x) + x @ self.down.T @ self.up.T))  # type: ignore[no-any-return]
+
+
+class BatchNorm(Plain):
+    """Has buffers that a forward writes."""
+
+    def build(self) -> None:
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+class Recurrent(Plain):
+    """A recurrent network."""
+
+    pattern = r"(?P<group>rnn|head)\.weight"
+
+    def build(self) -> None:
+        self.rnn, self.head = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.view(-1, 3, 2))[0][:, -1])  # type: ignore[no-any-return]
+
+
+class Checkpointed(Plain):
+    """Computes a layer again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.layers[0], x, use_reentrant=False)
+        return self.layers[2](torch.tanh(hidden))  # type: ignore[no-any-return]
+
+
+class Parametrized(Plain):
+    """A weight that is a function of another."""
+
+    pattern = r"(?P<group>layers\.\d)\.(?:weight|parametrizations)"
+
+    def build(self) -> None:
+        super().build()
+        nn.utils.parametrizations.weight_norm(self.layers[0])
+
+
+class Drawing(Plain):
+    """Dropout, and a loss that draws from numpy and from Python's own generator."""
+
+    def batch_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        x = batch[0] * (1.0 + 0.1 * np.random.rand())
+        return F.cross_entropy(self(F.dropout(x, 0.2, self.training)), batch[1]) * (1.0 + 0.1 * random.random())
+
+
+class Manual(Plain):
+    """Adds up the gradients of some batches by itself."""
+
+    parts = 2
+
+    def __init__(self, optimizer: Callable[[LightningModule], Any] | None = None) -> None:
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        self.manual_backward(self.batch_loss(batch) / self.parts)
+        if batch_idx % self.parts == self.parts - 1:
+            optimizer.step()  # type: ignore[union-attr]
+            optimizer.zero_grad()  # type: ignore[union-attr]
+
+
+class Gan(Plain):
+    """Two networks, two optimizers; the second network takes as many steps on each batch as `ratio` says."""
+
+    pattern = r"(?P<group>generator)\.weight"
+    ratio = 1
+    generator_first = False
+
+    def __init__(self, optimizer: Callable[[LightningModule], Any] | None = None) -> None:
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def build(self) -> None:
+        self.generator, self.critic = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        generator, critic = self.optimizers()  # type: ignore[misc]
+        turns = [self.turn_generator] + [self.turn_critic] * self.ratio
+        for turn in turns if self.generator_first else turns[::-1]:
+            turn(batch[0], critic if turn == self.turn_critic else generator)
+
+    def turn_generator(self, x: Tensor, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(F.softplus(-self.critic(self.generator(x[:, :4]))).mean())
+        optimizer.step()
+
+    def turn_critic(self, x: Tensor, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        # Not detached: the generator gets gradients of a loss that is not its own.
+        fake, real = self.critic(self.generator(x[:, :4])), self.critic(x)
+        self.manual_backward((F.softplus(fake) + F.softplus(-real)).mean())
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            AdamW(self.generator.parameters(), lr=1e-2, weight_decay=0.1),
+            AdamW(self.critic.parameters(), lr=3e-2, weight_decay=0.5),
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------- optimizers
+
+
+class Sharp(Optimizer):
+    """Sharpness-aware: the gradient at perturbed weights moves the weights (arXiv 2010.01412)."""
+
+    def __init__(self, params: Iterable[Tensor], rho: float = 0.3, **settings: Any) -> None:
+        self.rho, self.inner = rho, AdamW(params, **settings)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        self.first_step()
+        closure()
+        self.second_step()
+        return loss
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        self.old = [(p, p.clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p, _ in self.old]).norm()
+        for p, _ in self.old:
+            p.add_(p.grad * (self.rho / (norm + 1e-12)))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p, old in self.old:
+            p.copy_(old)
+        self.old = []
+        self.inner.step()
+
+
+class Silent(Optimizer):
+    """Plain descent that takes no notice of a closure, and has no learning rate in its groups."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {"size": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["size"])
+
+
+class Lookahead(Optimizer):
+    """Steps another optimizer, and every third time goes half of the way back; never calls its base class."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in inner.param_groups]
+        self.taken = 0
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.inner.step(closure)
+        self.taken += 1
+        if self.taken % 3 == 0:
+            with torch.no_grad():
+                for group, slow in zip(self.param_groups, self.slow, strict=True):
+                    for p, held in zip(group["params"], slow, strict=True):
+                        held.lerp_(p, 0.5)
+                        p.copy_(held)
+        return loss
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def batches() -> DataLoader[Any]:
+    x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8, shuffle=True)
+
+
+def fit(
+    module: Callable[[], LightningModule], callbacks: Sequence[Callback], folder: Path, **settings: Any
+) -> tuple[LightningModule, dict[int, dict[str, float]], list[Any]]:
+    """Train from fixed seeds: the module, the logged rows, and every random state afterwards."""
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)  # type: ignore[operator]
+    model, log = module(), Remember()
+    defaults: dict[str, Any] = {"max_steps": STEPS, "max_epochs": -1, "enable_checkpointing": False, "logger": log}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    trainer = Trainer(
+        callbacks=list(callbacks), accelerator="cpu", default_root_dir=folder, **quiet, **{**defaults, **settings}
+    )
+    trainer.fit(model, batches())
+    return model, log.rows, [torch.get_rng_state(), np.random.get_state(), random.getstate()]
