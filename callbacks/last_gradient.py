@@ -29,6 +29,8 @@ class LastGradient:
 
     def __init__(self, selection: ParameterSelection) -> None:
         self.selection = selection
+        self._held: Vector | None = None
+        self._vector: Vector | None = None
         self.forget()
 
     def hold(self, module: nn.Module, scale: float) -> None:
@@ -49,12 +51,12 @@ class LastGradient:
 
     def forget(self) -> None:
         """Give the memory back; to be called before each batch and each backward pass."""
-        self._held: Vector | None = None
+        self._held = None
         self.lost = False
         """Whether the gradient of the weights that the step began from is no longer at hand."""
         self._scale = 1.0
         self._seen: list[tuple[Tensor | None, int]] = []
-        self._vector: Vector | None = None
+        self._vector = None
         self._met: tuple[Axes, tuple[Tensor, Tensor]] | None = None
 
     def of(self, module: nn.Module, scale: float = 1.0) -> Vector:

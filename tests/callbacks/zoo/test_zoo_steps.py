@@ -108,7 +108,7 @@ def test_a_closure_may_be_called_several_times_and_an_optimizer_be_wrapped(make:
 
 def test_a_sam_step_in_two_halves_has_the_gradient_of_its_first(tmp_path: Path) -> None:
     class Halves(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        def training_step(self, batch: Any, batch_idx: int) -> None:
             optimizer: Any = self.optimizers()
             self.manual_backward(self.batch_loss(batch))
             witness.steps.append(Seen(all_of(self), grads_of(self), torch.zeros(0)))
@@ -167,7 +167,7 @@ def test_steps_that_a_scaler_leaves_out_decay_nothing(tmp_path: Path) -> None:
 
     class Overflowing(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
+            loss = self.batch_loss(batch)
             return loss * float("inf") if self.global_step in (2, 5) else loss
 
     recorder = TrajectoryRecorder(Plain.pattern, Schedule(every=1))
@@ -202,9 +202,9 @@ def test_a_resumed_run_of_two_optimizers_goes_on_counting(tmp_path: Path) -> Non
 
 def test_what_cannot_be_observed_is_refused_in_one_line(tmp_path: Path) -> None:
     class Foreign:
-        def __init__(self, module: Any) -> None:
-            inner = SGD(module.parameters(), lr=0.1)
-            self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, {}
+        def __init__(self, params: Any) -> None:
+            inner = SGD(params, lr=0.1)
+            self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
 
         def step(self, closure: Any = None) -> None: ...
 
@@ -222,6 +222,14 @@ def test_what_cannot_be_observed_is_refused_in_one_line(tmp_path: Path) -> None:
                     p.add_(1e-3)
             return super().step(closure)
 
-    for make, text in ((Foreign, "cannot be observed"), (lambda m: Ahead(m.parameters(), lr=0.1), "moves the weights")):
+    class ForeignOne(Plain):
+        def configure_optimizers(self) -> Any:
+            return Foreign(self.parameters())
+
+    class AheadOne(Plain):
+        def configure_optimizers(self) -> Any:
+            return Ahead(self.parameters(), lr=0.1)
+
+    for module, text in ((ForeignOne, "cannot be observed"), (AheadOne, "moves the weights")):
         with one_line_error(text):
-            fit(lambda make=make: Plain(make), [TrajectoryRecorder(Plain.pattern, Schedule(every=2))], tmp_path)
+            fit(module, [TrajectoryRecorder(Plain.pattern, Schedule(every=2))], tmp_path)

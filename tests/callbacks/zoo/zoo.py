@@ -55,12 +55,13 @@ class Plain(LightningModule):
         self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)  # type: ignore[no-any-return]
+        out: Tensor = self.layers(x)
+        return out
 
     def batch_loss(self, batch: Sequence[Tensor]) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor | None:
         return self.batch_loss(batch)
 
     def configure_optimizers(self) -> Any:
@@ -94,7 +95,7 @@ class LowRank(Plain):
         self.down, self.up = nn.Parameter(torch.randn(2, 6) * 0.3), nn.Parameter(torch.zeros(8, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[2](torch.tanh(self.layers[0](x) + x @ self.down.T @ self.up.T))  # type: ignore[no-any-return]
+        return self.layers[2](torch.tanh(self.layers[0](x) + x @ self.down.T @ self.up.T))
 
 
 class BatchNorm(Plain):
@@ -113,7 +114,7 @@ class Recurrent(Plain):
         self.rnn, self.head = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x.view(-1, 3, 2))[0][:, -1])  # type: ignore[no-any-return]
+        return self.head(self.rnn(x.view(-1, 3, 2))[0][:, -1])
 
 
 class Checkpointed(Plain):
@@ -121,7 +122,7 @@ class Checkpointed(Plain):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = checkpoint(self.layers[0], x, use_reentrant=False)
-        return self.layers[2](torch.tanh(hidden))  # type: ignore[no-any-return]
+        return self.layers[2](torch.tanh(hidden))
 
 
 class Parametrized(Plain):
@@ -151,12 +152,12 @@ class Manual(Plain):
         super().__init__(optimizer)
         self.automatic_optimization = False
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
         self.manual_backward(self.batch_loss(batch) / self.parts)
         if batch_idx % self.parts == self.parts - 1:
-            optimizer.step()  # type: ignore[union-attr]
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class Gan(Plain):
@@ -173,8 +174,9 @@ class Gan(Plain):
     def build(self) -> None:
         self.generator, self.critic = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        generator, critic = self.optimizers()  # type: ignore[misc]
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        both: Any = self.optimizers()
+        generator, critic = both
         turns = [self.turn_generator] + [self.turn_critic] * self.ratio
         for turn in turns if self.generator_first else turns[::-1]:
             turn(batch[0], critic if turn == self.turn_critic else generator)
@@ -238,7 +240,7 @@ class Silent(Optimizer):
         super().__init__(params, {"size": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -281,8 +283,9 @@ def fit(
     module: Callable[[], LightningModule], callbacks: Sequence[Callback], folder: Path, **settings: Any
 ) -> tuple[LightningModule, dict[int, dict[str, float]], list[Any]]:
     """Train from fixed seeds: the module, the logged rows, and every random state afterwards."""
-    for seed in (torch.manual_seed, np.random.seed, random.seed):
-        seed(0)  # type: ignore[operator]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
     model, log = module(), Remember()
     defaults: dict[str, Any] = {"max_steps": STEPS, "max_epochs": -1, "enable_checkpointing": False, "logger": log}
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
