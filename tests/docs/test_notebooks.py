@@ -231,8 +231,8 @@ def test_a_run_groks_and_its_numbers_stay_within_what_decay_and_cut_explain(fold
     assert max(abs(found["later"][m]["measured"] - found["at_stop"][m]["measured"]) for m in ("w_q", "w_k")) > 0.05
     for row in found["persistence"].values():
         assert row["innovations"] > row["tangential"] > 2 * row["its error"] > 0
-    # Where D is the largest, the gradient has vanished and c is not far from where it was. In eight runs, three seeds on
-    # three instruction sets: 7 to 32 times the plateau's D, 1 to 4 per cent of its gradient, 0.1 to 1.1 times its c.
+    # Where D is the largest, the gradient has vanished and c is not far from where it was. In eight runs, three seeds
+    # on three instruction sets: 7 to 32 times the plateau's D, 1 to 4 per cent of its gradient, 0.1 to 1.1 times its c.
     # Medians behind the stop hold no bound: there, gradient and c come back in spikes.
     plateau, largest = found["medians"]["plateau"], found["largest"]
     assert largest["D"] > 4 * plateau["D"] and largest["‖g‖"] < plateau["‖g‖"] / 10 and largest["c"] < 2 * plateau["c"]
