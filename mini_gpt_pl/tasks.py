@@ -37,6 +37,7 @@ class Task:
         metrics: Path within the package of what its study says of the metrics that it logs; empty without any.
         from_data: Attributes of the data that the model takes over.
         from_seed: Options that are always `seed_everything`.
+        known_by: An option of the model that only configurations of this task have, for those that name no task.
         trainer: Dotted path of the Trainer, whose methods are its further commands.
         trained: Further commands with a trainer, and what each does.
         commands: Further commands on run folders: the dotted module with `main(args)`, and what each does.
@@ -48,6 +49,7 @@ class Task:
     metrics: str
     from_data: tuple[str, ...]
     from_seed: tuple[str, ...] = ()
+    known_by: str = ""
     trainer: str = "lightning.pytorch.Trainer"
     trained: Mapping[str, str] = field(default_factory=dict)
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -90,6 +92,7 @@ _STORIES = Task(
     contents="mini_gpt_pl.stories.study.contents.CONTENTS",
     metrics="stories/metrics.yaml",
     from_data=("vocab_size", "context"),
+    known_by="probe_weight",
     trainer="mini_gpt_pl.stories.trainer.StoryTrainer",
     trained={
         "predict": "Continue a prompt with a checkpoint.",
@@ -123,10 +126,26 @@ _LISTED: Mapping[str, Task] = {
 }
 
 
+UNLISTED = Task("", "", "mini_gpt_pl.report.general.GENERAL", ())
+"""What the report knows of a run of no listed task."""
+
+
 @cache
 def tasks() -> dict[str, Task]:
     """The tasks whose study is installed, by name."""
     return {name: task for name, task in _LISTED.items() if find_spec(_package(task))}
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """Name the listed task of a run's configuration, whether its study is installed or not; empty if it is none.
+
+    Configurations that name no task are of version 0.1.0, or of a trainer of somebody's own.
+    """
+    if "task" in config:
+        return name if (name := str(config["task"])) in _LISTED else ""
+    model = config.get("model")
+    options = model if isinstance(model, Mapping) else {}
+    return next((name for name, task in _LISTED.items() if task.known_by and task.known_by in options), "")
 
 
 def task_named(args: Sequence[str]) -> str:

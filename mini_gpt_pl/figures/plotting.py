@@ -19,7 +19,6 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from mini_gpt_pl.atomic import write_bytes
-from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 
 WIDTH = 6.5
 """Inches: the text width of a page."""
@@ -135,40 +134,25 @@ def legend_below(axes: Axes, columns: int = 2, *, drop: float = 34.0) -> None:
 
 
 class Change(NamedTuple):
-    """A change of the weight of the probe's loss within a run.
+    """A change of what is trained for within a run.
 
     Attributes:
-        step: From which the second weight holds.
-        first: Weight before.
-        second: Weight after.
+        step: From which the later objective holds.
+        label: What changes; empty for a change that is not drawn.
     """
 
     step: int
-    first: float
-    second: float
+    label: str
 
 
-def lambda_change(run: Run) -> Change | None:
-    """Return where lambda changes; None where it does not, or not within the run."""
-    weight = (run.settings.get("model") or {}).get("probe_weight") or {}
-    first, second, step = (weight.get(key) for key in ("first", "second", "switch_step"))
-    if first is None or second is None or not step or first == second or not 0 < step < _last_step(run):
-        return None
-    return Change(int(step), float(first), float(second))
-
-
-def _last_step(run: Run) -> int:
-    return run.trajectory.steps[-1] if (run.path / TRAJECTORY).is_file() else int(run.metrics.index[-1])
-
-
-def mark_change(run: Run, *all_axes: Axes) -> None:
-    """Draw the step where lambda changes as a dashed vertical line, labelled on the first axes."""
-    if (change := lambda_change(run)) is None:
+def mark_change(change: Change | None, *all_axes: Axes) -> None:
+    """Draw the step where the objective changes as a dashed vertical line, labelled on the first axes."""
+    if change is None or not change.label:
         return
     for axes in all_axes:
         axes.axvline(change.step, color=CHANGE, ls="--", lw=1, zorder=0)
     all_axes[0].annotate(
-        f"λ: {change.first:g} → {change.second:g}",
+        change.label,
         (change.step, 1.0),
         xycoords=("data", "axes fraction"),
         xytext=(-3, -3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,18 @@ from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import STYLE, lay_out, render, save
-from mini_gpt_pl.report.contents import contents_of
-from mini_gpt_pl.report.families import names
+from mini_gpt_pl.report.comparison import require_comparable, subjects_of
+from mini_gpt_pl.report.contents import MORE, Plate, Section, Shown, claimed, contents_of
 from mini_gpt_pl.report.headline import Headline, headline
 from mini_gpt_pl.report.progress import Steps
-from mini_gpt_pl.report.sections import MORE, Plate, Section, Subject, claimed
 from mini_gpt_pl.report.sheet import NULLS, Table, write_tables
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run, require_reportable
-from mini_gpt_pl.stories.study.comparison import require_comparable
 
 # Vector graphics stay sharp, but one with thousands of points would be most of the page.
 _LARGEST_SVG = 110_000
 _PIXELS_PER_INCH = 96
-_NUMBER = re.compile(r"[-+−±]?[\d.,]|[-–]?$|nan$")
 _EMPHASIS = re.compile(r"\*\*(.+?)\*\*")
-_LONG = 40  # characters of a cell that needs a wide column
 
 
 @dataclass(frozen=True)
@@ -53,38 +50,6 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of a table on the page.
-
-    Args:
-        title: Its head.
-        kind: Its CSS class: number, words or long.
-    """
-
-    title: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as the page holds it: strings only.
-
-    Args:
-        name: Unique on the page.
-        title: In words.
-        columns: Heads.
-        rows: Cells.
-        notes: Footnotes, without the one that the page says once for all.
-    """
-
-    name: str
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Part:
     """A section of the page."""
 
@@ -92,7 +57,7 @@ class Part:
     title: str
     sentence: str
     figures: tuple[Picture, ...]
-    tables: tuple[Grid, ...]
+    tables: tuple[Table, ...]
 
 
 @dataclass(frozen=True)
@@ -122,15 +87,15 @@ def assemble(runs: Sequence[Run], folder: Path, page: Mapping[str, Any], steps: 
         require_reportable(run)
     if len(runs) == 1:
         steps.expect(2 + sum(len(section.plates) for section in contents_of(runs).of_run))
-        content = _of_one(runs[0], folder, steps)
+        content = _of_one(Subject.of(runs[0]), folder, steps)
     else:
         require_comparable(runs)
         steps.expect(1 + len(runs) + sum(len(section.plates) for section in contents_of(runs).of_runs))
-        content = _of_several(runs, folder, steps)
+        content = _of_several(subjects_of(runs), folder, steps)
     return _template().render(**page, **content, nulls=NULLS, style=_asset("page.css"))
 
 
-def _of_one(run: Run, folder: Path, steps: Steps) -> dict[str, Any]:
+def _of_one(run: Subject, folder: Path, steps: Steps) -> dict[str, Any]:
     steps.begin("headline")
     single = headline(run)
     steps.begin("tables")
@@ -145,14 +110,15 @@ def _of_one(run: Run, folder: Path, steps: Steps) -> dict[str, Any]:
     }
 
 
-def _of_several(runs: Sequence[Run], folder: Path, steps: Steps) -> dict[str, Any]:
+def _of_several(runs: Sequence[Subject], folder: Path, steps: Steps) -> dict[str, Any]:
     steps.begin("tables")
     contents = contents_of(runs)
     tables = contents.comparison(runs)
     write_tables(tables, folder / "tables")
     parts = _parts(contents.of_runs, runs, tables, folder, steps)
     entries = []
-    for number, (run, label) in enumerate(names(runs).items(), 1):
+    for number, run in enumerate(runs, 1):
+        label = run.label
         steps.begin(f"run {label}")
         anchor = f"run-{number}"
         plate = replace(contents.entry, caption=f"{label}: {contents.entry.caption}")
@@ -162,7 +128,7 @@ def _of_several(runs: Sequence[Run], folder: Path, steps: Steps) -> dict[str, An
 
 
 def _parts(
-    sections: Sequence[Section[Subject]], subject: Subject, tables: Sequence[Table], folder: Path, steps: Steps
+    sections: Sequence[Section[Shown]], subject: Shown, tables: Sequence[Table], folder: Path, steps: Steps
 ) -> list[Part]:
     """Make every section that has a figure or a table."""
     by_name = {table.name: table for table in tables}
@@ -174,15 +140,15 @@ def _parts(
             steps.begin(f"figure {plate.name}")
             if (picture := _draw(plate, subject, folder, plate.name)) is not None:
                 figures.append(picture)
-        grids = tuple(_grid(by_name[name]) for name in shared[section.anchor])
+        grids = tuple(by_name[name] for name in shared[section.anchor])
         if figures or grids:
             parts.append(Part(section.anchor, section.title, section.sentence, tuple(figures), grids))
     if left := shared.get(MORE[0]):
-        parts.append(Part(*MORE, (), tuple(_grid(by_name[name]) for name in left)))
+        parts.append(Part(*MORE, (), tuple(by_name[name] for name in left)))
     return parts
 
 
-def _draw(plate: Plate[Subject], subject: Subject, folder: Path, name: str) -> Picture | None:
+def _draw(plate: Plate[Shown], subject: Shown, folder: Path, name: str) -> Picture | None:
     """Draw a figure and write its files; None where the data for it are missing."""
     try:
         with mpl.rc_context(STYLE):
@@ -200,24 +166,6 @@ def _source(figure: Figure, png: Path) -> str:
     vectors = render(figure, "svg")
     kind, content = ("png", png.read_bytes()) if len(vectors) > _LARGEST_SVG else ("svg+xml", vectors)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-# ---------------------------------------------------------------------------------------------------- tables
-
-
-def _grid(table: Table) -> Grid:
-    rows = tuple(tuple("" if cell is None else str(cell) for cell in row) for row in table.frame.to_numpy().tolist())
-    titles = [str(title).strip() for title in table.frame.columns]
-    columns = tuple(Column(title, _kind(row[k] for row in rows)) for k, title in enumerate(titles))
-    notes = tuple(note for note in table.notes if note != NULLS)
-    return Grid(table.name, table.title, columns, rows, notes)
-
-
-def _kind(cells: Iterable[str]) -> str:
-    texts = list(cells)
-    if all(_NUMBER.match(text) for text in texts):
-        return "number"
-    return "long" if max(map(len, texts)) > _LONG else "words"
 
 
 # -------------------------------------------------------------------------------------------------- template

@@ -6,16 +6,14 @@ python -m mini_gpt_pl.report.calibration runs/mine > table.md
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
 from mini_gpt_pl.command_line import one_line_errors
-from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.path import growth, nulls, pca
+from mini_gpt_pl.geometry.path import growth, nulls
 from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 
 QUANTITIES: dict[str, tuple[str, str]] = {
@@ -49,70 +47,30 @@ QUANTITIES: dict[str, tuple[str, str]] = {
 
 
 def calibrate_run(run: Run, group: str | None = None, bootstrap: int = 200) -> dict[str, nulls.Calibrated]:
-    """Calibrate one group of a run's weights, or the whole selection for None; the same path is calibrated once only.
-
-    Raises:
-        UserError: The run has fewer than three snapshots: nothing can be said about a path of one step.
-    """
-    trajectory = run.trajectory
-    if len(trajectory) < 3:
-        raise UserError(f"the run {run.path} has {len(trajectory)} snapshots: nulls need at least three")
-    try:
-        return dict(_calibrated(_Path(trajectory.gram(group), tuple(trajectory.survival)), bootstrap))
-    except ValueError as error:
-        raise UserError(f"the weights of {group or 'the run'} in {run.path} never moved ({error})") from None
-
-
-class _Path:
-    """A path that is equal to another of the same numbers, so that a report calibrates each of them once.
-
-    Args:
-        gram: H.
-        survival: Share of theta_0 that decay alone leaves, per snapshot.
-    """
-
-    def __init__(self, gram: pca.Gram, survival: tuple[float, ...]) -> None:
-        self.gram, self.survival = gram, survival
-        self._content = (gram.contiguous().numpy().tobytes(), survival)
-
-    def __hash__(self) -> int:
-        return hash(self._content)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Path) and self._content == other._content
-
-
-# A report of fifteen runs of eight blocks asks for 135 of them; a key of 52 snapshots has 22 kB.
-@lru_cache(maxsize=256)
-def _calibrated(path: _Path, bootstrap: int) -> Mapping[str, nulls.Calibrated]:
-    return nulls.calibrate(path.gram, path.survival, curves=True, bootstrap=bootstrap)
+    """Calibrate one group of a run's weights, or the whole selection for None; see `Subject.calibrate`."""
+    return Subject.of(run, bootstrap=bootstrap).calibrate(group)
 
 
 def table(run: Run, group: str | None = None, bootstrap: int = 200) -> pd.DataFrame:
     """Lay the numbers out as they are written: measured, walk, decaying walk, excess over it and its 95 % interval."""
-    rows = []
-    for name, found in calibrate_run(run, group, bootstrap).items():
-        words, form = QUANTITIES[name]
-        rows.append(
-            {
-                "quantity": words,
-                "measured": form.format(found.value),
-                "walk": form.format(found.walk),
-                "decaying walk": form.format(found.decay),
-                "excess": points(found.excess, form),
-                "95 %": interval(found, form),
-            }
-        )
-    return pd.DataFrame(rows)
+    found = calibrate_run(run, group, bootstrap)
+    return pd.DataFrame([{"quantity": QUANTITIES[name][0], **written(name, one)} for name, one in found.items()])
+
+
+def written(name: str, found: nulls.Calibrated) -> dict[str, str]:
+    """Write a calibrated number as it is printed: measured, both nulls, excess and its interval; a dash for NaN."""
+    form = QUANTITIES[name][1]
+    values = {"measured": found.value, "walk": found.walk, "decaying walk": found.decay}
+    cells = {column: form.format(value) if value == value else "-" for column, value in values.items()}
+    return cells | {"excess": points(found.excess, form), "95 %": interval(found, form)}
 
 
 def groups_table(run: Run) -> pd.DataFrame:
     """One row per group: PC1 raw and with unit rows, and their excess over the decaying walk."""
     rows = []
+    subject = Subject.of(run, bootstrap=0)
     for group in run.trajectory.groups:
-        try:
-            found = calibrate_run(run, group, bootstrap=0)
-        except UserError:
+        if not (found := subject.calibrated(group)):
             continue  # a frozen group has no path
         rows.append(
             {
@@ -135,7 +93,7 @@ def growth_table(run: Run) -> pd.DataFrame:
     trajectory, gram = run.trajectory, run.trajectory.gram()
     windows = growth.scaled_windows(trajectory.steps[-1])
     paths = (gram, nulls.walk(gram), nulls.decaying_walk(gram, trajectory.survival))
-    found = [growth.summary(path, trajectory.steps, run.border, windows) for path in paths]
+    found = [growth.summary(path, trajectory.steps, Subject.of(run).border, windows) for path in paths]
     rows = []
     for name in found[0]:
         if name.startswith("r2_"):
@@ -230,6 +188,22 @@ def markdown(frame: pd.DataFrame) -> str:
     """Write a table of strings as Markdown."""
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def conclusion(found: nulls.Calibrated) -> str:
+    """Say in words what a number says beside the decaying walk."""
+    if found.decay != found.decay or found.value != found.value:
+        return "its null is not known, so it says nothing by itself"
+    if found.low != found.low:
+        if found.excess == 0:
+            return "what chance and weight decay give"
+        side = "above" if found.excess > 0 else "below"
+        return f"{side} what chance and weight decay give; how surely, one path alone does not say"
+    if found.low > 0:
+        return "more than chance and weight decay explain"
+    if found.high < 0:
+        return "less than chance and weight decay would give"
+    return "the interval of the excess contains zero, so chance and weight decay may be all of it"
 
 
 def interval(found: nulls.Calibrated, form: str) -> str:

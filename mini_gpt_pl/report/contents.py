@@ -1,20 +1,85 @@
-"""What a report is made of, by the task that its runs were trained on."""
+"""What a report is made of: sections with one sentence each, their figures and tables, and what a study adds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from mini_gpt_pl.report.findings import Finding
-from mini_gpt_pl.report.sections import Plate, Section
+from matplotlib.figure import Figure
+
+from mini_gpt_pl.report.claims import Finding
+from mini_gpt_pl.report.settings import general_facts
 from mini_gpt_pl.report.sheet import Table
+from mini_gpt_pl.report.subject import Backdrop, Subject
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.tasks import tasks
+from mini_gpt_pl.tasks import UNLISTED, tasks
+
+Shown = TypeVar("Shown", Run, Sequence[Run])
+
+
+@dataclass(frozen=True)
+class Plate(Generic[Shown]):
+    """One figure of a report.
+
+    Args:
+        name: File stem.
+        draw: Draws it, or raises a UserError where the data for it are missing.
+        caption: What is seen.
+    """
+
+    name: str
+    draw: Callable[[Shown], Figure]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section(Generic[Shown]):
+    """A section of a report; one for which a run has neither figure nor table is left out.
+
+    Args:
+        anchor: Of links to it.
+        title: In words.
+        sentence: What is measured.
+        plates: Its figures.
+        tables: How names of its tables begin; a table goes to the first section that claims it.
+    """
+
+    anchor: str
+    title: str
+    sentence: str
+    plates: tuple[Plate[Shown], ...] = ()
+    tables: tuple[str, ...] = ()
+
+    def claims(self, name: str) -> bool:
+        """Whether a table of this name belongs here."""
+        return any(
+            name == claim.rstrip("*") or (claim[-1] == "*" and name.startswith(claim[:-1])) for claim in self.tables
+        )
+
+
+def plates(functions: Mapping[str, Callable[[Shown], Figure]], **captions: str) -> tuple[Plate[Shown], ...]:
+    """Figures by name, each with its caption."""
+    return tuple(Plate(name, functions[name], caption) for name, caption in captions.items())
+
+
+MORE = ("more", "More tables", "What belongs to no section above.")
+"""Anchor, title and sentence of the section for tables that no other claims."""
+
+
+def claimed(sections: Iterable[Section[Shown]], names: Sequence[str]) -> dict[str, list[str]]:
+    """Share tables out among sections, by anchor; those that none claims come under that of `MORE`."""
+    known = list(sections)
+    shared: dict[str, list[str]] = {section.anchor: [] for section in known}
+    for name in names:
+        owner = next((section.anchor for section in known if section.claims(name)), MORE[0])
+        shared.setdefault(owner, []).append(name)
+    return shared
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Sections, and what makes their tables.
+    """All that the report's core knows of a study: what it shows, and what it calls things.
 
     Args:
         of_run: Sections of a report on one run.
@@ -23,6 +88,11 @@ class Contents:
         comparison: Tables over several runs.
         findings: Sentences over several runs.
         entry: Figure of each of several runs.
+        facts: What decides how a run goes, in words; see `settings.facts`.
+        learned: What a run learned, one sentence each, for the head of its report.
+        closing: Logged metrics of the table that closes a run, in words; its own metrics by their names for None.
+        figures: Figures that close a run instead of the general ones of the same name.
+        backdrop: What it adds to the general figures and tables.
     """
 
     of_run: tuple[Section[Run], ...]
@@ -31,9 +101,14 @@ class Contents:
     comparison: Callable[[Sequence[Run]], list[Table]]
     findings: Callable[[Sequence[Run]], list[Finding]]
     entry: Plate[Run]
+    facts: Callable[[Run], Mapping[str, Any]] = general_facts
+    learned: Callable[[Subject], tuple[str, ...]] = lambda subject: ()
+    closing: Mapping[str, str] | None = None
+    figures: Mapping[str, Callable[[Run], Figure]] = field(default_factory=dict)
+    backdrop: Backdrop = field(default=Backdrop())
 
 
 def contents_of(runs: Sequence[Run]) -> Contents:
-    """Contents for runs of one task."""
-    contents: Contents = tasks()[runs[0].task].report_contents
+    """Contents for runs of one task; the general ones for runs of none, or of one whose study is not installed."""
+    contents: Contents = tasks().get(runs[0].task, UNLISTED).report_contents
     return contents

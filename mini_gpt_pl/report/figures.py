@@ -15,27 +15,28 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures import trajectory_figures
 from mini_gpt_pl.figures.plotting import (
     BACKBONE,
-    GREY,
     NULL,
     PC2,
     PROBE,
     RESIDUAL,
     STYLE,
+    SWITCH,
     WIDTH,
     dots,
     legend_below,
     line,
-    mark_change,
     plain_log_steps,
     save,
 )
 from mini_gpt_pl.geometry.path import growth as growth_laws
 from mini_gpt_pl.geometry.path import nulls, pca
 from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.report.contents import contents_of
+from mini_gpt_pl.report.learning import learning_curves
+from mini_gpt_pl.report.subject import Subject, estimate
 from mini_gpt_pl.runs.folder import FIGURES, Run
-from mini_gpt_pl.stories.study.learning_tables import fit_of
 
-_WINDOW = 10  # snapshots, as in the paper
+_WINDOW = 10  # snapshots
 
 
 def draw_all(run: Run) -> list[Path]:
@@ -44,54 +45,25 @@ def draw_all(run: Run) -> list[Path]:
     Returns:
         The PNG files that were written.
     """
-    written = []
-    for name, draw in FIGURE_FUNCTIONS.items():
+    subject, written = Subject.of(run), []
+    for name, draw in {**FIGURE_FUNCTIONS, **contents_of([subject]).figures}.items():
         try:
             with mpl.rc_context(STYLE):
-                figure = draw(run)
+                figure = draw(subject)
         except UserError:
             continue  # a run without a recorder has no trajectory to draw
         written += save(figure, run.path / FIGURES, name)
     return written
 
 
-def learning(run: Run) -> Figure:
-    """Loss on the left, probe accuracy on the right, against the optimizer step.
-
-    Where the validation loss has its minimum is marked: what it rises afterwards is over-fitting.
-    """
-    figure = Figure(figsize=(WIDTH, 3.6))
-    left, right = figure.subplots(1, 2)
-    line(left, run.series("train/lm_loss"), "training, LM", GREY, lw=1)
-    line(left, run.series("train/probe_loss"), "training, probe", "#e5b8a0", lw=1)
-    validation = run.series("val/loss")
-    line(left, validation, "validation, LM", BACKBONE, marker="o", ms=3)
-    if (fit := fit_of(run)) is not None:
-        best, label = fit.best_step, f"best validation: step {fit.best_step:,}"
-        if fit.overfits:
-            over = f"over-fitting: {fit.rise:+.2f} since"
-            left.axvspan(best, int(validation.index[-1]), color=RESIDUAL, alpha=0.07, lw=0, label=over)
-            right.axvspan(best, int(validation.index[-1]), color=RESIDUAL, alpha=0.07, lw=0)
-        left.plot([best], [fit.best], "*", ms=11, color=BACKBONE, mec="white", mew=0.6, label=label)
-    left.set(xlabel="step", ylabel="nats per token", title="Loss")
-    left.set_ylim(bottom=0)
-    line(right, run.series("probe/p_in"), "$p_{in}$, short gap", BACKBONE, marker="o", ms=3)
-    line(right, run.series("probe/p_ood"), "$p_{ood}$, long gap", RESIDUAL, marker="o", ms=3)
-    right.set(xlabel="step", ylabel="exact match", title="Key retrieval", ylim=(-0.03, 1.03))
-    mark_change(run, right, left)
-    for axes in (left, right):
-        legend_below(axes, 1)
-    return figure
-
-
 def spectrum(run: Run) -> Figure:
-    """Share of each principal component of the drift, whole trunk and blocks, raw and unit rows."""
-    run.drift_rows  # noqa: B018 (raises for a run without a path)
+    """Share of each principal component of the drift, whole selection and groups, raw and unit rows."""
     return trajectory_figures.spectrum(run.trajectory, run.trunk)
 
 
 def backbone(run: Run) -> Figure:
-    """Backbone coordinate and residual norm with the probe's accuracy behind (paper, Figure 1)."""
+    """Backbone coordinate and residual norm, with the metric behind that the run's study puts there."""
+    run = Subject.of(run)
     trajectory = run.trajectory
     gram, rows, steps = trajectory.gram(), pca.drifts(len(trajectory)), trajectory.steps
     direction = pca.pca(gram, run.drift_rows).backbone
@@ -110,29 +82,31 @@ def backbone(run: Run) -> Figure:
     bottom.plot(steps, split.residual_norm, "o-", ms=3, color=RESIDUAL, label="$||r(t)||$")
     bottom.plot(steps, walked.residual_norm, ":", lw=1.2, color=RESIDUAL, label="the same, decaying walk")
     bottom.set(xlabel="step", ylabel="parameter units")
-    mark_change(run, top, bottom)
+    run.mark(top, bottom)
     for axes, drop in ((top, 8.0), (bottom, 34.0)):
-        probe_behind(run, axes)
+        if run.backdrop.behind is not None:
+            _behind(run, axes, *run.backdrop.behind)
         legend_below(axes, 3, drop=drop)
     return figure
 
 
-def probe_behind(run: Run, axes: Axes) -> None:
-    """Draw p_ood on an axis of its own behind the curves of another, and enter it in their legend."""
+def _behind(run: Run, axes: Axes, metric: str, label: str) -> None:
+    """Draw a share on an axis of its own behind the curves of another, and enter it in their legend."""
     twin = axes.twinx()
     twin.grid(visible=False)
     twin.spines["right"].set_visible(True)
-    line(twin, run.series("probe/p_ood"), "$p_{ood}$", PROBE, ls="--", lw=1)
-    twin.set(ylim=(-0.03, 1.03), ylabel="$p_{ood}$")
-    axes.plot([], [], "--", color=PROBE, lw=1, label="$p_{ood}$")
+    line(twin, run.series(metric), label, PROBE, ls="--", lw=1)
+    twin.set(ylim=(-0.03, 1.03), ylabel=label)
+    axes.plot([], [], "--", color=PROBE, lw=1, label=label)
 
 
 def alignment(run: Run) -> Figure:
-    """Gradients and updates beside the backbone (paper, Figure 2).
+    """Gradients and updates beside the backbone.
 
     The band spans what orthogonal updates of the same lengths show against a direction fitted to themselves, with and
     without weight decay.
     """
+    run = Subject.of(run)
     trajectory, trunk = run.trajectory, run.trunk
     gram, rows, steps = trajectory.gram(), run.drift_rows, trajectory.steps[1:]
     decaying = nulls.decaying_walk(gram, trajectory.survival)
@@ -149,22 +123,28 @@ def alignment(run: Run) -> Figure:
     axes.plot(
         steps, pca.past_update_alignment(decaying), ":", color=BACKBONE, lw=1.4, label="decaying walk, $v_b$ up to then"
     )
-    for name, label, colour in (("lm", "LM gradient", PC2), ("probe", "probe gradient", RESIDUAL)):
-        line(axes, run.series(f"alignment/{trunk}/{name}"), label, colour, marker=".", ls="", ms=5)
-    _binned(axes, run.series(f"alignment/{trunk}/gradient"), trajectory.steps)
-    _replayed(axes, run)
+    if run.has_metrics:
+        for (name, words), colour in zip(run.backdrop.losses.items(), (PC2, RESIDUAL, SWITCH), strict=False):
+            series = run.series(f"alignment/{trunk}/{name}")
+            line(axes, series, f"{words} gradient", colour, marker=".", ls="", ms=5)
+        _binned(axes, run.series(f"alignment/{trunk}/gradient"), trajectory.steps)
+    if replayed := run.replayed_at("gradient", "combined", trunk, "abs_cos"):
+        mean, spread = zip(*map(estimate, replayed.values()), strict=True)
+        label = "replayed gradient, |cos| with whole-run $v_b$"
+        dots(axes, list(replayed), mean, spread, fmt="D", mfc="white", color="black", label=label)
     floor = noise_floor(trajectory.dim)
     axes.axhspan(-floor, floor, color="black", alpha=0.12, lw=0)
     axes.axhline(0, color="black", lw=0.6)
     title = f"{trunk}: alignment with the backbone; noise floor {floor:.1e} (band)"
     axes.set(xlabel="step", ylabel="cosine", title=title)
-    mark_change(run, axes)
+    run.mark(axes)
     legend_below(axes)
     return figure
 
 
 def growth(run: Run) -> Figure:
     """Power laws of coordinate and residual, and how a windowed first direction turns, each beside its null."""
+    run = Subject.of(run)
     trajectory, steps = run.trajectory, run.trajectory.steps
     run.drift_rows  # noqa: B018 (raises for a run without a path)
     null = nulls.decaying_walk(trajectory.gram(), trajectory.survival)
@@ -193,7 +173,7 @@ def growth(run: Run) -> Figure:
     return figure
 
 
-def _turning(axes: Axes, run: Run, gram: pca.Gram, style: str, *, measured: bool) -> None:
+def _turning(axes: Axes, run: Subject, gram: pca.Gram, style: str, *, measured: bool) -> None:
     """Draw how each window's first direction lies to both phases' and to that of the window before."""
     steps = run.trajectory.steps
 
@@ -209,13 +189,13 @@ def _turning(axes: Axes, run: Run, gram: pca.Gram, style: str, *, measured: bool
 
 
 FIGURE_FUNCTIONS: dict[str, Callable[[Run], Figure]] = {
-    "learning": learning,
+    "learning": learning_curves,
     "spectrum": spectrum,
     "backbone": backbone,
     "alignment": alignment,
     "growth": growth,
 }
-"""The figures that are cheap enough to close every run; `report.sections` has the others too."""
+"""The figures that are cheap enough to close every run."""
 
 
 def _binned(axes: Axes, series: pd.Series[float], edges: list[int]) -> None:
@@ -229,16 +209,3 @@ def _binned(axes: Axes, series: pd.Series[float], edges: list[int]) -> None:
     axes.errorbar(
         centres, mean, yerr=spread, fmt="s", ms=3, color=PROBE, lw=1, label="single-batch gradient, mean and sd"
     )
-
-
-def _replayed(axes: Axes, run: Run) -> None:
-    """Mean and standard deviation of |cos| with the whole-run v_b over the batches of each replayed checkpoint."""
-    found = {
-        step: values["gradient"]["combined"][run.trunk]["abs_cos"]
-        for step, values in run.replayed.items()
-        if run.trunk in values.get("gradient", {}).get("combined", {})
-    }
-    if found:
-        mean, spread = zip(*found.values(), strict=True)
-        label = "replayed gradient, |cos| with whole-run $v_b$"
-        dots(axes, list(found), mean, spread, fmt="D", mfc="white", color="black", label=label)

@@ -4,65 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run
-from mini_gpt_pl.report.families import (
-    beta2_of,
-    from_scratch,
-    is_control,
-    names,
-    optimizers_of,
-    reheat_setting,
-    seeds_of,
-)
+from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.report.claims import Finding
+from mini_gpt_pl.report.families import beta2_of, from_scratch, names, optimizers_of, seeds_of
 from mini_gpt_pl.report.settings import diverged, facts, plain, progress
 from mini_gpt_pl.report.sheet import gap
+from mini_gpt_pl.report.statistics import direction, spearman, t_interval
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import METRICS, Run
-from mini_gpt_pl.stories.study.learning_tables import fit_of
-from mini_gpt_pl.stories.study.sweep_tables import direction, spearman, t_interval
 
 _JUDGED = ("pc1", "pc1_unit", "k95", "k95_unit")  # those with an interval
 _FEW = 4  # names that a sentence can hold
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence or two about several runs.
-
-    Args:
-        topic: What about.
-        said: The finding.
-        anchor: Section that shows it.
-    """
-
-    topic: str
-    said: str
-    anchor: str
-
-
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """Collect what can be said across runs; what takes runs that are not there is left out."""
+    """Collect what can be said across runs of any task; what takes runs that are not there is left out."""
     called = names(runs)
     scratch = [run for run in from_scratch(runs) if (run.path / METRICS).is_file()]
-    sound = {run: found for run in scratch if not diverged(run) and (found := _calibrated(run))}
+    sound = {run: found for run in scratch if not diverged(run) and (found := Subject.of(run).calibrated())}
     said: list[Finding] = []
     if sound:
         said += [_standing_out(sound, called, name) for name in _JUDGED]
-    said += [*_optimizers(scratch, sound, called), *_beta2(sound), *_seeds(sound), *_over_fitting(scratch, called)]
-    said += _reheating(runs)
+    said += [*_optimizers(scratch, sound, called), *_beta2(sound), *_seeds(sound)]
     if lost := [f"{called[run]} (at step {progress(run)[0]:,})" for run in scratch if diverged(run)]:
         said.append(Finding("Diverged", f"{', '.join(lost)}; the sentences above leave them out.", "runs"))
     return said
-
-
-def _calibrated(run: Run) -> dict[str, Calibrated]:
-    try:
-        return calibrate_run(run)
-    except UserError:  # too short, or it never moved
-        return {}
 
 
 def _standing_out(sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str], name: str) -> Finding:
@@ -140,25 +108,3 @@ def _seeds(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
     said = f"{len(apart)} of {tried} excesses have a t interval over {len(chosen)} seeds that leaves out zero"
     chance = f"of {tried} such intervals about {0.05 * tried:.0f} would by chance."
     yield Finding("Over seeds", f"{said}{': ' if apart else ''}{'; '.join(apart)}; {chance}", "seeds")
-
-
-def _over_fitting(runs: Sequence[Run], called: dict[Run, str]) -> Iterator[Finding]:
-    fits = {called[run]: fit for run in runs if not diverged(run) and (fit := fit_of(run)) is not None}
-    over = {name: fit for name, fit in fits.items() if fit.overfits}
-    if not over:
-        return
-    worst = max(over, key=lambda name: over[name].rise)
-    most = f"most in {worst}, by {over[worst].rise:.2f} nats since step {over[worst].best_step:,}"
-    yield Finding("Over-fitting", f"validation loss rose again in {len(over)} of {len(fits)} runs, {most}.", "runs")
-
-
-def _reheating(runs: Sequence[Run]) -> Iterator[Finding]:
-    known = [(run, record) for run in runs if (record := run.reheated) is not None and record.get("gain") is not None]
-    warm = [pair for pair in known if not is_control(pair[1])]
-    if not warm:
-        return
-    warm.sort(key=lambda pair: reheat_setting(*pair)[0])
-    each = ", ".join(f"{reheat_setting(run, record)[1]} {record['gain']:+.3f}" for run, record in warm)
-    idle = [f"{record['gain']:+.3f}" for _, record in known if is_control(record)]
-    without = f"; without reheating, the control: {', '.join(idle)}" if idle else "; there is no control"
-    yield Finding("Gain in p_ood by reheating", f"{each}{without}.", "reheating")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mini_gpt_pl.arithmetic.study.runs import TEST, grokking_runs
-from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
+from mini_gpt_pl.report.calibration import QUANTITIES, conclusion, written
+from mini_gpt_pl.report.contents import contents_of
 from mini_gpt_pl.report.settings import facts, optimizer_label, plain, progress
-from mini_gpt_pl.runs.folder import METRICS, Run
-from mini_gpt_pl.stories.study.learning_tables import fit_of
+from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.runs.folder import Run
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Verdict:
         excess: Measured minus null, as written.
         interval: 95 % of the excess, as written.
         stands_out: Whether the interval leaves out zero.
+        said: What that says, in words.
     """
 
     quantity: str
@@ -34,6 +34,7 @@ class Verdict:
     excess: str
     interval: str
     stands_out: bool
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,18 @@ def headline(run: Run) -> Headline:
     Raises:
         UserError: The run has no configuration, or no trajectory.
     """
-    try:
-        calibrated = calibrate_run(run)
-    except UserError:  # too short, or it never moved
-        calibrated = {}
+    subject = Subject.of(run)
+    calibrated = subject.calibrated()
     judged = tuple(_verdict(name, found) for name, found in calibrated.items() if found.low == found.low)
-    return Headline(_sentence(run), _facts(run), _learned(run), judged, len(calibrated) - len(judged))
+    learned = contents_of([subject]).learned(subject) if subject.has_metrics else ()
+    return Headline(_sentence(subject), _facts(subject), learned, judged, len(calibrated) - len(judged))
 
 
 def _verdict(name: str, found: Calibrated) -> Verdict:
-    words, form = QUANTITIES[name]
-    written = (form.format(found.value), form.format(found.decay), points(found.excess, form), interval(found, form))
-    return Verdict(words, *written, stands_out=not found.low <= 0 <= found.high)
+    cells = written(name, found)
+    shown = (cells[column] for column in ("measured", "decaying walk", "excess", "95 %"))
+    stands_out = not found.low <= 0 <= found.high
+    return Verdict(QUANTITIES[name][0], *shown, stands_out=stands_out, said=conclusion(found))
 
 
 def _sentence(run: Run) -> str:
@@ -93,7 +94,7 @@ def _sentence(run: Run) -> str:
     parts = [
         optimizer_label(known, beta2=True) if known["optimizer"] else None,
         known["model"],
-        None if known["operation"] is None else f"{known['operation']} modulo {known['modulus']}",
+        None if known.get("operation") is None else f"{known['operation']} modulo {known['modulus']}",
         f"seed {known['seed']}" if known["seed"] is not None else None,
         state(run),
     ]
@@ -127,37 +128,3 @@ def _spacing(steps: list[int]) -> str:
     if not gaps:
         return "one alone"
     return f"every {gaps[0]} steps" if len(gaps) == 1 else f"{gaps[0]} to {gaps[-1]} steps apart"
-
-
-def _learned(run: Run) -> tuple[str, ...]:
-    """Best and last validation loss and p_ood, or when a run of the second task memorised and generalised."""
-    if not (run.path / METRICS).is_file():
-        return ()
-    said = [*_generalised(run)]
-    loss, retrieved = run.series("val/loss"), run.series("probe/p_ood")
-    if len(loss):
-        fit = fit_of(run)
-        assert fit is not None
-        end = f"it has risen by {fit.rise:.3f} since" if fit.rise > 0 else "the last evaluation"
-        end += ": over-fitting" if fit.overfits else ""
-        said.append(f"Validation loss was lowest, {fit.best:.3f} nats per token, at step {fit.best_step:,} ({end}).")
-    if len(retrieved):
-        best = int(retrieved.index[int(retrieved.argmax())])
-        said.append(
-            f"Retrieval at long gaps, p_ood, was highest, {retrieved[best]:.3f}, at step {best:,}, "
-            f"and is {retrieved.iloc[-1]:.3f} at the end."
-        )
-    return tuple(said)
-
-
-def _generalised(run: Run) -> Iterator[str]:
-    for one in grokking_runs([run]):
-        memorised, t90, end = one.steps["train_99"], one.steps["t90"], one.series(TEST)
-        yield (
-            f"99 % of the training set {_reached(memorised)}, 90 % of the test set {_reached(t90)}; the last "
-            f"evaluation, at step {int(end.index[-1]):,}, has {end.iloc[-1]:.1%}."
-        )
-
-
-def _reached(step: int | None) -> str:
-    return "were never reached" if step is None else f"were reached at step {step:,}"

@@ -14,10 +14,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.figures.plotting import BACKBONE, GREY, NULL, PC2, RESIDUAL, WIDTH, legend_below, mark_change
+from mini_gpt_pl.figures.plotting import BACKBONE, GREY, NULL, PC2, RESIDUAL, WIDTH, legend_below
 from mini_gpt_pl.geometry.path import nulls, pca
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run
+from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 
 _SHARES = (
@@ -49,7 +50,7 @@ def against_nulls(run: Run) -> Figure:
     Raises:
         UserError: The run has no path.
     """
-    found = calibrate_run(run)
+    found = Subject.of(run).calibrate()
     parts = [[name for name in names if name in found] for names in (_SHARES, _COUNTS)]
     figure = Figure(figsize=(WIDTH, 6.2))
     grid = figure.subplots(
@@ -184,7 +185,7 @@ def initial_weights(run: Run) -> Figure:
     right.plot(steps, trajectory.survival, ":", color=NULL, lw=1.2, label="weight decay alone")
     right.set(xlabel="step", ylabel="share of $\\theta_0$ left", title="Surviving initial weights")
     right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))
-    mark_change(run, right, left)
+    Subject.of(run).mark(right, left)
     legend_below(left, 3)
     legend_below(right, 2)
     return figure

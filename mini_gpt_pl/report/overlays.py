@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.lines import Line2D
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import DISTINCT, NULL, WIDTH, log_if_dwarfed
 from mini_gpt_pl.geometry.path import nulls, pca
-from mini_gpt_pl.report.families import names
+from mini_gpt_pl.report.families import from_scratch, names
 from mini_gpt_pl.report.settings import diverged, progress
 from mini_gpt_pl.runs.folder import Run
 
@@ -41,7 +42,9 @@ class Curve(NamedTuple):
     null: Sequence[float] | None = None
 
 
-def _metric(name: str) -> Callable[[Run], Curve]:
+def metric(name: str) -> Callable[[Run], Curve]:
+    """Read a logged metric from a run."""
+
     def read(run: Run) -> Curve:
         series = run.series(name)
         return Curve(series.index.tolist(), series.tolist())
@@ -94,18 +97,29 @@ def _pc1(gram: pca.Gram) -> float:
         return math.nan
 
 
-CURVES: dict[str, tuple[str, Callable[[Run], Curve]]] = {
-    "loss": ("validation loss, nats", _metric("val/loss")),
-    "p_ood": ("$p_{ood}$", _metric("probe/p_ood")),
-    "a": ("$a(t)=\\langle x(t),v_b\\rangle$", _of_split(lambda split: split.coordinate)),
-    "r": ("$||r(t)||$", _of_split(lambda split: split.residual_norm)),
-    "fraction": ("fraction $a^2/||x||^2$", _of_split(lambda split: split.fraction)),
-    "cos": ("cos$(v_b,\\theta_0)$, $v_b$ of the past", _over_time(_cos_theta0)),
-    "pc1": ("PC1 up to the step, %", _over_time(_pc1)),
-}
-"""Title of each quantity, and how it is read from a run; a UserError where a run never moved."""
+@dataclass(frozen=True)
+class Quantity:
+    """What is drawn of every run.
 
-_UNBOUNDED = ("loss", "a", "r")
+    Args:
+        title: Of its panel.
+        measure: Reads it from a run; a UserError where a run never moved.
+        unbounded: Whether one run may dwarf the others.
+    """
+
+    title: str
+    measure: Callable[[Run], Curve]
+    unbounded: bool = False
+
+
+CURVES: Mapping[str, Quantity] = {
+    "a": Quantity("$a(t)=\langle x(t),v_b\rangle$", _of_split(lambda split: split.coordinate), unbounded=True),
+    "r": Quantity("$||r(t)||$", _of_split(lambda split: split.residual_norm), unbounded=True),
+    "fraction": Quantity("fraction $a^2/||x||^2$", _of_split(lambda split: split.fraction)),
+    "cos": Quantity("cos$(v_b,\theta_0)$, $v_b$ of the past", _over_time(_cos_theta0)),
+    "pc1": Quantity("PC1 up to the step, %", _over_time(_pc1)),
+}
+"""Quantities of the path, each with its null."""
 
 
 class Look(NamedTuple):
@@ -151,24 +165,23 @@ def named(chosen: Sequence[Run], runs: Sequence[Run]) -> list[Look]:
     return looks_of(chosen, [called[run] for run in chosen])
 
 
-def draw(axes: Axes, looks: Sequence[Look], curve: str) -> None:
+def draw(axes: Axes, looks: Sequence[Look], quantity: Quantity) -> None:
     """Draw one quantity of every run that has it, its null dotted in the same colour.
 
     Limits are those of the runs that did not diverge, if there are any.
     """
-    title, measure = CURVES[curve]
     for look in looks:
         if not look.diverged:
-            _lines(axes, look, measure)
-    if curve in _UNBOUNDED:
+            _lines(axes, look, quantity.measure)
+    if quantity.unbounded:
         log_if_dwarfed(axes)
     limits = (axes.get_xlim(), axes.get_ylim()) if axes.lines else None
     for look in looks:
         if look.diverged:
-            _lines(axes, look, measure)
+            _lines(axes, look, quantity.measure)
     if limits is not None:
         axes.set(xlim=limits[0], ylim=limits[1])
-    axes.set_title(title, fontsize=9)
+    axes.set_title(quantity.title, fontsize=9)
 
 
 def _lines(axes: Axes, look: Look, measure: Callable[[Run], Curve]) -> None:
@@ -181,12 +194,12 @@ def _lines(axes: Axes, look: Look, measure: Callable[[Run], Curve]) -> None:
         axes.plot(found.steps, found.null, ":", color=look.colour, lw=0.9)
 
 
-def panels(looks: Sequence[Look], curves: Sequence[str]) -> Figure:
-    """Draw four quantities of `CURVES` in two rows of panels, against the step."""
+def panels(looks: Sequence[Look], shown: Sequence[Quantity]) -> Figure:
+    """Draw four quantities in two rows of panels, against the step."""
     figure = Figure(figsize=(WIDTH, 4.6 + legend_rows(looks) * LINE_HEIGHT))
     grid = figure.subplots(2, 2, sharex=True)
-    for axes, curve in zip(grid.flat, curves, strict=True):
-        draw(axes, looks, curve)
+    for axes, quantity in zip(grid.flat, shown, strict=True):
+        draw(axes, looks, quantity)
     for axes in grid[1]:
         axes.set_xlabel("step")
     legend(figure, looks)
@@ -208,3 +221,28 @@ def _columns(looks: Sequence[Look]) -> int:
 def legend_rows(looks: Sequence[Look]) -> int:
     """Lines that the legend takes: what a figure must be higher by."""
     return math.ceil((len(looks) + 1) / _columns(looks))
+
+
+def overview(runs: Sequence[Run]) -> Figure:
+    """Backbone coordinate, residual, fraction and first share of all runs from scratch.
+
+    Raises:
+        UserError: There are fewer than two.
+    """
+    return panels(named(several(runs), runs), [CURVES[name] for name in ("a", "r", "fraction", "pc1")])
+
+
+def several(runs: Sequence[Run]) -> Sequence[Run]:
+    """Return the runs from scratch.
+
+    Raises:
+        UserError: There are fewer than two.
+    """
+    chosen = from_scratch(runs)
+    if len(chosen) < 2:
+        raise UserError("fewer than two of the runs are from scratch: there is nothing to lay over one another")
+    return chosen
+
+
+OVERLAYS: dict[str, Callable[[Sequence[Run]], Figure]] = {"overview": overview}
+"""Figures of several runs of any task."""

@@ -1,6 +1,6 @@
 """One HTML page about one run or several, with its figures and tables as files beside it.
 
-python cli.py report runs/mine
+mini_gpt_pl report runs/mine
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.console import Console
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.progress import Steps
 from mini_gpt_pl.runs.folder import CONFIG, REPORT, TRAJECTORY, Run, runs_below
+from mini_gpt_pl.tasks import tasks
 
 _SEVERAL = Path("reports")
 _PAGE = "report.html"
@@ -45,7 +46,7 @@ def expand(folders: Sequence[Path], tell: Callable[[str], object] = print) -> li
     """Replace folders of runs by the runs in them.
 
     Args:
-        folders: Run folders, or folders that hold some at any depth; runs inside a run are its own affair.
+        folders: Run folders, or folders that hold some at any depth; nested runs are not included.
         tell: Takes a line about each run that is left out because it recorded no path.
 
     Raises:
@@ -88,7 +89,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str | None, steps: St
     told = {
         "title": title or (f"Run {runs[0].path.resolve().name}" if single else f"{len(runs)} runs"),
         "command": _command("report", *(run.path for run in runs), *_options(out=folder, title=title)),
-        "retrain": _retrain(runs[0]) if single and runs[0].reheated is None else None,
+        "retrain": _retrain(runs[0]) if single else None,
     }
     page = folder / _PAGE
     try:
@@ -99,7 +100,10 @@ def write_report(runs: Sequence[Run], folder: Path, title: str | None, steps: St
     return page
 
 
-def _retrain(run: Run) -> str:
+def _retrain(run: Run) -> str | None:
+    """Write the command that trains a run again; None for a run that no `fit` of a listed task has started."""
+    if run.task not in tasks() or run.reheated is not None:
+        return None
     return _command("fit", *_options(config=run.path / CONFIG, run_dir=f"{run.path}-again"))
 
 
@@ -108,4 +112,4 @@ def _options(**values: object) -> list[str]:
 
 
 def _command(*words: object) -> str:
-    return shlex.join(["python", "cli.py", *map(str, words)])
+    return shlex.join(["mini_gpt_pl", *map(str, words)])

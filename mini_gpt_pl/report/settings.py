@@ -1,82 +1,155 @@
-"""What a run was, in words and numbers that can be compared: read from its configuration, never retyped."""
+"""What a run was, in words and numbers that can be compared: read from its folder, never retyped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from mini_gpt_pl.runs.folder import METRICS, Run
-from mini_gpt_pl.stories.gpt import PRESETS
+from mini_gpt_pl.runs.record import Record
+from mini_gpt_pl.tasks import tasks
 
-PAPER: dict[str, Any] = {
-    "model": "8 blocks, 16 heads, width 512, MLP 2048",
-    "context": 256,
-    "optimizer": "AdamW",
-    "learning rate": 1e-3,
-    "weight decay": 0.5,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "warm-up": 1500,
-    "schedule length": 10_000,
-    "steps": 10_000,
-    "sequences a step": 128,
-    "clipping": 1.0,
-    "lambda": "2 to 4 at step 4000",
-    "share of probe sequences": 0.1,
-    "corpus": "tinystories",
+WORDS = {
+    "model": "model",
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "learning_rate": "learning rate",
+    "weight_decay": "weight decay",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "momentum": "momentum",
+    "nesterov": "Nesterov",
+    "more_optimizers": "further optimizers",
+    "warmup": "warm-up",
+    "length": "schedule length",
+    "steps": "steps",
+    "epochs": "epochs",
+    "examples": "examples a step",
+    "clipping": "clipping",
+    "precision": "precision",
+    "seed": "seed",
 }
-"""Facts of the paper's main runs (paper, Table 1)."""
+"""Each fact in words, in the order in which a page has them."""
+OF_OPTIMIZER = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "momentum", "nesterov")
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """Collect what decides how a run goes; what a configuration does not say is None.
+@dataclass(frozen=True)
+class Facts:
+    """What decides how any run goes, as far as its folder says; None for what it does not.
 
-    Keys are words for the reader. A null that turns something off is a value of its own, such as "none" for clipping:
-    it is no agreement with what another run has. `tokenizer` is a name without folder and ending, so that one rank
-    file under two paths is one tokenizer.
+    A null that turns something off is a value of its own, such as "none" for clipping: it differs from an option that
+    is not there.
+
+    Args:
+        model: Class of the module.
+        weights: Number of its values.
+        optimizer: Class of the first optimizer.
+        learning_rate: Peak, or that of the first parameter group.
+        weight_decay: Of the optimizer.
+        beta1: Of an adaptive optimizer.
+        beta2: Of an adaptive optimizer.
+        momentum: Of SGD.
+        nesterov: Whether momentum looks ahead.
+        more_optimizers: Classes of the others.
+        warmup: Steps of the warm-up.
+        length: Steps of the schedule.
+        steps: Optimizer steps asked for.
+        epochs: Epochs asked for.
+        examples: Of one step, over all processes and accumulated batches.
+        clipping: Of gradients.
+        precision: As Lightning names it.
+        seed: Of everything.
     """
-    config = run.settings
-    model, data, trainer = (_mapping(config, part) for part in ("model", "data", "trainer"))
-    schedule, probe = _mapping(model, "schedule"), _mapping(data, "probe")
-    return {
-        "model": _size(model.get("size")),
-        "tokenizer": _name(data.get("tokenizer")),
-        "context": data.get("context"),
-        **_optimizer(_mapping(model, "optimizer")),
-        "warm-up": schedule.get("warmup"),
-        "schedule length": schedule.get("total"),
-        "steps": trainer.get("max_steps"),
-        "sequences a step": _product(_said(data, "batch_size", "all"), trainer.get("accumulate_grad_batches")),
-        "clipping": _said(trainer, "gradient_clip_val", "none"),
-        "lambda": _probe_weight(_mapping(model, "probe_weight")),
-        "share of probe sequences": probe.get("p_probe"),
-        "corpus": _mapping(data, "corpus").get("name"),
-        "operation": data.get("operation"),
-        "modulus": data.get("modulus"),
-        "training fraction": data.get("train_fraction"),
-        **({} if run.task == "stories" else _residues(run, model, data)),
-        "seed": data.get("seed", config.get("seed_everything")),
-    }
+
+    model: str | None = None
+    weights: int | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    more_optimizers: str | None = None
+    warmup: int | None = None
+    length: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    examples: int | None = None
+    clipping: float | str | None = None
+    precision: str | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read a configuration of LightningCLI, whose module takes its own options or is named by a class path."""
+        model, data, trainer = (mapping(config, part) for part in ("model", "data", "trainer"))
+        options = {**model, **mapping(model, "init_args")}
+        optimizer = mapping(options, "optimizer") or mapping(config, "optimizer")
+        schedule = mapping(options, "schedule")
+        named = model.get("class_path")
+        of_data = {**data, **mapping(data, "init_args")}
+        batch, batches = said(of_data, "batch_size", "all"), trainer.get("accumulate_grad_batches")
+        return cls(
+            model=_class(named),
+            **_of_optimizer(_class(optimizer.get("class_path")), mapping(optimizer, "init_args")),
+            warmup=schedule.get("warmup"),
+            length=schedule.get("total"),
+            steps=trainer.get("max_steps"),
+            epochs=trainer.get("max_epochs"),
+            examples=batch * (batches or 1) if isinstance(batch, int) else batch,
+            clipping=said(trainer, "gradient_clip_val", "none"),
+            precision=trainer.get("precision"),
+            seed=of_data.get("seed", config.get("seed_everything")),
+        )
+
+    @classmethod
+    def of_record(cls, record: Record) -> Self:
+        """Read what a run's trainer said of it."""
+        first = record.optimizers[0] if record.optimizers else {}
+        examples = record.batch_size
+        return cls(
+            model=record.model,
+            weights=record.weights,
+            **_of_optimizer(first.get("class"), first),
+            more_optimizers=", ".join(str(other.get("class")) for other in record.optimizers[1:]) or None,
+            steps=record.max_steps,
+            epochs=record.max_epochs,
+            examples=None if examples is None else examples * record.accumulation * record.processes,
+            clipping=record.clipping or "none",
+            precision=record.precision,
+        )
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The facts by their words."""
+        return {WORDS[name]: value for name, value in asdict(self).items()}
+
+    @property
+    def of_optimizer(self) -> dict[str, Any]:
+        """Those of the first optimizer."""
+        return {WORDS[name]: getattr(self, name) for name in OF_OPTIMIZER}
 
 
-def _residues(run: Run, model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of the second task alone."""
-    recorder = next(iter(run.callback_settings("TrajectoryRecorder")), {})
-    operations, split = data.get("operations"), _said(data, "split_seed", OWN_SEED)
-    return {
-        "operations": None if operations is None else ", ".join(operations),
-        "mirror pairs together": data.get("mirror_together"),
-        "split": OWN_SEED if split == data.get("seed", run.settings.get("seed_everything")) else split,
-        "identical blocks": model.get("identical_blocks"),
-        "eps": _mapping(_mapping(model, "optimizer"), "init_args").get("eps"),
-        "steps a snapshot": _mapping(recorder, "schedule").get("every"),
-    }
+def general_facts(run: Run) -> dict[str, Any]:
+    """Collect the facts of any run: its trainer's own record, and what its configuration says beyond that."""
+    found = Facts.of_config(run.settings).words
+    if (record := Record.read(run.path)) is not None:
+        found |= {key: value for key, value in Facts.of_record(record).words.items() if value is not None}
+    return found
 
 
-OWN_SEED = "by the seed"
-"""The split of a run that has no seed of its own for it."""
+def facts(run: Run) -> Mapping[str, Any]:
+    """Collect what decides how a run goes, by words for the reader; what its folder does not say is None.
+
+    A run of a study has the facts that the study names.
+    """
+    if "facts" in run.__dict__:  # a subject of a report, which has asked before
+        return run.__dict__["facts"]  # type: ignore[no-any-return]
+    task = tasks().get(run.task)
+    found: Mapping[str, Any] = general_facts(run) if task is None else task.report_contents.facts(run)
+    return found
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
@@ -100,7 +173,8 @@ def progress(run: Run) -> tuple[int, int | None]:
     A run that broke off took as many as its last entry in the metrics, or its last snapshot, says at least.
     """
     # The configuration of a reheated run is its parent's.
-    asked = facts(run)["steps"] if (record := run.reheated) is None else record.get("steps")
+    asked = facts(run).get("steps") if (record := run.reheated) is None else record.get("steps")
+    asked = asked if asked is None or asked > 0 else None  # Lightning's -1 is no limit
     if (ended := run.outcome) is not None:
         return ended.step, asked
     logged = int(run.metrics.index[-1]) if (run.path / METRICS).is_file() and len(run.metrics) else 0
@@ -136,48 +210,35 @@ def plain(value: Any) -> str:
 _SMALL = 0.03
 
 
-def _size(size: Any) -> str | None:
-    if isinstance(size, str) and size in PRESETS:
-        size = asdict(PRESETS[size])
-    if not isinstance(size, Mapping):
-        return None
-    values = [size.get(key) for key in ("n_layer", "n_head", "d_model", "d_ff")]
+def transformer(size: Any) -> str | None:
+    """Write the size of a transformer, a mapping of its options; None for anything else."""
+    values = [mapping({"": size}, "").get(key) for key in ("n_layer", "n_head", "d_model", "d_ff")]
     return None if None in values else "{} blocks, {} heads, width {}, MLP {}".format(*values)
 
 
-def _optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    settings = _mapping(optimizer, "init_args")
-    betas = settings.get("betas") or (None, None)
-    kind = optimizer.get("class_path")
-    return {
-        "optimizer": None if kind is None else str(kind).rpartition(".")[2],
-        "learning rate": settings.get("lr"),
-        "weight decay": settings.get("weight_decay"),
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "momentum": settings.get("momentum"),
-        "Nesterov": settings.get("nesterov"),
-    }
-
-
-def _probe_weight(weight: Mapping[str, Any]) -> str | None:
-    values = [weight.get(key) for key in ("first", "second", "switch_step")]
-    return None if None in values else f"{values[0]:g} to {values[1]:g} at step {values[2]}"
-
-
-def _name(path: Any) -> str | None:
-    return None if path is None else Path(str(path)).name.split(".")[0]
-
-
-def _product(a: Any, b: Any) -> Any:
-    return a * (b or 1) if isinstance(a, int) else a
-
-
-def _said(config: Mapping[str, Any], key: str, null: str) -> Any:
-    """Value of a key, a word for one that is null, and None for one that is absent."""
+def said(config: Mapping[str, Any], key: str, null: str) -> Any:
+    """Return the value of a key, a word for one that is null, and None for one that is absent."""
     return config[key] if config.get(key) is not None else null if key in config else None
 
 
-def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a section of a configuration, empty where it is missing."""
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}
+
+
+def _class(path: Any) -> str | None:
+    return None if path is None else str(path).rpartition(".")[2]
+
+
+def _of_optimizer(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    betas = settings.get("betas") or (None, None)
+    return {
+        "optimizer": kind,
+        "learning_rate": settings.get("lr"),
+        "weight_decay": settings.get("weight_decay"),
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "momentum": settings.get("momentum"),
+        "nesterov": settings.get("nesterov"),
+    }

@@ -1,8 +1,9 @@
-"""A table whose cells are written and unwritten at once: strings for the page, numbers for the CSV."""
+"""Tables as data: each cell is kept formatted and raw, and a table renders to CSV, Markdown and HTML."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,46 +19,8 @@ NULLS = (
     "nothing of other seeds."
 )
 EMPTY = "-"
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table as it is shown, and as numbers.
-
-    Args:
-        name: File stem, such as `table2_pc1_blocks`.
-        title: In words.
-        frame: Strings, ready to show.
-        notes: Footnotes, one sentence or two each.
-        numbers: The same cells unformatted, for the CSV; None where the strings are all there is.
-    """
-
-    name: str
-    title: str
-    frame: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    numbers: pd.DataFrame | None = None
-
-    def markdown(self) -> str:
-        """Write title, table and footnotes as Markdown."""
-        notes = "\n".join(f"* {note}" for note in self.notes)
-        return f"## {self.title}\n\n{markdown(self.frame)}\n" + (f"\n{notes}\n" if notes else "")
-
-
-def write_tables(tables: Iterable[Table], folder: Path) -> list[Path]:
-    """Write every table as NAME.csv (numbers) and NAME.md (as shown) into a folder.
-
-    Returns:
-        The files, CSV before Markdown, table by table.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for table in tables:
-        csv, text = folder / f"{table.name}.csv", folder / f"{table.name}.md"
-        (table.frame if table.numbers is None else table.numbers).to_csv(csv, index=False)
-        text.write_text(table.markdown())
-        written += [csv, text]
-    return written
+_NUMBER = re.compile(r"[-+−±]?[\d.,]|[-–]?$|nan$")
+_LONG = 40  # characters of a cell that needs a wide column
 
 
 @dataclass(frozen=True)
@@ -76,6 +39,111 @@ class Cell:
 
 
 Row = Mapping[str, Cell]
+"""Cells of one row by column; a column that is not there is a dash."""
+_BLANK = Cell(EMPTY, None)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows, with a name, a title and footnotes; `tabulate` makes one.
+
+    Args:
+        name: File stem, such as `growth`.
+        title: In words.
+        columns: Heads, in their order.
+        rows: Cells by column.
+        notes: Footnotes, one sentence or two each.
+
+    Example:
+        >>> table = tabulate("shares", "Shares", [{"group": word("head"), "PC1": number(0.812, "{:.1%}")}])
+        >>> table.lines
+        [['head', '81.2%']]
+        >>> table.numbers["PC1"].tolist()
+        [0.812]
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[list[str]]:
+        """Cells as they are shown, row by row."""
+        return [[row.get(column, _BLANK).text for column in self.columns] for row in self.rows]
+
+    @property
+    def heads(self) -> list[tuple[str, str]]:
+        """Each column's head, and the CSS class that it has on the page: number, words or long."""
+        sides = zip(*self.lines, strict=True) if self.rows else ((),) * len(self.columns)
+        return [(name.strip(), kind_of(cells)) for name, cells in zip(self.columns, sides, strict=True)]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """Cells as they are shown."""
+        return pd.DataFrame(self.lines, columns=list(self.columns))
+
+    @property
+    def numbers(self) -> pd.DataFrame:
+        """Cells unformatted, as the CSV has them; a cell with several numbers takes several columns."""
+        split = {column for row in self.rows for column, cell in row.items() if cell.extra}
+        rows: list[dict[str, float | str | None]] = []
+        for row in self.rows:
+            values: dict[str, float | str | None] = {}
+            for column in self.columns:
+                cell = row.get(column, _BLANK)
+                if cell.value is not None or column not in split:
+                    values[column] = cell.value
+                values |= {f"{column} {key}": value for key, value in cell.extra.items()}
+            rows.append(values)
+        return pd.DataFrame(rows)
+
+    def markdown(self) -> str:
+        """Write title, table and footnotes as Markdown."""
+        notes = "\n".join(f"* {note}" for note in self.notes)
+        return f"## {self.title}\n\n{markdown(self.frame)}\n" + (f"\n{notes}\n" if notes else "")
+
+
+def kind_of(cells: Iterable[str]) -> str:
+    """Name the CSS class of a column by what it holds: number, words or long."""
+    texts = list(cells)
+    if all(_NUMBER.match(text) for text in texts):
+        return "number"
+    return "long" if max(map(len, texts)) > _LONG else "words"
+
+
+def write_tables(tables: Iterable[Table], folder: Path) -> list[Path]:
+    """Write every table as NAME.csv (numbers) and NAME.md (as shown) into a folder.
+
+    Returns:
+        The files, CSV before Markdown, table by table.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in tables:
+        csv, text = folder / f"{table.name}.csv", folder / f"{table.name}.md"
+        table.numbers.to_csv(csv, index=False)
+        text.write_text(table.markdown())
+        written += [csv, text]
+    return written
+
+
+def tabulate(name: str, title: str, rows: Sequence[Row], notes: Iterable[str | None] = ()) -> Table:
+    """Lay rows out as a table; a column without a single entry is left out, and so is a note that is None or repeated.
+
+    Args:
+        name: File stem.
+        title: In words.
+        rows: Cells by column; columns keep the order in which they first appear.
+        notes: Footnotes.
+    """
+    columns = dict.fromkeys(column for row in rows for column, cell in row.items())
+    kept = [column for column in columns if any(column in row and row[column].text != EMPTY for row in rows)]
+    return Table(name, title, tuple(kept), tuple(rows), tuple(dict.fromkeys(note for note in notes if note)))
+
+
+# ------------------------------------------------------------------------------------------------------- cells
 
 
 def word(text: str) -> Cell:
@@ -93,7 +161,7 @@ def number(value: float | None, form: str = "{:.3f}", spread: float | None = Non
         label: Name of the spread in the CSV.
     """
     if value is None or math.isnan(value):
-        return Cell(EMPTY, None)
+        return _BLANK
     if spread is None or math.isnan(spread):
         return Cell(_unsigned_zero(form, value), value)
     return Cell(f"{_unsigned_zero(form, value)} ± {form.replace('+', '').format(spread)}", value, {label: spread})
@@ -101,7 +169,7 @@ def number(value: float | None, form: str = "{:.3f}", spread: float | None = Non
 
 def gap(value: float, form: str) -> Cell:
     """A difference of two numbers written by `form`: shares differ by points."""
-    return Cell(EMPTY, None) if math.isnan(value) else Cell(_signed(value, form), value)
+    return _BLANK if math.isnan(value) else Cell(_signed(value, form), value)
 
 
 def beside_nulls(found: Calibrated, form: str) -> dict[str, Cell]:
@@ -116,32 +184,6 @@ def beside_nulls(found: Calibrated, form: str) -> dict[str, Cell]:
         ends = f"{_signed(found.low, form)} to {_signed(found.high, form)}"
         cells["95 %"] = Cell(ends, None, {"low": found.low, "high": found.high})
     return cells
-
-
-def tabulate(name: str, title: str, rows: Sequence[Row], notes: Iterable[str | None] = ()) -> Table:
-    """Lay rows out as a table; a column without a single entry is left out, and so is a note that is None or repeated.
-
-    Args:
-        name: File stem.
-        title: In words.
-        rows: Cells by column; columns keep the order in which they first appear.
-        notes: Footnotes.
-    """
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    columns = [column for column in columns if any(column in row and row[column].text != EMPTY for row in rows)]
-    blank = Cell(EMPTY, None)
-    shown = [{column: row.get(column, blank).text for column in columns} for row in rows]
-    numbers: list[dict[str, float | str | None]] = []
-    for row in rows:
-        cells = {column: row.get(column, blank) for column in columns}
-        plain: dict[str, float | str | None] = {}
-        for column, cell in cells.items():
-            if cell.value is not None or not any(column in other and other[column].extra for other in rows):
-                plain[column] = cell.value
-            plain |= {f"{column} {key}": value for key, value in cell.extra.items()}
-        numbers.append(plain)
-    kept = tuple(dict.fromkeys(note for note in notes if note))
-    return Table(name, title, pd.DataFrame(shown, columns=columns), kept, pd.DataFrame(numbers))
 
 
 def _signed(value: float, form: str) -> str:

@@ -19,8 +19,11 @@ from rich.text import Text
 from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, interval, points
-from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, conclusion, written
+from mini_gpt_pl.report.contents import contents_of
+from mini_gpt_pl.report.learning import own_metrics
+from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.runs.folder import METRICS, Run
 
 SHOWN = (
     "pc1",
@@ -33,13 +36,6 @@ SHOWN = (
     "autocorrelation",
 )
 """The statistics of the closing table; `mini_gpt_pl.report.calibration` prints them all."""
-
-
-_LEARNING = {
-    "val/loss": "validation loss",
-    "probe/p_in": "p_in, exact match at short gaps",
-    "probe/p_ood": "p_ood, exact match at long gaps",
-}
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,13 @@ class Line:
 
 
 def lines(run: Run, bootstrap: int = 0) -> list[Line]:
-    """Collect the rows: loss and probe, then the geometry if the run recorded a trajectory that moved."""
-    table = [Line(words, f"{run.last(name):.3f}") for name, words in _LEARNING.items() if len(run.series(name))]
+    """Collect the rows: what was learned, then the geometry if the run recorded a trajectory that moved."""
+    closing, has_metrics = contents_of([run]).closing, (run.path / METRICS).is_file()
+    if closing is None:
+        table = [Line(name, f"{run.last(name):.4g}") for name in own_metrics(run)]
+    else:
+        shown = closing.items() if has_metrics else ()
+        table = [Line(words, f"{run.last(name):.3f}") for name, words in shown if len(run.series(name))]
     try:
         return table + geometry_lines(run, bootstrap)
     except UserError:
@@ -81,10 +82,7 @@ def geometry_lines(run: Run, bootstrap: int = 0) -> list[Line]:
     found = calibrate_run(run, bootstrap=bootstrap)
     rows = []
     for name in SHOWN:
-        words, form = QUANTITIES[name]
-        number = found[name]
-        value, walk, decay = (form.format(x) if x == x else "-" for x in (number.value, number.walk, number.decay))
-        rows.append(Line(words, value, walk, decay, points(number.excess, form), interval(number, form)))
+        rows.append(Line(QUANTITIES[name][0], *written(name, found[name]).values()))
     left = f"{run.trajectory.survival[-1]:.0%}"
     return [*rows, Line("initial weights that weight decay left", left)]
 
@@ -110,14 +108,7 @@ def verdicts(run: Run, bootstrap: int = 100) -> list[str]:
 
 
 def _verdict(pc1: Calibrated) -> str:
-    beside = f"{pc1.value:.1%}, where the decaying walk has {pc1.decay:.1%}"
-    if pc1.low != pc1.low:
-        return f"{beside}."
-    if pc1.low > 0:
-        return f"{beside}: more than chance and weight decay explain."
-    if pc1.high < 0:
-        return f"{beside}: less than chance and weight decay would give."
-    return f"{beside}: the interval of the excess contains zero, so chance and weight decay may be all of it."
+    return f"{pc1.value:.1%}, where the decaying walk has {pc1.decay:.1%}: {conclusion(pc1)}."
 
 
 def print_summary(run: Run, console: Console | None = None) -> None:
@@ -126,6 +117,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
     table.add_column("quantity")
     for column in ("measured", "walk*", "decaying walk*", "excess", "95 %"):
         table.add_column(column, justify="right")
+    run = Subject.of(run, bootstrap=100)
     for line in lines(run, bootstrap=100):
         table.add_row(line.quantity, line.value, line.walk, line.decay, line.excess, line.interval)
     console = console or Console()

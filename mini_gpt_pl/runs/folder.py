@@ -17,6 +17,8 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import pca
 from mini_gpt_pl.geometry.path.rebuild import rebuild
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.runs.record import RECORD, Record
+from mini_gpt_pl.tasks import task_of
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
@@ -41,6 +43,7 @@ PRODUCTS = (
     TRAJECTORY,
     FIGURES,
     OUTCOME,
+    RECORD,
     REHEAT,
     REPLAY,
     REPORT,
@@ -127,7 +130,10 @@ class Run:
         Raises:
             UserError: The record of it is damaged.
         """
-        return None if (found := self._read_json(OUTCOME)) is None else Outcome(**found)
+        if (found := self._read_json(OUTCOME)) is not None:
+            return Outcome(**found)
+        record = Record.read(self.path)
+        return None if record is None or record.ended is None else Outcome("finished", record.ended)
 
     @property
     def reheated(self) -> dict[str, Any] | None:
@@ -139,8 +145,8 @@ class Run:
 
     @property
     def task(self) -> str:
-        """What was trained; a configuration that does not say is one of stories."""
-        return str(self.settings.get("task", "stories"))
+        """What was trained, by its configuration; empty for a run of no listed task."""
+        return task_of(self.settings)
 
     @property
     def is_reheated(self) -> bool:
@@ -256,14 +262,6 @@ class Run:
     def snapshot_folder(self) -> Path:
         """Where the recorded weights lie."""
         return self.path / SNAPSHOTS
-
-    @property
-    def border(self) -> int:
-        """Step between the early and the late phase: where lambda changes or, if it does not, half-way."""
-        last = self.trajectory.steps[-1]
-        weight = (self.settings.get("model") or {}).get("probe_weight") or {}
-        switch = int(weight.get("switch_step") or 0)
-        return switch if 0 < switch < last else last // 2
 
     @property
     def trunk(self) -> str:

@@ -29,7 +29,7 @@ from mini_gpt_pl.arithmetic.study.defects import change_at_grok
 from mini_gpt_pl.arithmetic.study.groups import distinct
 from mini_gpt_pl.arithmetic.study.published import NOT_REPEATED
 from mini_gpt_pl.arithmetic.study.runs import DECAYING, GrokkingRun, Window, common_windows, grokking_runs, median
-from mini_gpt_pl.report.findings import Finding
+from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.sheet import Table, tabulate, word
 from mini_gpt_pl.runs.folder import Run
 

@@ -6,8 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-import pandas as pd
-
 from mini_gpt_pl.arithmetic.study.claims import claims_table
 from mini_gpt_pl.arithmetic.study.clocks import discrimination
 from mini_gpt_pl.arithmetic.study.defects import defect_at_grok, last_defects, projections
@@ -95,9 +93,8 @@ def fixed_windows(runs: Sequence[GrokkingRun]) -> Table:
 
 
 def _joined(name: str, title: str, parts: Sequence[Table]) -> Table:
-    frames, counted = [p.frame for p in parts], [p.numbers for p in parts if p.numbers is not None]
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    return Table(name, title, pd.concat(frames).fillna("-"), notes, pd.concat(counted))
+    return tabulate(name, title, [row for part in parts for row in part.rows], notes)
 
 
 def _pc1_table(name: str, title: str, runs: Sequence[GrokkingRun], window: Window | None, *, published: bool) -> Table:

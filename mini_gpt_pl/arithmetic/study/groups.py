@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from mini_gpt_pl.arithmetic.study.published import ONSETS, ONSETS_NO_DECAY, Onsets
 from mini_gpt_pl.arithmetic.study.runs import GrokkingRun
+from mini_gpt_pl.report.published import listed
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Cell, number, word
-from mini_gpt_pl.stories.study.beside import listed
 
 _OWN_COLUMNS = ("operation", "learning rate", "weight decay", "seed")
 _LENGTH = ("steps", "steps a snapshot")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mini_gpt_pl.report.settings import OWN_SEED
+from mini_gpt_pl.arithmetic.study.facts import OWN_SEED
 
 SETTING: dict[str, Any] = {
     "model": "2 blocks, 4 heads, width 128, MLP 256",

@@ -354,3 +354,19 @@ def reached(run: GrokkingRun, name: str) -> Cell:
     """Step of a milestone, in words where it was never reached."""
     step = run.steps[name]
     return word("never") if step is None else number(step, "{:,.0f}")
+
+
+def generalised(run: Run) -> tuple[str, ...]:
+    """When a run memorised and generalised, in a sentence for the head of its report; nothing for any other run."""
+    said = []
+    for one in grokking_runs([run]):
+        memorised, t90, end = one.steps["train_99"], one.steps["t90"], one.series(TEST)
+        said.append(
+            f"99 % of the training set {_reached(memorised)}, 90 % of the test set {_reached(t90)}; the last "
+            f"evaluation, at step {int(end.index[-1]):,}, has {end.iloc[-1]:.1%}."
+        )
+    return tuple(said)
+
+
+def _reached(step: int | None) -> str:
+    return "were never reached" if step is None else f"were reached at step {step:,}"

@@ -13,12 +13,11 @@ from mini_gpt_pl.arithmetic.study.multitask import multitask_tables, tasks_table
 from mini_gpt_pl.arithmetic.study.multitask_claims import multitask_claims
 from mini_gpt_pl.arithmetic.study.overlaps import overlap_sections
 from mini_gpt_pl.arithmetic.study.ranks import rank_tables
-from mini_gpt_pl.report.sections import Section, plates
+from mini_gpt_pl.report.contents import Section, plates
+from mini_gpt_pl.report.general import PATH_SECTIONS
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.sections import RUN_SECTIONS
 
-_OF_STORIES = ("learning", "switching", "logit-lens", "reheating")
 _OVERLAPS = (
     "One subspace, or many?",
     "Principal angles between the paths of layers and of runs, beside decaying walks from the same weights.",
@@ -103,7 +102,7 @@ GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
         (),
         ("grokking_attention*", "grokking_routing*"),
     ),
-    *(section for section in RUN_SECTIONS if section.anchor not in _OF_STORIES),
+    *PATH_SECTIONS,
 )
 
 GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (

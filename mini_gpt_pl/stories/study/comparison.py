@@ -1,65 +1,31 @@
-"""Tables over several runs, grouped by what sets them apart: optimizer, beta2, seed, or a reheat."""
+"""Tables and sentences over several runs of stories, by what sets them apart: optimizer, beta2, seed, a reheat."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.report.calibration import QUANTITIES
-from mini_gpt_pl.report.families import OF_OPTIMIZER, families, names, one_beta2, one_of_each_seed
-from mini_gpt_pl.report.measures import RecordedPath
-from mini_gpt_pl.report.settings import facts, optimizer_label, plain
-from mini_gpt_pl.report.sheet import NULLS, Row, Table, beside_nulls, tabulate, word
-from mini_gpt_pl.runs.folder import METRICS, Run, require_reportable
+from mini_gpt_pl.report.claims import Finding
+from mini_gpt_pl.report.comparison import geometry, grouped, overview, require_comparable, seeds, subjects_of, unique
+from mini_gpt_pl.report.families import OF_OPTIMIZER, from_scratch, names, one_beta2, one_of_each_seed
+from mini_gpt_pl.report.findings import findings
+from mini_gpt_pl.report.settings import diverged, optimizer_label
+from mini_gpt_pl.report.sheet import Table
+from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.stories.study.beta2_tables import beta2
+from mini_gpt_pl.stories.study.learning_tables import LOSS, fit_of
 from mini_gpt_pl.stories.study.optimizer_tables import optimizers, outcome
-from mini_gpt_pl.stories.study.reheat_tables import reheats
-from mini_gpt_pl.stories.study.sweep_tables import beta2, seeds
+from mini_gpt_pl.stories.study.reheat_tables import gains, reheats
+from mini_gpt_pl.stories.switches import P_OOD
 
-_SHOWN = ("pc1", "pc1_unit", "k95_unit", "cos_theta0", "persistence")
-
-
-def require_comparable(runs: Sequence[Run]) -> None:
-    """Check that runs belong into one report.
-
-    Data seed, optimizer and length may differ; what the geometry is of may not.
-
-    Raises:
-        UserError: A run is no reportable one, a folder is named twice, or two runs have other models, tokenizers or
-            weight selections.
-    """
-    for run in runs:
-        require_reportable(run)
-    seen: dict[Any, Run] = {}
-    for run in runs:
-        if (same := seen.setdefault(run.path.resolve(), run)) is not run:
-            raise UserError(f"the runs {same.path} and {run.path} are the same folder: name it once")
-    for run in runs[1:]:
-        if differ := _differ(runs[0], run):
-            raise UserError(f"the runs {runs[0].path} and {run.path} cannot be compared: {differ}; report them apart")
+_OUTCOMES = ((LOSS, "validation loss at the end", "last"), (P_OOD, "p_ood, highest", "highest"))
 
 
-def _differ(a: Run, b: Run) -> str | None:
-    """Say what keeps two runs from being compared; None if nothing does."""
-    one, other = facts(a), facts(b)
-    if a.task != b.task:
-        return f"their tasks are {a.task} and {b.task}"
-    for key in ("model", "tokenizer", "context", "modulus"):
-        if None not in (one[key], other[key]) and one[key] != other[key]:
-            return f"{key} {one[key]} and {other[key]}"
-    if a.trajectory.fingerprint != b.trajectory.fingerprint:
-        dims = f"{a.trajectory.dim:,} and {b.trajectory.dim:,} values"
-        return f"their recorders select different weights ({dims})"
-    return None
-
-
-def comparison_tables(runs: Sequence[Run], bootstrap: int = 200) -> list[Table]:
+def comparison_tables(runs: Sequence[Run], bootstrap: int | None = None) -> list[Table]:
     """Make every table that at least two of the runs belong to.
 
     Args:
         runs: All runs of the report.
-        bootstrap: Resamples behind the 95 % intervals; 0 for none.
+        bootstrap: Resamples behind the 95 % intervals; 0 for none, None for those of the runs.
 
     Raises:
         UserError: The runs do not belong together; see `require_comparable`.
@@ -68,71 +34,37 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int = 200) -> list[Table]:
     if len(runs) < 2:
         return []
     # Of a run that broke off before it logged anything, nothing can be said here.
-    logged = [run for run in runs if (run.path / METRICS).is_file()]
-    called = names(runs)
-    scratch = [RecordedPath(run, bootstrap, called[run]) for run in logged if run.reheated is None]
-    paths = [path for path in scratch if path.moved]
-    tables, whole = _overview(paths), _geometry(paths)
+    logged = [subject for subject in subjects_of(runs, bootstrap) if subject.has_metrics]
+    paths = [path for path in from_scratch(logged) if path.moved]
+    tables, whole = overview(paths, [outcome(path) for path in paths]), geometry(paths)
     for group in grouped(paths, (*OF_OPTIMIZER, "steps", "seed")):
-        kept = one_beta2([path.run for path in group])
-        part = [path for path in group if path.run in kept]
-        if len({optimizer_label(facts(path.run)) for path in part}) > 1:
+        part = one_beta2(group)
+        if len({optimizer_label(path.facts) for path in part}) > 1:
             tables += optimizers(part, [path.label for path in group if path not in part])
             whole = [] if len(part) == len(paths) else whole  # its table of whole runs says the same
     tables[1:1] = whole
     for part in grouped(paths, ("beta2", "seed")):
-        if len({facts(path.run)["beta2"] for path in part} - {None}) > 1:
-            tables += beta2([path for path in part if facts(path.run)["beta2"] is not None])
+        if len({path.facts["beta2"] for path in part} - {None}) > 1:
+            tables += beta2([path for path in part if path.facts["beta2"] is not None])
     for part in grouped(paths, ("seed",)):
-        kept = one_of_each_seed([path.run for path in part])
+        kept = one_of_each_seed(part)
         if len(kept) > 1:
-            tables += seeds([path for path in part if path.run in kept])
-    return _unique([*tables, *reheats(logged, logged, called)])
+            tables += seeds(kept, _OUTCOMES)
+    return unique([*tables, *reheats(logged, logged, {subject: subject.label for subject in logged})])
 
 
-def grouped(paths: Sequence[RecordedPath], ignore: Sequence[str]) -> list[list[RecordedPath]]:
-    """Gather runs whose configurations agree in everything but some facts, in the order in which they were given."""
-    of_run = {path.run: path for path in paths}
-    found = families([path.run for path in paths], *ignore)
-    return [[of_run[run] for run in group] for group in found if len(group) > 1]
+def story_findings(runs: Sequence[Run]) -> list[Finding]:
+    """Collect what can be said across runs of stories."""
+    said = [*findings(runs), *_over_fitting(runs), *gains(runs)]
+    return sorted(said, key=lambda finding: finding.topic == "Diverged")  # it speaks of the sentences above it
 
 
-def _overview(paths: Sequence[RecordedPath]) -> list[Table]:
-    """All runs: what sets them apart, and how they ended."""
-    if len(paths) < 2:
-        return []
-    found = [facts(path.run) for path in paths]
-    # How many steps is told with how it ended.
-    apart = [key for key in found[0] if key != "steps" and len({repr(one[key]) for one in found}) > 1]
-    runs = [
-        {
-            "run": word(path.label),
-            **{key: word("-" if one[key] is None else plain(one[key])) for key in apart},
-            **outcome(path),
-        }
-        for path, one in zip(paths, found, strict=True)
-    ]
-    same = None if apart else "They differ in nothing that decides how a run goes."
-    return [tabulate("runs", "The runs", runs, [same])]
-
-
-def _geometry(paths: Sequence[RecordedPath]) -> list[Table]:
-    """All runs beside their nulls."""
-    rows: list[Row] = []
-    for name, path in itertools.product(_SHOWN, paths):
-        calibrated = path.calibrated(None)
-        assert calibrated is not None
-        words, form = QUANTITIES[name]
-        rows.append({"quantity": word(words), "run": word(path.label), **beside_nulls(calibrated[name], form)})
-    return [tabulate("runs_geometry", "The runs against their nulls", rows, [NULLS])] if len(paths) > 1 else []
-
-
-def _unique(tables: Sequence[Table]) -> list[Table]:
-    """Number tables of one name, so that none overwrites another's file."""
-    seen: dict[str, int] = {}
-    found = []
-    for table in tables:
-        seen[table.name] = count = seen.get(table.name, 0) + 1
-        renamed = table.name if count == 1 else f"{table.name}_{count}"
-        found.append(Table(renamed, table.title, table.frame, table.notes, table.numbers))
-    return found
+def _over_fitting(runs: Sequence[Run]) -> Iterator[Finding]:
+    called = names(runs)
+    sound = [run for run in from_scratch(runs) if (run.path / METRICS).is_file() and not diverged(run)]
+    fits = {called[run]: fit for run in sound if (fit := fit_of(run)) is not None}
+    over = {name: fit for name, fit in fits.items() if fit.overfits}
+    if over:
+        worst = max(over, key=lambda name: over[name].rise)
+        most = f"most in {worst}, by {over[worst].rise:.2f} nats since step {over[worst].best_step:,}"
+        yield Finding("Over-fitting", f"validation loss rose again in {len(over)} of {len(fits)} runs, {most}.", "runs")

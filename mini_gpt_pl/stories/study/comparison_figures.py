@@ -11,26 +11,38 @@ from matplotlib.ticker import NullLocator
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import BACKBONE, NULL, PC2, WIDTH, palette
-from mini_gpt_pl.report.calibration import calibrate_run
+from mini_gpt_pl.report import overlays
 from mini_gpt_pl.report.families import beta2_of, from_scratch, names, optimizer_labels, optimizers_of, seeds_of
 from mini_gpt_pl.report.overlays import (
-    CURVES,
     LINE_HEIGHT,
     STYLES,
     Look,
+    Quantity,
     draw,
     legend,
     legend_rows,
     looks_of,
+    metric,
     named,
     panels,
+    several,
 )
 from mini_gpt_pl.report.settings import diverged, facts, plain
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.probe_figures import reheats
+from mini_gpt_pl.stories.study.story_figures import reheats
 
+_CURVES = {
+    **overlays.CURVES,
+    "loss": Quantity("validation loss, nats", metric("val/loss"), unbounded=True),
+    "p_ood": Quantity("$p_{ood}$", metric("probe/p_ood")),
+}
 # A loss this many times the lowest first one says that a run went astray, and would press the others into a corner.
 _ASTRAY = 3.0
+
+
+def _curves(*names: str) -> list[Quantity]:
+    return [_CURVES[name] for name in names]
 
 
 def _need(runs: Sequence[Run], what: str) -> Sequence[Run]:
@@ -45,10 +57,7 @@ def overview(runs: Sequence[Run]) -> Figure:
     Raises:
         UserError: There are fewer than two.
     """
-    chosen = from_scratch(runs)
-    if len(chosen) < 2:
-        raise UserError("fewer than two of the runs are from scratch: there is nothing to lay over one another")
-    return panels(named(chosen, runs), ("loss", "p_ood", "a", "r"))
+    return panels(named(several(runs), runs), _curves("loss", "p_ood", "a", "r"))
 
 
 def seeds(runs: Sequence[Run]) -> Figure:
@@ -58,7 +67,7 @@ def seeds(runs: Sequence[Run]) -> Figure:
         UserError: There are no two such runs.
     """
     chosen = _need(seeds_of(runs), "seed")
-    return panels(named(chosen, runs), ("a", "r", "fraction", "p_ood"))
+    return panels(named(chosen, runs), _curves("a", "r", "fraction", "p_ood"))
 
 
 def beta2_curves(runs: Sequence[Run]) -> Figure:
@@ -67,7 +76,7 @@ def beta2_curves(runs: Sequence[Run]) -> Figure:
     Raises:
         UserError: There are no two values of beta2.
     """
-    return panels(_shaded(_need(beta2_of(runs), "beta2"), runs), ("a", "r", "loss", "p_ood"))
+    return panels(_shaded(_need(beta2_of(runs), "beta2"), runs), _curves("a", "r", "loss", "p_ood"))
 
 
 def _shaded(chosen: Sequence[Run], runs: Sequence[Run]) -> list[Look]:
@@ -100,7 +109,7 @@ def beta2_pc1(runs: Sequence[Run]) -> Figure:
             if diverged(run):
                 continue
             try:
-                found = calibrate_run(run)[name]
+                found = Subject.of(run).calibrate()[name]
             except UserError:
                 continue  # too short, or it never moved
             beta2 = float(facts(run)["beta2"])
@@ -143,7 +152,7 @@ def optimizers(runs: Sequence[Run]) -> Figure:
     bars = grid[0, 0]
     for x, look in enumerate(looks):
         try:
-            found = calibrate_run(look.run)
+            found = Subject.of(look.run).calibrate()
         except UserError:
             continue
         if look.diverged:
@@ -155,7 +164,7 @@ def optimizers(runs: Sequence[Run]) -> Figure:
     bars.set_xticks([])
     bars.set_ylim(0, 105)
     bars.set_title("PC1 %, raw and unit rows (pale); × walk, ◇ decaying", fontsize=8)
-    for axes, curve in zip(grid.flat[1:], ("loss", "p_ood", "cos"), strict=True):
+    for axes, curve in zip(grid.flat[1:], _curves("loss", "p_ood", "cos"), strict=True):
         draw(axes, looks, curve)
         axes.set_xlabel("step")
     legend(figure, looks)
@@ -177,17 +186,17 @@ def matched_loss(runs: Sequence[Run]) -> Figure:
     astray = _ASTRAY * min(float(run.series("val/loss").iloc[0]) for run in chosen)
     figure = Figure(figsize=(WIDTH, 3.0 + legend_rows(looks) * LINE_HEIGHT))
     pair = figure.subplots(1, 2)
-    for axes, curve in zip(pair, ("p_ood", "pc1"), strict=True):
+    for axes, curve in zip(pair, _curves("p_ood", "pc1"), strict=True):
         for look in looks:
             try:
-                found = CURVES[curve][1](look.run)
+                found = curve.measure(look.run)
             except UserError:
                 continue  # a run that never moved
             _against_loss(axes, look, astray, found.steps, found.values, {"marker": "o", "ls": look.style})
             if found.null is not None:
                 _against_loss(axes, look, astray, found.steps, found.null, {"ls": ":"})
         axes.set_xlabel("validation loss, nats")
-        axes.set_title(CURVES[curve][0], fontsize=9)
+        axes.set_title(curve.title, fontsize=9)
         _loss_axis(axes)
     legend(figure, looks)
     return figure

@@ -8,23 +8,21 @@ from collections.abc import Iterable, Sequence
 
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report.calibration import QUANTITIES
-from mini_gpt_pl.report.measures import RecordedPath, Window, window
-from mini_gpt_pl.report.settings import diverged, facts, optimizer_label, progress
+from mini_gpt_pl.report.comparison import ending
+from mini_gpt_pl.report.settings import diverged, optimizer_label, progress
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, number, tabulate, word
-from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.beside import control_of, notes_of_runs
+from mini_gpt_pl.report.subject import Subject, Window
+from mini_gpt_pl.stories.study.beside import BOOK, COLUMN, control_of, notes_of_runs
 from mini_gpt_pl.stories.study.learning_tables import LOSS
-from mini_gpt_pl.stories.study.published import NOTES
 from mini_gpt_pl.stories.switches import P_OOD
 
 STANDARD = (600, 2000)
 """Steps of the paper's window for comparisons."""
 _WINDOWS = ((0, 400), (0, 600), (200, 600), (200, 1000), STANDARD, (1800, 2600), (2000, 2400))
-_COLUMN = "paper (51 M, 4,000 steps)"
 _WHOLE_RUN = ("pc1", "pc1_unit", "k95_unit", "pc1_corrected", "cos_theta0", "persistence")
 
 
-def optimizers(paths: Sequence[RecordedPath], left_out: Sequence[str] = ()) -> list[Table]:
+def optimizers(paths: Sequence[Subject], left_out: Sequence[str] = ()) -> list[Table]:
     """Tables 9 and 10: the standard window, the whole run, the paper's windows, and pairs at matched step and loss.
 
     Args:
@@ -35,60 +33,51 @@ def optimizers(paths: Sequence[RecordedPath], left_out: Sequence[str] = ()) -> l
     return [table for table in found if table is not None]
 
 
-def common_window(paths: Iterable[RecordedPath]) -> tuple[int, int] | None:
+def common_window(paths: Iterable[Subject]) -> tuple[int, int] | None:
     """Window that runs are compared in: the paper's, steps 600 to 2,000, if two of them were there.
 
     Else the same shares of the shortest; None if there are no such snapshots. Runs that diverged have no say.
     """
     paths = list(paths)
-    paths = [path for path in paths if not diverged(path.run)] or paths
+    paths = [path for path in paths if not diverged(path)] or paths
     if sum(set(STANDARD) <= set(path.trajectory.steps) for path in paths) > 1:
         return STANDARD
     common = sorted(set.intersection(*(set(path.trajectory.steps) for path in paths)))
-    last = min(path.last for path in paths)
+    last = min(path.last_step for path in paths)
     lo, hi = (min(common, key=lambda step: abs(step - share * last), default=0) for share in (0.15, 0.5))
     return (lo, hi) if lo < hi else None
 
 
-def window_note(paths: Iterable[RecordedPath], chosen: tuple[int, int] | None) -> str | None:
+def window_note(paths: Iterable[Subject], chosen: tuple[int, int] | None) -> str | None:
     """Name the runs that have no path over a window; None if all have one."""
     if chosen is None:
         return None
-    lacking = [_ending(path) for path in paths if window(path.trajectory, *chosen) is None]
+    lacking = [_ending(path) for path in paths if path.window(*chosen) is None]
     return f"Without the window of steps {chosen[0]:,} to {chosen[1]:,}: {', '.join(lacking)}." if lacking else None
 
 
-def _ending(path: RecordedPath) -> str:
-    how = f"diverged at step {progress(path.run)[0]:,}, " if diverged(path.run) else ""
-    return f"{path.label} ({how}last snapshot at step {path.last:,})"
+def _ending(path: Subject) -> str:
+    how = f"diverged at step {progress(path)[0]:,}, " if diverged(path) else ""
+    return f"{path.label} ({how}last snapshot at step {path.last_step:,})"
 
 
-def identity(path: RecordedPath) -> dict[str, Cell]:
+def identity(path: Subject) -> dict[str, Cell]:
     """Cells that say which run a row is."""
-    found = facts(path.run)
+    found = path.facts
     cells = {"run": word(path.label), "optimizer": word(optimizer_label(found, beta2=True))}
     return cells | ({} if found["seed"] is None else {"seed": word(str(found["seed"]))})
 
 
-def outcome(path: RecordedPath) -> dict[str, Cell]:
+def outcome(path: Subject) -> dict[str, Cell]:
     """Cells that say how a run ended: steps, loss, its lowest, best p_ood and where, and whether it diverged."""
-    loss, p_ood = (path.run.series(name) for name in (LOSS, P_OOD))
-    ended = path.run.outcome
+    loss, p_ood = (path.series(name) for name in (LOSS, P_OOD))
     return {
-        "steps": steps_cell(path.run),
-        "ended": word("not on record" if ended is None else ended.state),
+        **ending(path),
         "final loss": number(float(loss.iloc[-1]) if len(loss) else None),
         "lowest loss": number(float(loss.min()) if len(loss) else None),
         "best p_ood": number(float(p_ood.max()) if len(p_ood) else None),
         "best p_ood at": number(float(p_ood.index[int(p_ood.argmax())]) if len(p_ood) else None, "{:,.0f}"),
     }
-
-
-def steps_cell(run: Run) -> Cell:
-    """Steps that a run took, and of how many where it did not take them all."""
-    taken, asked = progress(run)
-    whole = asked is None or taken >= asked
-    return Cell(f"{taken:,}" if whole else f"{taken:,} of {asked:,}", float(taken))
 
 
 def window_cells(found: Window) -> dict[str, Cell]:
@@ -118,13 +107,13 @@ _WINDOW_NOTES = (
 )
 
 
-def _outcome(paths: Sequence[RecordedPath], left_out: Sequence[str]) -> Table:
+def _outcome(paths: Sequence[Subject], left_out: Sequence[str]) -> Table:
     chosen = common_window(paths)
-    settings = {path.label: control_of(path.run) for path in paths}
+    settings = {path.label: control_of(path) for path in paths}
     rows, keys = [], ["loss_last", "p_ood_best"]
     for path in paths:
         cells = identity(path) | outcome(path)
-        found = window(path.trajectory, *chosen) if chosen else None
+        found = path.window(*chosen) if chosen else None
         cells |= window_cells(found) if found else {}
         shown = [("final loss", "loss_last", "{:.2f}"), ("best p_ood", "p_ood_best", "{:.3f}")]
         if chosen == STANDARD:
@@ -133,24 +122,23 @@ def _outcome(paths: Sequence[RecordedPath], left_out: Sequence[str]) -> Table:
         keys += [key for _, key, _ in shown]
         setting = settings[path.label]
         if setting is not None:
-            cells |= {f"{c}, {_COLUMN}": next(iter(setting.cell(key, form).values())) for c, key, form in shown}
+            cells |= {f"{c}, {COLUMN}": setting.only(key, form) for c, key, form in shown}
         rows.append(cells)
     where = f", window of steps {chosen[0]:,} to {chosen[1]:,}" if chosen else ""
     notes = [NULLS, *_WINDOW_NOTES, window_note(paths, chosen), *notes_of_runs(settings, keys)]
     if left_out:
         notes.append(f"Left out, as they differ from a run here in beta2 only: {', '.join(left_out)}.")
-    if any("SGD" in str(facts(path.run)["optimizer"]) for path in paths):
-        notes.append(NOTES["sgd"])
+    if any("SGD" in str(path.facts["optimizer"]) for path in paths):
+        notes.append(BOOK.notes["sgd"])
     return tabulate("table9_optimizers", f"Optimizers{where} (paper, Table 9)", rows, notes)
 
 
-def _whole_run(paths: Sequence[RecordedPath]) -> Table | None:
+def _whole_run(paths: Sequence[Subject]) -> Table | None:
     rows: list[Row] = []
     for name in _WHOLE_RUN:
         words, form = QUANTITIES[name]
         for path in paths:
-            found = path.calibrated(None)
-            if found is not None:
+            if found := path.calibrated():
                 rows.append({"quantity": word(words), **identity(path), **beside_nulls(found[name], form)})
     notes = [
         NULLS,
@@ -159,13 +147,13 @@ def _whole_run(paths: Sequence[RecordedPath]) -> Table | None:
     return tabulate("table9_whole_runs", "Optimizers, whole runs", rows, notes) if rows else None
 
 
-def _windows(paths: Sequence[RecordedPath]) -> Table | None:
-    settings = {path.label: control_of(path.run) for path in paths}
+def _windows(paths: Sequence[Subject]) -> Table | None:
+    settings = {path.label: control_of(path) for path in paths}
     rows: list[Row] = []
     keys = []
     for lo, hi in _WINDOWS:
         for path in paths:
-            found = window(path.trajectory, lo, hi)
+            found = path.window(lo, hi)
             if found is None:
                 continue
             cells = identity(path) | {"window": word(f"{lo:,} to {hi:,}")} | window_cells(found)
@@ -174,9 +162,9 @@ def _windows(paths: Sequence[RecordedPath]) -> Table | None:
                 key = f"{column.lower()}/{lo}_{hi}"
                 keys.append(key)
                 if setting is not None:
-                    cells |= {f"{column}, {_COLUMN}": next(iter(setting.cell(key, form).values()))}
+                    cells |= {f"{column}, {COLUMN}": setting.only(key, form)}
             rows.append(cells)
-    notes = [NULLS, *_WINDOW_NOTES, NOTES["few_rows"], *notes_of_runs(settings, keys)]
+    notes = [NULLS, *_WINDOW_NOTES, BOOK.notes["few_rows"], *notes_of_runs(settings, keys)]
     title = "Optimizers, the paper's windows (paper, Table 10)"
     return tabulate("table10_windows", title, rows, notes) if rows else None
 
@@ -184,13 +172,13 @@ def _windows(paths: Sequence[RecordedPath]) -> Table | None:
 # ----------------------------------------------------------------------------------------------- matched pairs
 
 
-def _matched(paths: Sequence[RecordedPath]) -> Table | None:
+def _matched(paths: Sequence[Subject]) -> Table | None:
     rows: list[Row] = []
-    first: dict[str, RecordedPath] = {}
-    left_out = [path.label for path in paths if diverged(path.run)]
+    first: dict[str, Subject] = {}
+    left_out = [path.label for path in paths if diverged(path)]
     kept = [path for path in paths if path.label not in left_out]
     for path in kept:
-        first.setdefault(optimizer_label(facts(path.run)), path)
+        first.setdefault(optimizer_label(path.facts), path)
     for a, b in itertools.combinations(first.values(), 2):
         pair = f"{a.label} and {b.label}"
         common = sorted(set(a.trajectory.steps) & set(b.trajectory.steps))
@@ -211,23 +199,23 @@ def _matched(paths: Sequence[RecordedPath]) -> Table | None:
     return tabulate("table10_matched", "Optimizers at matched step and at matched loss", rows, notes) if rows else None
 
 
-def matched_level(a: RecordedPath, b: RecordedPath) -> float:
+def matched_level(a: Subject, b: Subject) -> float:
     """Loss that both runs reach: the best of the worse one; NaN where one was never evaluated."""
-    bests = [path.run.series(LOSS).min() for path in (a, b)]
+    bests = [path.series(LOSS).min() for path in (a, b)]
     return math.nan if any(math.isnan(best) for best in bests) else float(max(bests))
 
 
-def first_below(path: RecordedPath, level: float) -> int:
+def first_below(path: Subject, level: float) -> int:
     """First evaluation at which the validation loss is at or below a level that it reaches."""
-    loss = path.run.series(LOSS)
+    loss = path.series(LOSS)
     return int(loss.index[loss <= level][0])
 
 
-def _matched_row(pair: str, matched: str, path: RecordedPath, step: int) -> Row:
+def _matched_row(pair: str, matched: str, path: Subject, step: int) -> Row:
     trajectory = path.trajectory
     last = max(at for at in trajectory.steps if at <= step) if step >= trajectory.steps[0] else trajectory.steps[0]
-    found = window(trajectory, trajectory.steps[0], last)
-    loss, p_ood = (path.run.series(name).get(step, math.nan) for name in (LOSS, P_OOD))
+    found = path.window(trajectory.steps[0], last)
+    loss, p_ood = (path.series(name).get(step, math.nan) for name in (LOSS, P_OOD))
     cells = {"pair": word(pair), "matched": word(matched), "run": word(path.label), "step": word(f"{step:,}")}
     cells |= {"loss": number(float(loss)), "p_ood": number(float(p_ood))}
     return cells | (window_cells(found) if found else {})

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mini_gpt_pl.report.families import is_control, names, reheat_setting
-from mini_gpt_pl.report.settings import PAPER, differences, facts, plain, progress
+from mini_gpt_pl.report.claims import Finding
+from mini_gpt_pl.report.comparison import steps_cell
+from mini_gpt_pl.report.families import names
+from mini_gpt_pl.report.settings import facts, plain, progress
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.beside import Setting, notes_of_runs
-from mini_gpt_pl.stories.study.optimizer_tables import steps_cell
-from mini_gpt_pl.stories.study.published import PUBLISHED
+from mini_gpt_pl.stories.study.beside import notes_of_runs, reheat_of
 
 _NUMBERS = (
     ("lr", "lr", "{:g}"),
@@ -54,7 +55,7 @@ def reheats(runs: Sequence[Run], others: Sequence[Run] = (), called: Mapping[Run
     found.sort(key=lambda pair: reheat_setting(*pair)[0])
     rows: list[Row] = [_row(run, record, called[run]) for run, record in found]
     rows += _controls([record for _, record in found], others, called)
-    settings = {called[run]: _setting(run, record) for run, record in found}
+    settings = {called[run]: reheat_of(run, record) for run, record in found}
     short = [called[run] for run, _ in found if _broke_off(run)]
     notes = [
         "p0: exact match at long gaps before the first step; gain: highest value minus p0, so never negative, and "
@@ -81,10 +82,10 @@ def _row(run: Run, record: Mapping[str, Any], name: str) -> Row:
     cells |= {column: _cell(record.get(key), form) for key, column, form in _NUMBERS}
     if isinstance(record.get("lr"), float):
         cells["lr"] = Cell(plain(record["lr"]), record["lr"])
-    setting = _setting(run, record)
+    setting = reheat_of(run, record)
     for key, column, form in _NUMBERS:
         if key in _PUBLISHED:
-            cells |= {f"{column}, {_COLUMN}": shown for shown in setting.cell(key, form).values()}
+            cells[f"{column}, {_COLUMN}"] = setting.only(key, form)
     return cells
 
 
@@ -97,20 +98,6 @@ def _cell(value: Any, form: str) -> Cell:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return number(None) if value is None else word(str(value))
     return number(float(value), form)
-
-
-def _setting(run: Run, record: Mapping[str, Any]) -> Setting:
-    """The published reheat with this run's seed and learning rate; one that holds nothing where there is none."""
-    lr, found = record.get("lr"), facts(run)
-    name = f"reheat/{found['seed']}/{lr:g}" if isinstance(lr, int | float) else ""
-    if (name, "gain") not in PUBLISHED:
-        return Setting("", ())
-    kept = ("model", "context", "sequences a step", "share of probe sequences", "corpus")
-    differs = differences(
-        {**found, "reheated step": record.get("parent_step")},
-        {key: PAPER[key] for key in kept} | {"reheated step": 10_000},
-    )
-    return Setting(name, tuple(differs))
 
 
 def _controls(records: Sequence[Mapping[str, Any]], others: Sequence[Run], called: Mapping[Run, str]) -> list[Row]:
@@ -138,3 +125,36 @@ def _parent(path: Any, others: Sequence[Run]) -> Run | None:
     by_folder = [run for run in scratch if path and run.path.resolve() == Path(str(path)).resolve()]
     by_name = [run for run in scratch if path and run.path.resolve().name == Path(str(path)).name]
     return next(iter(by_folder or by_name), None)
+
+
+def is_control(record: Mapping[str, Any]) -> bool:
+    """Whether a reheated run only went on with its parent's schedule."""
+    return record.get("factor") == 1
+
+
+def reheat_setting(run: Run, record: Mapping[str, Any]) -> tuple[float, str]:
+    """What a reheat was done with: a key that puts high rates first and controls last, and words.
+
+    Args:
+        run: The reheated run.
+        record: What it recorded of its parent.
+    """
+    if is_control(record):
+        return math.inf, "control"
+    if (factor := record.get("factor")) is not None:
+        return -float(factor), f"the parent's rate × {plain(factor)}"
+    rate = record.get("lr") or facts(run)["learning rate"]
+    return (0.0, run.path.resolve().name) if rate is None else (-float(rate), f"lr {plain(float(rate))}")
+
+
+def gains(runs: Sequence[Run]) -> Iterator[Finding]:
+    """What reheating gained, beside the gain without it, in a sentence."""
+    known = [(run, record) for run in runs if (record := run.reheated) is not None and record.get("gain") is not None]
+    warm = [pair for pair in known if not is_control(pair[1])]
+    if not warm:
+        return
+    warm.sort(key=lambda pair: reheat_setting(*pair)[0])
+    each = ", ".join(f"{reheat_setting(run, record)[1]} {record['gain']:+.3f}" for run, record in warm)
+    idle = [f"{record['gain']:+.3f}" for _, record in known if is_control(record)]
+    without = f"; without reheating, the control: {', '.join(idle)}" if idle else "; there is no control"
+    yield Finding("Gain in p_ood by reheating", f"{each}{without}.", "reheating")

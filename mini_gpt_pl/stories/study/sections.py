@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
-from mini_gpt_pl.report.figures import FIGURE_FUNCTIONS
-from mini_gpt_pl.report.null_figures import NULL_FIGURES
-from mini_gpt_pl.report.sections import Section, plates
+from mini_gpt_pl.report import general
+from mini_gpt_pl.report.contents import Section, plates
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories.study.beside import BOOK
 from mini_gpt_pl.stories.study.comparison_figures import COMPARISON_FIGURES
-from mini_gpt_pl.stories.study.probe_figures import PROBE_FIGURES
+from mini_gpt_pl.stories.study.story_figures import STORY_FIGURES
 
-RUN_FIGURES: Mapping[str, Callable[[Run], Figure]] = {**FIGURE_FUNCTIONS, **NULL_FIGURES, **PROBE_FIGURES}
+RUN_FIGURES: Mapping[str, Callable[[Run], Figure]] = {**general.RUN_FIGURES, **STORY_FIGURES}
+
+
+def _with_own_names(section: Section[Run]) -> Section[Run]:
+    """Let a section of the core claim its tables under the names that the study gives them."""
+    own = [table for name, (table, _) in BOOK.tables.items() if section.claims(name)]
+    return replace(section, tables=(*section.tables, *own))
+
 
 RUN_SECTIONS: tuple[Section[Run], ...] = (
     Section(
@@ -28,92 +36,7 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
         ),
         ("learning",),
     ),
-    Section(
-        "nulls",
-        "Every number against its nulls",
-        "The single numbers of the whole path beside those of two walks with the same step lengths, in random "
-        "directions and under weight decay.",
-        plates(
-            RUN_FIGURES,
-            against_nulls="Each calibrated number as measured and as both walks have it, and its excess over the "
-            "decaying walk; bars are 95 % intervals of the excess, where there is one.",
-        ),
-        ("overview",),
-    ),
-    Section(
-        "backbone",
-        "Backbone and residual",
-        "The drift x(t) from the initial weights, split along the first direction of the whole run, v_b, whose sign is "
-        "such that the last coordinate is positive, and across it.",
-        plates(
-            RUN_FIGURES,
-            backbone="Coordinate and residual of the whole trunk with p_ood behind (paper, Figure 1), the decaying "
-            "walk's dotted, and the distance that weight decay alone goes.",
-            initial_weights="Cosine of the backbone with the initial weights, towards which decay pulls, and how much "
-            "of them is left.",
-        ),
-        ("backbone_fraction*",),
-    ),
-    Section(
-        "spectrum",
-        "How many directions",
-        "Shares of the principal components of the drift, uncentred, for raw rows and for rows of unit length, whole "
-        "and block by block.",
-        plates(
-            RUN_FIGURES,
-            spectrum="Share of each component, whole trunk, blocks and both walks.",
-            blocks="Share of the first component in each block, beside both walks' in the same block.",
-        ),
-        ("table2*",),
-    ),
-    Section(
-        "updates",
-        "Where updates go",
-        "Cosines of the updates between snapshots with the backbone and with one another; a direction that was fitted "
-        "to an update aligns with it by chance.",
-        plates(
-            RUN_FIGURES,
-            alignment="Updates and gradients against the backbone (paper, Figure 2): with the whole run's direction "
-            "and with that of their past; the band is what both walks show against their own whole-run direction.",
-            update_cosines="Cosines of all pairs of updates, measured and of the decaying walk.",
-        ),
-        ("table3*", "table4*", "autocorrelation"),
-    ),
-    Section(
-        "growth",
-        "Growth and turning",
-        "Power laws of coordinate and residual, and how the first direction of a window of snapshots turns.",
-        plates(
-            RUN_FIGURES,
-            growth="Left: |a| and ||r|| with their exponents. Right: a window's first direction with that of the early "
-            "phase, of the late phase and of the window before. The decaying walk is dotted.",
-        ),
-        ("growth*", "windows*"),
-    ),
-    Section(
-        "gradients",
-        "Gradients",
-        "Cosines of single-batch gradients with the backbone, beside those of isotropic noise, and their signed bias "
-        "along it.",
-        plates(
-            RUN_FIGURES,
-            gradients="|cos| of batch gradients of the objective and of its two parts; isotropic noise is dotted.",
-            signed_bias="Signed projection of gradients on each block's own backbone at the replayed checkpoints, "
-            "bands of one standard deviation over batches, and its sum over those checkpoints.",
-        ),
-        ("gradient_alignment*", "interference*", "table5*"),
-    ),
-    Section(
-        "fisher",
-        "Fisher curvature",
-        "Rayleigh quotients of the second moment of batch-mean gradients along named directions, over the mean across "
-        "all directions, and the anisotropy along the backbone; bars are standard errors.",
-        plates(
-            RUN_FIGURES,
-            fisher="Curvature along the backbone and other directions; 1 is a random direction (paper, Figure 3).",
-        ),
-        ("table6*", "table7*", "fisher*"),
-    ),
+    *map(_with_own_names, general.PATH_SECTIONS),
     Section(
         "switching",
         "Switches of the probe",

@@ -1,4 +1,4 @@
-"""Figures of one run from what probes and replays measured: gradients, Fisher, switches, logit lens, reheating."""
+"""Figures of one run of stories: its learning, the switches of its probe, logit lens, reheating."""
 
 from __future__ import annotations
 
@@ -23,170 +23,45 @@ from mini_gpt_pl.figures.plotting import (
     RESIDUAL,
     SWITCH,
     WIDTH,
-    dots,
     legend_below,
     line,
-    mark_change,
     palette,
 )
-from mini_gpt_pl.geometry.vectors.alignment import noise_floor
-from mini_gpt_pl.report.families import is_control, reheat_setting
 from mini_gpt_pl.report.settings import progress
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import METRICS, Run
-
-Estimate = tuple[float, float]
-"""A value and its standard error or standard deviation."""
+from mini_gpt_pl.stories.study.learning_tables import fit_of
+from mini_gpt_pl.stories.study.reheat_tables import is_control, reheat_setting
 
 _SWITCHING = "switching.json"
-_LIVE = "fisher/{}/batch_mean/"
-_GRADIENTS = (
-    ("combined", "gradient", "combined", PROBE),
-    ("lm", "lm", "LM", PC2),
-    ("probe", "probe", "probe", RESIDUAL),
-)
-# Directions of the Fisher figure: key, name, colour, marker.
-_DIRECTIONS = (
-    ("backbone", "$v_b$", BACKBONE, "o"),
-    ("switch", "$v_{sw}$", SWITCH, "s"),
-    ("pc2", "PC2", PC2, "^"),
-    ("theta0", "$\\theta_0$", "#7d3c98", "v"),
-)
 
 
-def gradients(run: Run) -> Figure:
-    """|cos| of single-batch gradients with the backbone on a logarithmic axis, beside that of isotropic noise.
+def learning(run: Run) -> Figure:
+    """Loss on the left, probe accuracy on the right, against the optimizer step.
 
-    Of a replay where there is one (mean and standard deviation over batches, whole-run v_b), else as measured live
-    against v_b of the past.
-
-    Raises:
-        UserError: Nobody measured gradients.
+    Where the validation loss has its minimum is marked: what it rises afterwards is over-fitting.
     """
-    figure = Figure(figsize=(WIDTH, 3.8))
-    axes = figure.subplots()
-    axes.set_yscale("log")
-    replayed = {step: found["gradient"] for step, found in run.replayed.items() if "gradient" in found}
-    for key, metric, label, colour in _GRADIENTS:
-        known = {step: found[key][run.trunk]["abs_cos"] for step, found in replayed.items() if key in found}
-        if known:
-            mean, spread = zip(*known.values(), strict=True)
-            dots(axes, list(known), mean, spread, fmt="o-", color=colour, label=f"{label}, mean and sd of batches")
-        elif len(live := run.series(f"alignment/{run.trunk}/{metric}").abs()):
-            line(axes, live[live > 0], f"{label}, single batches", colour, marker=".", ls="", ms=4)
-    if not axes.has_data():
-        raise UserError(f"the run {run.path} measured no gradients: train it with GradientAlignment, or replay it")
-    floor = noise_floor(run.trajectory.dim)
-    axes.axhline(floor, color=NULL, ls=":", lw=1.2, label=f"isotropic noise, {floor:.1e}")
-    against = "whole-run $v_b$, replayed" if replayed else "$v_b$ of the past, live"
-    axes.set(xlabel="step", ylabel="|cos|", title=f"{run.trunk}: gradients and the {against}")
-    mark_change(run, axes)
-    legend_below(axes)
-    return figure
-
-
-# ---------------------------------------------------------------------------------------------------- Fisher
-
-
-def fisher_survey(run: Run) -> dict[int, dict[str, Estimate]]:
-    """Collect Fisher quantities of the whole selection by step, replayed ones if there are any, else the live ones.
-
-    Returns:
-        Per step: `q_<direction>`, `trace` and `anisotropy`, each with its standard error.
-    """
-    replayed = {
-        step: {f"q_{name}": _estimate(x) for name, x in found["fisher"][run.trunk]["q"].items()}
-        | {name: _estimate(found["fisher"][run.trunk][name]) for name in ("trace", "anisotropy")}
-        for step, found in run.replayed.items()
-        if run.trunk in found.get("fisher", {})
-    }
-    return replayed or _live_fisher(run)
-
-
-def _live_fisher(run: Run) -> dict[int, dict[str, Estimate]]:
-    prefix = _LIVE.format(run.trunk)
-    names = [name.removeprefix(prefix) for name in map(str, run.metrics) if name.startswith(prefix)]
-    found: dict[int, dict[str, Estimate]] = {}
-    for name in names:
-        values, errors = run.series(f"{prefix}{name}"), run.series(f"{prefix}{name}_se").to_dict()
-        for step, value in zip(values.index.tolist(), values.tolist(), strict=True):
-            found.setdefault(int(step), {})[name] = (value, float(errors.get(step, math.nan)))
-    return {step: values for step, values in found.items() if "trace" in values}
-
-
-def _estimate(found: Any) -> Estimate:
-    value, spread = found if isinstance(found, Sequence) else (found, math.nan)
-    return float(value), float(spread)
-
-
-def fisher(run: Run) -> Figure:
-    """Rayleigh quotients over tr(F)/D, and the anisotropy along the backbone (paper, Figure 3, coordinates aligned).
-
-    tr(F)/D is the mean over random directions, so that an isotropic Fisher is 1 in both panels.
-
-    Raises:
-        UserError: Nobody measured the Fisher.
-    """
-    found = fisher_survey(run)
-    if not found:
-        raise UserError(f"the run {run.path} has no Fisher measurements: train it with FisherProbe, or replay it")
-    figure = Figure(figsize=(WIDTH, 5.0))
-    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
-    top.set_yscale("log")
-    dim = run.trajectory.dim
-    for key, label, colour, marker in _DIRECTIONS:
-        known = {step: (row[f"q_{key}"], row["trace"][0] / dim) for step, row in found.items() if f"q_{key}" in row}
-        known = {step: pair for step, pair in known.items() if pair[1] > 0}
-        if known:
-            values, errors = (([estimate[k] / scale for estimate, scale in known.values()]) for k in (0, 1))
-            dots(top, list(known), values, errors, fmt=f"{marker}-", color=colour, label=label)
-    top.axhline(1, color=GREY, lw=2, label="random directions")
-    top.set(ylabel="$q(v)\\,/\\,(\\mathrm{tr} F/D)$", title=f"{run.trunk}: curvature along directions")
-    known_ratios = {step: row["anisotropy"] for step, row in found.items() if "anisotropy" in row}
-    ratios, spreads = ([estimate[k] for estimate in known_ratios.values()] for k in (0, 1))
-    if max(ratios, default=1) > 10 or 0 < min(ratios, default=1) < 0.1:
-        bottom.set_yscale("log")
-    dots(
-        bottom,
-        list(known_ratios),
-        ratios,
-        spreads,
-        fmt="o-",
-        color=BACKBONE,
-        label="$\\alpha=q(v_b)$ over its mean across $v_b$",
-    )
-    bottom.axhline(1, color=NULL, ls=":", lw=1.2, label="isotropic")
-    bottom.set(xlabel="step", ylabel="anisotropy")
-    mark_change(run, top, bottom)
-    legend_below(top, 5, drop=8.0)
-    legend_below(bottom)
-    return figure
-
-
-def signed_bias(run: Run) -> Figure:
-    """Signed projection of batch gradients on each group's own v_b at replayed checkpoints, and its running sum.
-
-    Raises:
-        UserError: The run was not replayed.
-    """
-    found = {step: values["bias"] for step, values in run.replayed.items() if values.get("bias")}
-    if not found:
-        raise UserError(f"the run {run.path} has no replay: replay it for the signed bias of its gradients")
-    figure = Figure(figsize=(WIDTH, 3.8))
+    figure = Figure(figsize=(WIDTH, 3.6))
     left, right = figure.subplots(1, 2)
-    groups = [name for name in run.trajectory.groups if all(name in row for row in found.values())]
-    steps = list(found)
-    for name, colour in zip(groups, palette(len(groups)), strict=True):
-        mean, spread = (np.array([row[name][k] for row in found.values()]) for k in (0, 1))
-        left.plot(steps, mean, "o-", ms=3, color=colour, label=name)
-        left.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.06, lw=0)
-        right.plot(steps, np.cumsum(mean), "o-", ms=3, color=colour)
-    for axes, label in ((left, "$b_l=\\langle g,v_b\\rangle$, mean and sd"), (right, "$B_l$, running sum")):
-        axes.axhline(0, color=NULL, lw=1.2, ls=":")
-        axes.set(xlabel="step")
-        axes.set_title(label, fontsize=9)
-    mark_change(run, left, right)
-    left.plot([], [], ":", color=NULL, lw=1.2, label="no bias")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    line(left, run.series("train/lm_loss"), "training, LM", GREY, lw=1)
+    line(left, run.series("train/probe_loss"), "training, probe", "#e5b8a0", lw=1)
+    validation = run.series("val/loss")
+    line(left, validation, "validation, LM", BACKBONE, marker="o", ms=3)
+    if (fit := fit_of(run)) is not None:
+        best, label = fit.best_step, f"best validation: step {fit.best_step:,}"
+        if fit.overfits:
+            over = f"over-fitting: {fit.rise:+.2f} since"
+            left.axvspan(best, int(validation.index[-1]), color=RESIDUAL, alpha=0.07, lw=0, label=over)
+            right.axvspan(best, int(validation.index[-1]), color=RESIDUAL, alpha=0.07, lw=0)
+        left.plot([best], [fit.best], "*", ms=11, color=BACKBONE, mec="white", mew=0.6, label=label)
+    left.set(xlabel="step", ylabel="nats per token", title="Loss")
+    left.set_ylim(bottom=0)
+    line(right, run.series("probe/p_in"), "$p_{in}$, short gap", BACKBONE, marker="o", ms=3)
+    line(right, run.series("probe/p_ood"), "$p_{ood}$, long gap", RESIDUAL, marker="o", ms=3)
+    right.set(xlabel="step", ylabel="exact match", title="Key retrieval", ylim=(-0.03, 1.03))
+    Subject.of(run).mark(right, left)
+    for axes in (left, right):
+        legend_below(axes, 1)
     return figure
 
 
@@ -219,7 +94,7 @@ def switching(run: Run) -> Figure:
         bottom.vlines(middles, controls, own, color=colour, lw=0.8)
     bottom.set(xlabel="step", ylabel="|cos| of switch and $v_b$")
     bottom.set_ylim(bottom=0)
-    mark_change(run, top, bottom)
+    Subject.of(run).mark(top, bottom)
     legend_below(top, 3, drop=8.0)
     legend_below(bottom, 4)
     return figure
@@ -348,10 +223,8 @@ def _parent(record: Mapping[str, Any]) -> Run | None:
     return found if record.get("parent") and (found.path / METRICS).is_file() else None
 
 
-PROBE_FIGURES: dict[str, Callable[[Run], Figure]] = {
-    "gradients": gradients,
-    "signed_bias": signed_bias,
-    "fisher": fisher,
+STORY_FIGURES: dict[str, Callable[[Run], Figure]] = {
+    "learning": learning,
     "switching": switching,
     "logit_lens": logit_lens,
     "reheating": reheating,

@@ -1,0 +1,320 @@
+"""Tables of one run from what its probes measured: signed bias, Fisher curvature, alignment, interference.
+
+Replayed quantities use the whole run's backbone at stored checkpoints; where a run was not replayed, what was logged
+while it ran (with the backbone of the past) stands in, and a note says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+
+from mini_gpt_pl.report.calibration import probes_table
+from mini_gpt_pl.report.measures import PHASES, phase_of
+from mini_gpt_pl.report.published import Beside
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
+from mini_gpt_pl.report.statistics import mean
+from mini_gpt_pl.report.subject import Estimate, Subject, dig, estimate
+
+_PAST = "Measured while the run went on, with the v_b of the snapshots before; the run has not been replayed."
+_HERE = word("this run")
+_NOTHING: Estimate = (math.nan, math.nan)
+
+
+def probe_tables(subject: Subject, beside: Beside) -> list[Table]:
+    """Make every table of a run's probes that its metrics or its replay allow."""
+    if not (subject.moved and subject.has_metrics):
+        return []
+    made = (signed_bias, fisher, gradient_alignment, interference, live_probes)
+    return [table for make in made for table in make(subject, beside)]
+
+
+def live_probes(subject: Subject, beside: Beside) -> list[Table]:
+    """What the probes logged during the run, each beside its null."""
+    frame = probes_table(subject)
+    rows = [{str(column): word(text) for column, text in row.items()} for row in frame.to_dict("records")]
+    note = "Directions are those of the snapshots before each measurement; means over the run, in units of the null."
+    return [beside.table("live_probes", "Live probes, means over the run", rows, [note])] if rows else []
+
+
+def event_cell(record: Mapping[str, object]) -> Cell:
+    """What happened at a replayed checkpoint."""
+    return word(str(record.get("event") or "-"))
+
+
+# -------------------------------------------------------------------------------------------------- signed bias
+
+
+def signed_bias(subject: Subject, beside: Beside) -> list[Table]:
+    """Signed projection b of gradients on the backbone, per group, and its running sum B."""
+    if any(record.get("bias") for record in subject.replay.values()):
+        return [_replayed_bias(subject, beside)]
+    return _live_bias(subject, beside)
+
+
+def _replayed_bias(subject: Subject, beside: Beside) -> Table:
+    labels, form = subject.labels, "{:+.4f}"
+    rows: list[Row] = []
+    sums, chances = dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0)
+    for step, record in subject.replay.items():
+        cells = {label: estimate(dig(record, "bias", label)) for label in labels}
+        for label, (value, _) in cells.items():
+            sums[label] += 0.0 if math.isnan(value) else value
+            length = estimate(dig(record, "gradient", "combined", label, "norm"))[0]
+            chances[label] += (0.0 if math.isnan(length) else length) * subject.floor(label) / len(subject.replay)
+        row = {"step": word(f"{step:,}"), "event": event_cell(record), "source": _HERE}
+        rows.append({**row, **{label: number(value, form, spread) for label, (value, spread) in cells.items()}})
+    summed = {label: number(value, form) for label, value in sums.items()}
+    rows.append({"step": word("sum B"), "source": _HERE, **summed})
+    by_chance = {label: number(value or math.nan, "{:.4f}") for label, value in chances.items()}
+    rows.append({"step": word("|b| by chance"), "source": _HERE, **by_chance})
+    keys = [f"bias_sum/{label}" for label in labels]
+    prefixes = {f"{step:,}": f"bias/{step}" for step in beside.steps("bias")} | {"sum B": "bias_sum"}
+    for name, prefix in prefixes.items():
+        keys += [f"{prefix}/{label}" for label in labels]
+        shown = {label: beside.number(f"{prefix}/{label}", form) for label in labels}
+        if any(cell.value is not None for cell in shown.values()):
+            rows.append({"step": word(name), "source": word(beside.column), **shown})
+    notes = [
+        "b = <g, v_b> of single-batch gradients of the combined loss, the group's own whole-run v_b, a(T) > 0, mean ± "
+        "standard deviation over the same fixed batches at every checkpoint; B is its sum over these checkpoints only.",
+        "By chance: the mean |<g, w>| of one batch and a random direction w, ||g|| sqrt(2 / (pi D)), averaged over the "
+        "checkpoints. Negative b: the gradient step goes along +v_b.",
+    ]
+    return beside.table("signed_bias", "Signed gradient bias along the backbone", rows, notes, keys)
+
+
+def _live_bias(subject: Subject, beside: Beside) -> list[Table]:
+    rows: list[Row] = []
+    keys = []
+    for label in subject.labels:
+        values, total, cosines = (
+            subject.series(f"alignment/{label}/{name}") for name in ("bias", "bias_sum", "gradient")
+        )
+        if values.empty:
+            continue
+        cells = {f"b, {phase}": _of_phase(subject, values, phase, "{:+.4f}") for phase in PHASES}
+        lengths = (values / cosines).abs()  # ||g|| = <g, v_b> / cos
+        chance = float(lengths[lengths.notna()].mean()) * subject.floor(label)
+        keys.append(f"bias_sum/{label}")
+        rows.append(
+            {
+                "group": word(label),
+                **cells,
+                "sum B": number(float(total.iloc[-1]) if len(total) else None, "{:+.3f}"),
+                "|b| by chance": number(chance, "{:.4f}"),
+                **beside.cell(keys[-1], "{:+.2f}", "B, "),
+            }
+        )
+    notes = [
+        f"b = <g, v_b> of the accumulated training gradient, mean ± standard deviation by phase; B is its sum over all "
+        f"measured steps. {_PAST}",
+        "By chance: ||g|| sqrt(2 / (pi D)) with the mean length of the gradients, from b and their cosine.",
+    ]
+    title = "Signed gradient bias along the past backbone"
+    return [beside.table("signed_bias_live", title, rows, notes, keys)] if rows else []
+
+
+def _of_phase(subject: Subject, values: pd.Series[float], phase: str, form: str) -> Cell:
+    """Mean and standard deviation of a metric over one phase of the run."""
+    inside = values[[phase_of(float(step), subject.length) == phase for step in values.index]]
+    return number(float(inside.mean()), form, float(inside.std()))
+
+
+# ------------------------------------------------------------------------------------------------------- Fisher
+
+DIRECTIONS = {"backbone": "q(v_b)", "switch": "q(v_sw)", "pc2": "q(PC2)", "theta0": "q(theta_0)"}
+"""Directions whose curvature is measured, and heads of their columns."""
+
+
+def fisher_survey(subject: Subject) -> dict[int, dict[str, Estimate]]:
+    """Collect Fisher quantities of the whole selection by step, replayed ones if there are any, else the live ones.
+
+    Returns:
+        Per step: `q_<direction>`, `trace`, `anisotropy`, `lambda_1`, `overlap` and `random`, each with its standard
+        error; what was not measured is NaN.
+    """
+    replayed = subject.replayed_at("fisher", subject.trunk)
+    if replayed:
+        return {
+            step: {f"q_{name}": estimate(dig(record, "q", name)) for name in dig(record, "q") or ()}
+            | {name: estimate(dig(record, name)) for name in ("trace", "anisotropy", "overlap", "random")}
+            | {"lambda_1": (estimate(dig(record, "lambda_1"))[0], estimate(dig(record, "lambda_1_se"))[0])}
+            for step, record in replayed.items()
+        }
+    prefix = f"fisher/{subject.trunk}/batch_mean/"
+    found: dict[int, dict[str, Estimate]] = {}
+    for metric in map(str, subject.metrics if subject.has_metrics else ()):
+        name = metric.removeprefix(prefix)
+        if metric.startswith(prefix) and not name.endswith("_se"):
+            for step, value in subject.estimates((), metric).values.items():
+                found.setdefault(step, {})[name] = value
+    for row in found.values():
+        if "lambda_1" in row:
+            row["lambda_1"] = (row["lambda_1"][0], math.nan)  # the table has the error of replayed batches only
+        if "trace" in row and "q_backbone" in row:
+            row["random"] = ((row["trace"][0] - row["q_backbone"][0]) / max(1, subject.trajectory.dim - 1), math.nan)
+    return {step: row for step, row in found.items() if "trace" in row}
+
+
+def fisher(subject: Subject, beside: Beside) -> list[Table]:
+    """Curvature of the empirical Fisher along directions, and its anisotropy."""
+    survey = fisher_survey(subject)
+    live = not subject.replayed_at("fisher", subject.trunk)
+    rows: list[dict[str, Cell]] = []
+    for step, found in survey.items():
+
+        def at(name: str, form: str = "{:.1e}", found: Mapping[str, Estimate] = found) -> Cell:
+            value, error = found.get(name, _NOTHING)
+            return number(value, form, error, "se")
+
+        row = {"step": word(f"{step:,}")} | ({} if live else {"event": event_cell(subject.replay[step])})
+        row |= {"source": _HERE, **{head: at(f"q_{name}") for name, head in DIRECTIONS.items()}, "random": at("random")}
+        row |= {"anisotropy": at("anisotropy", "{:.1f}"), "lambda_1": at("lambda_1")}
+        row["|<u_1, v_b>|"] = number(abs(found.get("overlap", _NOTHING)[0]), "{:.1e}")
+        rows.append(row | {"by chance": number(subject.floor(subject.trunk), "{:.1e}")})
+    if not rows:
+        return []
+    keys = ["overlap"]
+    for step in beside.steps("fisher"):
+        heads = {"anisotropy": "anisotropy", **{name: DIRECTIONS[name] for name in ("backbone", "switch", "pc2")}}
+        shown = {
+            head: beside.number(f"fisher/{step}/{name}", "{:.1f}" if name == "anisotropy" else "{:.1e}")
+            for name, head in heads.items()
+        }
+        keys += [f"fisher/{step}/{name}" for name in heads]
+        rows.append({"step": word(f"{step:,}"), "source": word(beside.column), **shown})
+    notes = [
+        "Mean squared projection of mini-batch gradients of the combined loss (empirical Fisher of batch means), ± "
+        "standard error; random: the exact mean over all directions off v_b; anisotropy: q(v_b) over it, 1 by chance.",
+        "Isotropy is a low bar: compare q(v_b) with q of other directions of the path and of theta_0 too.",
+        "u_1: leading mode of the same gradients; by chance |<u_1, v_b>| is the noise floor sqrt(2 / (pi D)).",
+        _PAST if live else None,
+    ]
+    table = beside.table("fisher", "Fisher curvature along the backbone", rows, notes, keys)
+    return [table, *_fisher_groups(subject)]
+
+
+def _fisher_groups(subject: Subject) -> list[Table]:
+    """Anisotropy of every group at the replayed checkpoints."""
+    rows: list[Row] = []
+    for label in subject.labels:
+        found = subject.replayed_at("fisher", label, "anisotropy")
+        cells = {
+            f"step {step:,}": number(*_spread(found.get(step))) for step in subject.replayed_at("fisher", subject.trunk)
+        }
+        if any(cell.value is not None for cell in cells.values()):
+            rows.append({"group": word(label), **cells})
+    notes = ["q(v_b) over the mean of all directions, each group with its own v_b, ± standard error; 1 by chance."]
+    title = "Fisher anisotropy along the backbone, block by block"
+    return [tabulate("fisher_blocks", title, rows, notes)] if rows else []
+
+
+def _spread(found: object) -> tuple[float, str, float, str]:
+    value, error = estimate(found)
+    return value, "{:.1f}", error, "se"
+
+
+# --------------------------------------------------------------------------------------------------- alignment
+
+
+def gradient_alignment(subject: Subject, beside: Beside) -> list[Table]:
+    """|cos| of single-batch gradients with the backbone, beside the noise floor."""
+    parts = {"gradient": ("combined", "combined")} | {
+        name: (name, words) for name, words in subject.backdrop.losses.items()
+    }
+    rows: list[dict[str, Cell]] = []
+    live, measured = True, False
+    for label in subject.labels:
+        floor = subject.floor(label)
+        row = {"group": word(label), "floor": number(floor, "{:.1e}")}
+        for metric, (part, words) in parts.items():
+            found = subject.estimates(("gradient", part, label, "abs_cos"), f"alignment/{label}/{metric}")
+            live &= found.live or not found.values
+            values = [abs(value) for value, _ in found.values.values()]
+            value = mean(values) if not found.live else float(pd.Series(values, dtype=float).mean())
+            measured |= not math.isnan(value)
+            row[f"{words}, |cos|"] = number(value, "{:.4f}")
+            row[f"{words}, / floor"] = number(value / floor, "{:.1f}")
+        rows.append(row | beside.cell("gradient/combined" if label != subject.trunk else "", "{:.3f}"))
+    if not measured:
+        return []
+    notes = [
+        "Means of |cos| with each group's own v_b"
+        + (
+            ", over the measured steps." if live else f" over batches, averaged over {len(subject.replay)} checkpoints."
+        ),
+        "Floor: mean |cos| of independent isotropic vectors, sqrt(2 / (pi D)); / floor: in units of it.",
+        _PAST if live else None,
+    ]
+    title = "Alignment of single-batch gradients"
+    return [beside.table("gradient_alignment", title, rows, notes, ["gradient/combined"])]
+
+
+def interference(subject: Subject, beside: Beside) -> list[Table]:
+    """Cosines of the gradients of the loss's parts, whole selection, beside the noise floor."""
+    rows = _replayed_interference(subject)
+    if live := not rows:
+        rows = _live_interference(subject)
+    if not rows:
+        return []
+    notes = [
+        f"Mean ± standard deviation over {'measured steps' if live else 'batches'}; floor: sqrt(2 / (pi D)) = "
+        f"{subject.floor(subject.trunk):.1e}, the mean |cos| of independent isotropic vectors, a low bar: gradients of "
+        "one batch differ from those of another by far more, as the standard deviation says.",
+    ]
+    several = live and len(_loss_pairs(subject)) > 1
+    return [
+        beside.table("interference", f"Interference of the {'tasks' if several else 'two objectives'}", rows, notes)
+    ]
+
+
+def _replayed_interference(subject: Subject) -> list[Row]:
+    """Of the two losses of a study, at the replayed checkpoints."""
+    rows: list[Row] = []
+    for step, found in subject.replayed_at("interference", subject.trunk).items():
+        value, spread = estimate(found)
+        if math.isnan(value):
+            continue
+        record = subject.replay[step]
+        row = {"steps": word(f"{step:,}"), "event": event_cell(record)}
+        row[_cosine(subject, *subject.backdrop.losses)] = number(value, "{:+.4f}", spread)
+        batches = dig(record, "settings", "batches")
+        if batches and spread > 0:
+            row["/ standard error"] = number(value / (spread / math.sqrt(batches)), "{:+.1f}")
+        rows.append(row | {"/ floor": number(abs(value) / subject.floor(subject.trunk), "{:.0f}")})
+    return rows
+
+
+def _live_interference(subject: Subject) -> list[Row]:
+    """Of every two losses that were logged, by phase."""
+    pairs = _loss_pairs(subject)
+    rows: list[Row] = []
+    for phase in PHASES:
+        row: dict[str, Cell] = {}
+        for name, pair in pairs.items():
+            cell = _of_phase(subject, subject.series(name), phase, "{:+.4f}")
+            if isinstance(cell.value, float):
+                over = "/ floor" if len(pairs) == 1 else f"/ floor, {' and '.join(_words(subject, *pair))}"
+                row |= {_cosine(subject, *pair): cell}
+                row |= {over: number(abs(cell.value) / subject.floor(subject.trunk), "{:.0f}")}
+        if row:
+            rows.append({"steps": word(phase), **row})
+    return rows
+
+
+def _loss_pairs(subject: Subject) -> dict[str, list[str]]:
+    """Metrics of the whole selection's interference, and the two losses of each."""
+    prefix = f"alignment/{subject.trunk}/"
+    found = {name: name.removeprefix(prefix).split("_vs_") for name in map(str, subject.metrics.columns)}
+    return {name: pair for name, pair in found.items() if name.startswith(prefix) and len(pair) == 2}
+
+
+def _words(subject: Subject, *losses: str) -> list[str]:
+    return [subject.backdrop.losses.get(name, name) for name in losses]
+
+
+def _cosine(subject: Subject, *losses: str) -> str:
+    return f"cos({', '.join(f'g_{name}' for name in _words(subject, *losses))})"

@@ -1,0 +1,39 @@
+"""Statistics over several runs: intervals over seeds, rank correlation, and whether values rise or fall."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy import stats
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t with n - 1 degrees of freedom.
+
+    The quantile has four decimals, as in printed tables.
+    """
+    series = pd.Series(values, dtype=float)
+    quantile = round(float(stats.t.ppf(0.975, len(values) - 1)), 4)
+    return float(series.mean()), quantile * float(series.std()) / math.sqrt(len(values))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Rank correlation, ties sharing their mean rank; NaN where one series is constant."""
+    if min(len(set(x)), len(set(y))) < 2:
+        return math.nan
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def direction(values: Sequence[float]) -> str:
+    """Say whether values rise or fall throughout."""
+    steps = [later - earlier for earlier, later in itertools.pairwise(values)]
+    return "rises" if all(step > 0 for step in steps) else "falls" if all(step < 0 for step in steps) else "neither"
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of the values that are known; NaN without any."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan

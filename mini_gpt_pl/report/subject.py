@@ -1,0 +1,364 @@
+"""A run as the subject of a report: its path, windows and nulls, and what a replay or the run itself measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import torch
+from matplotlib.axes import Axes
+
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.figures.plotting import Change, mark_change
+from mini_gpt_pl.geometry.path import nulls, pca
+from mini_gpt_pl.geometry.path.nulls import Calibrated
+from mini_gpt_pl.geometry.path.pca import Gram
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.report.settings import facts
+from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.tasks import tasks
+
+SPAN = 200
+"""Optimizer steps of an update, where snapshots allow."""
+_READ = ("config", "metrics", "trajectory")
+
+Estimate = tuple[float, float]
+"""A value and its standard error or standard deviation, NaN for what is missing."""
+
+
+@dataclass(frozen=True)
+class Backdrop:
+    """What a study adds to figures and tables of every run of it.
+
+    Args:
+        behind: Metric that is drawn behind the backbone, and its label; None for none.
+        change: Where a run's objective changes; its step is also the border of early and late phase.
+        losses: Parts of the loss whose gradients are measured, by metric, in words.
+    """
+
+    behind: tuple[str, str] | None = None
+    change: Callable[[Run], Change | None] = lambda run: None
+    losses: Mapping[str, str] = field(default_factory=dict)
+
+
+class Estimates(NamedTuple):
+    """A quantity along a run.
+
+    Attributes:
+        values: Each with its spread, by step.
+        live: Whether it was measured while the run went on, with the v_b of the snapshots before.
+    """
+
+    values: dict[int, Estimate]
+    live: bool
+
+
+@dataclass(frozen=True)
+class Subject(Run):
+    """A run whose path is read, measured and calibrated once, whatever asks for it.
+
+    Args:
+        path: The folder.
+        name: What the run is called; its folder's name if empty.
+        bootstrap: Resamples behind the 95 % intervals.
+
+    Example:
+        >>> subject = Subject.of(Run(Path("runs/mine")))  # doctest: +SKIP
+        >>> subject.calibrated()["pc1"].excess  # doctest: +SKIP
+    """
+
+    name: str = ""
+    bootstrap: int = 200
+
+    @classmethod
+    def of(cls, run: Run, name: str = "", bootstrap: int | None = None) -> Self:
+        """Return a run as a subject; one that is the same already is itself, and what was read is not read again."""
+        name = name or getattr(run, "name", "")
+        bootstrap = getattr(run, "bootstrap", 200) if bootstrap is None else bootstrap
+        if isinstance(run, cls) and (run.name, run.bootstrap) == (name, bootstrap):
+            return run
+        made = cls(run.path, name, bootstrap)
+        made.__dict__.update({key: value for key, value in run.__dict__.items() if key in _READ})
+        return made
+
+    # ---------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def label(self) -> str:
+        """What the run is called."""
+        return self.name or self.path.resolve().name
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """What decides how the run goes; see `settings.facts`."""
+        return facts(self)
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether the run logged anything."""
+        return (self.path / METRICS).is_file()
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last snapshot."""
+        return self.trajectory.steps[-1]
+
+    @property
+    def length(self) -> int:
+        """Steps that the run was meant to last, by its schedule: phases and windows are shares of it.
+
+        A run that was broken off, or stopped early, has the phases of the whole.
+        """
+        return max(self.last_step, int(self.facts.get("schedule length") or 0))
+
+    @cached_property
+    def backdrop(self) -> Backdrop:
+        """What the run's study adds to its figures; nothing for a run of no study."""
+        task = tasks().get(self.task)
+        return Backdrop() if task is None else task.report_contents.backdrop
+
+    def mark(self, *all_axes: Axes) -> None:
+        """Draw where the run's objective changes into a figure's axes."""
+        mark_change(self.backdrop.change(self), *all_axes)
+
+    @cached_property
+    def border(self) -> int:
+        """Step between the early and the late phase: where the objective changes or, if it does not, half-way."""
+        change = self.backdrop.change(self)
+        return change.step if change is not None else self.last_step // 2
+
+    # ---------------------------------------------------------------------------------------------- the path
+
+    @cached_property
+    def _known(self) -> dict[str | None, dict[str, Calibrated]]:
+        return {}
+
+    def calibrate(self, group: str | None = None) -> dict[str, Calibrated]:
+        """Put every statistic of a group's path, or of the whole selection's for None, beside its nulls.
+
+        Raises:
+            UserError: There are fewer than three snapshots, or the weights never moved.
+        """
+        trajectory = self.trajectory
+        if len(trajectory) < 3:
+            raise UserError(f"the run {self.path} has {len(trajectory)} snapshots: nulls need at least three")
+        if len(trajectory.groups) == 1:
+            group = None  # a selection without groups is one group, and its own whole
+        if group not in self._known:
+            try:
+                self._known[group] = dict(
+                    nulls.calibrate(trajectory.gram(group), trajectory.survival, curves=True, bootstrap=self.bootstrap)
+                )
+            except ValueError as error:
+                raise UserError(f"the weights of {group or 'the run'} in {self.path} never moved ({error})") from None
+        return dict(self._known[group])
+
+    def calibrated(self, group: str | None = None) -> dict[str, Calibrated]:
+        """Return the same as `calibrate`, and nothing for weights that never moved, or hardly any snapshots."""
+        try:
+            return self.calibrate(group)
+        except UserError:
+            return {}
+
+    @property
+    def moved(self) -> bool:
+        """Whether there is a path to speak of: three snapshots at least, and weights that moved."""
+        return bool(self.calibrated())
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """Groups that moved and the whole selection: label -> name of the group, None for the whole."""
+        groups: dict[str, str | None] = {name: name for name in self.trajectory.groups}
+        labelled = ({} if len(groups) == 1 else groups) | {self.trunk: None}
+        return {label: group for label, group in labelled.items() if self.calibrated(group)}
+
+    @property
+    def labels(self) -> list[str]:
+        """Groups, moved or not, then the whole selection; a selection of one group is its own whole."""
+        groups = list(self.trajectory.groups)
+        return [*(groups if len(groups) > 1 else ()), self.trunk]
+
+    def floor(self, label: str) -> float:
+        """Mean |cos| of isotropic vectors with as many coordinates as a group, or as the whole selection."""
+        return noise_floor(self.trajectory.dim_of(None if label == self.trunk else label))
+
+    def against_nulls(
+        self, describe: Callable[[Gram], Mapping[str, float]], group: str | None = None, *, thinned: bool = False
+    ) -> dict[str, Calibrated]:
+        """Put numbers of the path beside those of the walk and of the decaying walk; see `nulls`.
+
+        Args:
+            describe: Numbers of any H, by name.
+            group: A parameter group; the whole selection for None.
+            thinned: Of the path as it is seen every `SPAN` steps.
+
+        Raises:
+            ValueError: Nothing moved.
+        """
+        trajectory = self.thinned if thinned else self.trajectory
+        return against_nulls(trajectory.gram(group), trajectory.survival, describe)
+
+    @cached_property
+    def thinned(self) -> Trajectory:
+        """The path seen every `SPAN` steps; see `update_span`."""
+        return thin(self.trajectory, update_span(self.trajectory.steps))
+
+    def window(self, lo: int, hi: int, group: str | None = None) -> Window | None:
+        """Measure a window of the path; see `window`."""
+        return window(self.trajectory, lo, hi, group)
+
+    # ------------------------------------------------------------------------------------------ what was measured
+
+    @cached_property
+    def replay(self) -> dict[int, dict[str, Any]]:
+        """What a replay measured at each stored checkpoint, by rising step; empty without one."""
+        return dict(sorted(self.replayed.items()))
+
+    def replayed_at(self, *keys: str) -> dict[int, Any]:
+        """Return one entry of every replayed checkpoint that has it, by step."""
+        found = {step: dig(record, *keys) for step, record in self.replay.items()}
+        return {step: value for step, value in found.items() if value is not None}
+
+    def estimates(self, keys: Sequence[str], metric: str) -> Estimates:
+        """Return a quantity as it was replayed or, where it was not, as the run logged it.
+
+        Args:
+            keys: Where a replay's record of a checkpoint has it, a number or a number and its spread; none if nowhere.
+            metric: Its name among the logged metrics; `<metric>_se` is its spread.
+        """
+        replayed = {step: estimate(value) for step, value in self.replayed_at(*keys).items()} if keys else {}
+        if replayed or not self.has_metrics:
+            return Estimates(replayed, live=False)
+        values, errors = self.series(metric), self.series(f"{metric}_se").to_dict()
+        logged = zip(values.index.tolist(), values.tolist(), strict=True)
+        return Estimates({int(step): (value, float(errors.get(step, math.nan))) for step, value in logged}, live=True)
+
+
+def dig(found: Any, *keys: str) -> Any:
+    """Follow keys into nested mappings; None where one is missing."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def estimate(found: Any) -> Estimate:
+    """Read a number, or a number and its spread; NaN for what is missing."""
+    values = found if isinstance(found, Sequence) and not isinstance(found, str) else [found]
+    plain = [math.nan if value is None else float(value) for value in (*values, None)]
+    return plain[0], plain[1]
+
+
+def against_nulls(
+    gram: Gram, survival: Sequence[float], describe: Callable[[Gram], Mapping[str, float]]
+) -> dict[str, Calibrated]:
+    """Put numbers of a path beside those of the walk and of the decaying walk; what is missing in a null is NaN there.
+
+    Args:
+        gram: H of the run.
+        survival: Share of theta_0 that decay alone leaves, per snapshot.
+        describe: Numbers of any H, by name.
+    """
+    measured = describe(gram)
+    free, decaying = describe(nulls.walk(gram)), describe(nulls.decaying_walk(gram, survival))
+    return {
+        name: Calibrated(value, free.get(name, math.nan), decaying.get(name, math.nan))
+        for name, value in measured.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------- even spacing
+
+
+def update_span(steps: Sequence[int]) -> int:
+    """Steps between the snapshots that updates are taken of: 200 where there are such, else the commonest distance."""
+    grid = {step - steps[0] for step in steps}
+    if sum(step % SPAN == 0 for step in grid) > 3:
+        return SPAN
+    common = Counter(later - earlier for earlier, later in itertools.pairwise(steps))
+    return max(common, key=lambda span: (common[span], span)) if common else 1
+
+
+def thin(trajectory: Trajectory, span: int) -> Trajectory:
+    """Keep the snapshots a multiple of `span` after the first, as if no other had been taken.
+
+    Args:
+        trajectory: Of any spacing.
+        span: In optimizer steps.
+    """
+    steps = trajectory.steps
+    kept = [index for index, step in enumerate(steps) if (step - steps[0]) % span == 0]
+    if len(kept) == len(steps):
+        return trajectory
+    basis = torch.zeros(len(kept), len(steps), dtype=torch.float64)
+    basis[0, 0] = 1.0
+    for row, (before, at) in enumerate(itertools.pairwise(kept), 1):
+        basis[row, before + 1 : at + 1] = 1.0
+    return Trajectory(
+        trajectory.fingerprint,
+        trajectory.groups,
+        trajectory.dims,
+        [steps[index] for index in kept],
+        basis @ trajectory.grams @ basis.T,
+        [trajectory.survival[index] for index in kept],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- windows
+
+
+@dataclass(frozen=True)
+class Window:
+    """PCA of the drifts inside a window of steps, each from the window's first snapshot and of unit length.
+
+    Args:
+        lo: Step of the first snapshot, from which drifts are taken.
+        hi: Step of the last.
+        rows: Number of drifts.
+        numbers: pc1, k95, k99 and drift (||theta(hi) - theta(lo)||), each beside its nulls.
+        decay: How far weight decay alone moves theta_0 over the window, ||theta_0|| (S(lo) - S(hi)).
+    """
+
+    lo: int
+    hi: int
+    rows: int
+    numbers: dict[str, Calibrated]
+    decay: float
+
+
+def window(trajectory: Trajectory, lo: int, hi: int, group: str | None = None) -> Window | None:
+    """Measure a window of a path.
+
+    Args:
+        trajectory: Of the run.
+        lo: First step; there must be a snapshot.
+        hi: Last step; there must be a snapshot.
+        group: A parameter group; the whole selection for None.
+
+    Returns:
+        The window, or None where a snapshot is missing, nothing lies between, or nothing moved.
+    """
+    steps = trajectory.steps
+    if lo not in steps or hi not in steps or not lo < hi:
+        return None
+    first, last = steps.index(lo), steps.index(hi)
+    gram = trajectory.gram(group)
+
+    def describe(h: Gram) -> dict[str, float]:
+        rows = pca.drifts(len(h), first)[first + 1 : last + 1]
+        parts = pca.pca(h, rows, normalise=True)
+        drift = float(pca.norms(h, rows[-1:]))
+        k95, k99 = (float(parts.components_for(share)) for share in (0.95, 0.99))
+        return {"pc1": parts.pc1, "k95": k95, "k99": k99, "drift": drift}
+
+    try:
+        numbers = against_nulls(gram, trajectory.survival, describe)
+    except ValueError:  # nothing moved
+        return None
+    decay = float(gram[0, 0].clamp_min(0).sqrt()) * (trajectory.survival[first] - trajectory.survival[last])
+    return Window(lo, hi, last - first, numbers, decay)

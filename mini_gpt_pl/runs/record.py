@@ -1,0 +1,128 @@
+"""What a run's own trainer says of it, for folders without a configuration: model, optimizers, batches, and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from mini_gpt_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+RECORD = "run.json"
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Record:
+    """The settings of any Lightning run, as its trainer had them; None for what it does not say.
+
+    Args:
+        model: Class of the module.
+        weights: Number of its values.
+        optimizers: Class and settings of each optimizer; a setting that its parameter groups differ in is a list.
+        batch_size: Examples of a batch, of one process.
+        accumulation: Batches of a step.
+        processes: That train together.
+        precision: As Lightning names it.
+        max_steps: Optimizer steps asked for; None for no limit.
+        max_epochs: Epochs asked for; None for no limit.
+        clipping: Of gradients.
+        ended: Steps taken when training ended by itself; None for a run that broke off or is still going.
+    """
+
+    model: str
+    weights: int
+    optimizers: tuple[Mapping[str, Any], ...] = ()
+    batch_size: int | None = None
+    accumulation: int = 1
+    processes: int = 1
+    precision: str | None = None
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    clipping: float | None = None
+    ended: int | None = None
+
+    @classmethod
+    def of(cls, trainer: Trainer, module: LightningModule) -> Self:
+        """Read the settings of a run from its trainer, once the fit has begun."""
+        return cls(
+            type(module).__name__,
+            sum(parameter.numel() for parameter in module.parameters()),
+            tuple(_settings(optimizer) for optimizer in trainer.optimizers),
+            _batch_size(trainer.train_dataloader),
+            trainer.accumulate_grad_batches,
+            trainer.world_size,
+            str(trainer.precision),
+            trainer.max_steps if trainer.max_steps > 0 else None,
+            trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None,
+            trainer.gradient_clip_val,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Read the record of a run folder; None where there is none.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        file = folder / RECORD
+        if not file.is_file():
+            return None
+        try:
+            loaded = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**loaded, "optimizers": tuple(loaded["optimizers"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
+
+    def write(self, folder: Path) -> None:
+        """Write it into a run folder, atomically."""
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f"{RECORD}.part"
+        beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, folder / RECORD)
+
+
+def record_run(trainer: Trainer, module: LightningModule, folder: Path, *, ended: bool = False) -> None:
+    """Record a run's settings when training begins, and once more when it ends; rank 0 writes.
+
+    Args:
+        trainer: Of the run.
+        module: What it trains.
+        folder: Of the run.
+        ended: Whether training has ended by itself.
+    """
+    if trainer.is_global_zero:
+        record = Record.of(trainer, module)
+        (replace(record, ended=trainer.global_step) if ended else record).write(folder)
+
+
+def _settings(optimizer: Any) -> dict[str, Any]:
+    """Class and settings of an optimizer, each as a parameter group has it, before any schedule."""
+    groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
+    found: dict[str, Any] = {"class": type(optimizer).__name__}
+    for name in groups[0] if groups else ():
+        values = [_plain(group.get("initial_lr", group["lr"]) if name == "lr" else group.get(name)) for group in groups]
+        if name not in ("params", "initial_lr") and all(value is not _plain for value in values):
+            found[name] = values[0] if all(value == values[0] for value in values) else values
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting that JSON can hold, a tensor of one value as a number; the function itself for any other."""
+    if isinstance(value, tuple | list):
+        items = [_plain(item) for item in value]
+        return items if all(item is not _plain for item in items) else _plain
+    if hasattr(value, "item") and getattr(value, "numel", lambda: 0)() == 1:
+        return value.item()
+    return value if isinstance(value, _PLAIN) else _plain
+
+
+def _batch_size(loader: Any) -> int | None:
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
