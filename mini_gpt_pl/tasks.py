@@ -126,7 +126,7 @@ _LISTED: Mapping[str, Task] = {
 }
 
 
-UNLISTED = Task("", "", "mini_gpt_pl.report.general.GENERAL", ())
+UNLISTED = Task(model="", data="", contents="mini_gpt_pl.report.general.GENERAL", metrics="", from_data=())
 """What the report knows of a run of no listed task."""
 
 

@@ -113,10 +113,10 @@ class Quantity:
 
 
 CURVES: Mapping[str, Quantity] = {
-    "a": Quantity("$a(t)=\langle x(t),v_b\rangle$", _of_split(lambda split: split.coordinate), unbounded=True),
+    "a": Quantity("$a(t)=\\langle x(t),v_b\\rangle$", _of_split(lambda split: split.coordinate), unbounded=True),
     "r": Quantity("$||r(t)||$", _of_split(lambda split: split.residual_norm), unbounded=True),
     "fraction": Quantity("fraction $a^2/||x||^2$", _of_split(lambda split: split.fraction)),
-    "cos": Quantity("cos$(v_b,\theta_0)$, $v_b$ of the past", _over_time(_cos_theta0)),
+    "cos": Quantity("cos$(v_b,\\theta_0)$, $v_b$ of the past", _over_time(_cos_theta0)),
     "pc1": Quantity("PC1 up to the step, %", _over_time(_pc1)),
 }
 """Quantities of the path, each with its null."""

@@ -285,7 +285,8 @@ def growth_laws(subject: Subject, beside: Beside) -> list[Table]:
         None if subject.length == 10_000 else f"Windows are shares of {subject.length:,} steps.",
         None
         if behind is None
-        else f"Correlations describe: both series follow the schedule, and the nulls pair {metric} with their own ||r||.",
+        else f"Correlations describe: both series follow the schedule, and the nulls pair {metric} with their own "
+        "||r||.",
     )
 
 

@@ -24,7 +24,7 @@ from mini_gpt_pl.arithmetic.study.sections import (
     more_of_runs,
 )
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
-from mini_gpt_pl.report.sections import MORE, claimed
+from mini_gpt_pl.report.contents import MORE, claimed
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
 

@@ -41,11 +41,11 @@ from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, Window, common_window
 from mini_gpt_pl.arithmetic.study.seeds import excess_at_stop, fall_of_c, seed_by_seed
 from mini_gpt_pl.arithmetic.study.tables import grokking_tables, short
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report.comparison import require_comparable
 from mini_gpt_pl.report.page import write_report
 from mini_gpt_pl.report.progress import Steps
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.comparison import require_comparable
 
 # Gradients vanish at the grok step while c falls: D jumps.
 VANISHING = commutator(rises(1200, 8.0, 400.0), rises(1200, 1.0, 0.01))

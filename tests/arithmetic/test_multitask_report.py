@@ -22,12 +22,12 @@ from mini_gpt_pl.arithmetic.study.sections import (
     more_of_runs,
 )
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
-from mini_gpt_pl.report.measures import RecordedPath
-from mini_gpt_pl.report.sections import MORE, claimed
+from mini_gpt_pl.report.contents import MORE, claimed
+from mini_gpt_pl.report.probe_tables import interference
+from mini_gpt_pl.report.published import NOTHING
 from mini_gpt_pl.report.sheet import Table
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study import gradient_tables
-from mini_gpt_pl.stories.study.beside import setting_of
 from mini_gpt_pl.training import cli as trainer_cli
 
 CONFIGS = Path(cli.__file__).resolve().parents[1] / "configs" / "grokking"
@@ -88,7 +88,6 @@ def by_name(tables: list[Table]) -> dict[str, Table]:
 
 
 def numbers(table: Table) -> Any:
-    assert table.numbers is not None
     return table.numbers
 
 
@@ -119,8 +118,7 @@ def test_commutators_across_tasks_stand_beside_those_within(tmp_path: Path) -> N
 def test_interference_of_every_two_losses_is_shown(tmp_path: Path) -> None:
     more = {"alignment/all/add_vs_mul": rises(1000, 0.5, -0.25), "alignment/all/a_b_vs_c": rises(0)}
     run = run_of(tmp_path / "a", {"add": None, "mul": None}, more=more)
-    path = RecordedPath(run, 0)
-    (table,) = gradient_tables.interference(path, setting_of(run))
+    (table,) = interference(Subject.of(run, bootstrap=0), NOTHING)
     assert {"cos(g_add, g_mul)", "cos(g_a_b, g_c)", "/ floor, add and mul", "/ floor, a_b and c"} < set(table.frame)
     late = numbers(table).set_index("steps").loc["late"]
     assert late["cos(g_add, g_mul)"] == pytest.approx(-0.25)

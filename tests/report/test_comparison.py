@@ -25,15 +25,16 @@ from report_runs import (
     written,
 )
 
+from mini_gpt_pl.report.comparison import grouped, require_comparable
 from mini_gpt_pl.report.families import names, one_beta2
-from mini_gpt_pl.report.measures import RecordedPath
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Table
+from mini_gpt_pl.report.statistics import direction, spearman, t_interval
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.beside import setting_of
-from mini_gpt_pl.stories.study.comparison import comparison_tables, grouped, require_comparable
+from mini_gpt_pl.stories.study.beside import main_run
+from mini_gpt_pl.stories.study.comparison import comparison_tables
 from mini_gpt_pl.stories.study.optimizer_tables import common_window
-from mini_gpt_pl.stories.study.sweep_tables import direction, spearman, t_interval, t_quantile
 
 STEPS = [0, 200, 400, *range(600, 2001, 100), 3000, 4000]
 SGD = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05}
@@ -65,8 +66,8 @@ def test_runs_are_put_with_those_that_differ_in_one_thing(tmp_path: Path) -> Non
     found = tables_of(*runs)
     assert {"beta2_outcome", "beta2_geometry", "seeds", "seeds_2"} <= set(found)
     assert not any(name.startswith("table") for name in found)  # one optimizer, nothing reheated
-    paths = [RecordedPath(run) for run in runs]
-    names = [[path.run.path.name for path in part] for part in grouped(paths, ("seed",))]
+    paths = [Subject.of(run) for run in runs]
+    names = [[path.path.name for path in part] for part in grouped(paths, ("seed",))]
     assert names == [["0.99_1", "0.99_2"], ["0.9_1", "0.9_2"]]
     assert grouped(paths, ()) == []
 
@@ -201,10 +202,10 @@ def test_a_run_that_diverged_does_not_shrink_the_window(tmp_path: Path) -> None:
 
 def test_the_window_of_short_runs_is_a_share_of_the_shortest(tmp_path: Path) -> None:
     steps = STEPS[:5]  # 0 to 700
-    paths = [RecordedPath(write_run(tmp_path / "a", steps)), RecordedPath(adamw(tmp_path / "b"))]
+    paths = [Subject.of(write_run(tmp_path / "a", steps)), Subject.of(adamw(tmp_path / "b"))]
     assert common_window(paths) == (200, 400)  # nearest to 0.15 and 0.5 of 700
-    assert common_window([paths[1], RecordedPath(adamw(tmp_path / "c")), paths[0]]) == (600, 2000)
-    lost = RecordedPath(diverge(tmp_path / "lost"))
+    assert common_window([paths[1], Subject.of(adamw(tmp_path / "c")), paths[0]]) == (600, 2000)
+    lost = Subject.of(diverge(tmp_path / "lost"))
     assert common_window([paths[0], lost]) == (200, 400)
     assert common_window([lost]) == (0, 200)
 
@@ -317,11 +318,6 @@ def test_a_direction_is_one_only_throughout() -> None:
 # ------------------------------------------------------------------------------------------------------------ seeds
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 5, 10, 11, 15, 40, 200])
-def test_students_t_is_scipys(degrees: int) -> None:
-    assert t_quantile(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), abs=2e-4)
-
-
 def test_seeds_have_a_mean_and_an_interval(tmp_path: Path) -> None:
     curves = [learning_curve({4000: (loss, 0.5)}) for loss in (1.0, 2.0, 4.0)]
     runs = [adamw(tmp_path / f"s{k}", seed=k, path=k, curve=curve) for k, curve in enumerate(curves)]
@@ -376,7 +372,7 @@ def test_reheats_stand_beside_the_published_ones_and_their_parent(tmp_path: Path
     ]
     assert any("reheated step 2,000 instead of 10,000" in note for note in table.notes)
     assert "runs" not in found  # a reheated run is no run from scratch
-    assert setting_of(Run(tmp_path / "hot")).differs[0].startswith("reheated from a checkpoint")
+    assert main_run(Run(tmp_path / "hot")).differs[0].startswith("reheated from a checkpoint")
 
 
 def test_reheats_are_sorted_and_controls_come_last(tmp_path: Path) -> None:

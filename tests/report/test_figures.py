@@ -34,11 +34,14 @@ from report_runs import (
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures import plotting
-from mini_gpt_pl.report import families, figures, null_figures
+from mini_gpt_pl.report import families, figures, null_figures, probe_figures
 from mini_gpt_pl.report.calibration import calibrate_run
+from mini_gpt_pl.report.probe_tables import fisher_survey
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study import comparison_figures as several
-from mini_gpt_pl.stories.study import probe_figures
+from mini_gpt_pl.stories.study import story_figures
+from mini_gpt_pl.stories.study.settings import lambda_change
 
 STEPS = [0, 100, 250, 400, 600, 700, 900]
 WEIGHTS: Array = path_of(STEPS).numpy()
@@ -154,21 +157,21 @@ def test_too_short_a_path_has_no_pairs_of_updates(tmp_path: Path) -> None:
 
 
 def test_the_lowest_validation_loss_is_starred(run: Run) -> None:
-    star = line(figures.learning(run).axes[0], "best validation: step 700")
+    star = line(story_figures.learning(run).axes[0], "best validation: step 700")
     assert (x(star)[0], y(star)[0]) == (700, 1.5)
 
 
 @pytest.mark.parametrize(("step", "marked"), [(400, True), (900, False), (4000, False)])
 def test_the_change_of_lambda_is_marked_where_it_lies_within_the_run(run: Run, step: int, marked: bool) -> None:
     run.config["model"]["probe_weight"]["switch_step"] = step
-    assert plotting.lambda_change(run) == (plotting.Change(step, 2.0, 4.0) if marked else None)
+    assert lambda_change(run) == (plotting.Change(step, "λ: 2 → 4") if marked else None)
     for axes in figures.backbone(run).axes[:2]:
         at = [x(part) for part in axes.lines if part.get_color() == plotting.CHANGE]
         assert [list(found) for found in at] == ([[step, step]] if marked else [])
 
 
 def test_over_fitting_is_shaded_from_the_lowest_loss_on(run: Run, tmp_path: Path) -> None:
-    left, right = figures.learning(run).axes
+    left, right = story_figures.learning(run).axes
     for axes in (left, right):
         (shade,) = [part for part in axes.patches if isinstance(part, Rectangle)]
         assert (shade.get_x(), shade.get_x() + shade.get_width()) == (700, 900)
@@ -177,7 +180,7 @@ def test_over_fitting_is_shaded_from_the_lowest_loss_on(run: Run, tmp_path: Path
     steady = write_run(
         tmp_path / "steady", STEPS, metrics=learning_curve({100: (3.0, 0.1), 400: (2.0, 0.6), 900: (2.01, 0.2)})
     )
-    assert not figures.learning(steady).axes[0].patches  # half a per cent is noise
+    assert not story_figures.learning(steady).axes[0].patches  # half a per cent is noise
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
@@ -193,7 +196,7 @@ def test_a_layout_made_once_is_that_of_every_file(run: Run, kind: str) -> None:
 
 def test_a_weight_that_stays_is_no_change(run: Run) -> None:
     run.config["model"]["probe_weight"] = {"first": 2.0, "second": 2.0, "switch_step": 400}
-    assert plotting.lambda_change(run) is None
+    assert lambda_change(run) == plotting.Change(400, "")
 
 
 def test_a_bar_never_reaches_zero_on_a_logarithmic_axis() -> None:
@@ -217,7 +220,7 @@ def test_one_dwarfing_curve_makes_the_axis_logarithmic(tops: Sequence[float], sc
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
 def test_the_same_run_draws_the_same_bytes(run: Run, kind: str) -> None:
-    first_time, second_time = (plotting.render(figures.learning(run), kind) for _ in range(2))
+    first_time, second_time = (plotting.render(story_figures.learning(run), kind) for _ in range(2))
     assert first_time == second_time
 
 
@@ -303,7 +306,7 @@ def test_curvature_is_in_units_of_its_mean_over_all_directions(replayed: Run) ->
 def test_live_curvature_serves_where_nothing_was_replayed(run: Run) -> None:
     names = [f"fisher/trunk/batch_mean/{name}" for name in ("q_backbone", "q_backbone_se", "trace", "anisotropy")]
     (run.path / "metrics.csv").write_text(f"step,{','.join(names)}\n400,4.0,0.4,30.0,40.0\n")
-    assert probe_figures.fisher_survey(run)[400]["q_backbone"] == (4.0, 0.4)
+    assert fisher_survey(Subject.of(run))[400]["q_backbone"] == (4.0, 0.4)
     top, bottom = probe_figures.fisher(run).axes
     np.testing.assert_allclose(bars(top, "$v_b$")[1], 4.0 * BLOCKS.dim / 30.0)
     assert bottom.get_yscale() == "log"  # 40 and 1 on one axis
@@ -317,7 +320,7 @@ def test_signed_bias_and_its_sum_over_checkpoints(replayed: Run) -> None:
 
 
 def test_the_logit_lens_shows_every_layer_and_chance(replayed: Run) -> None:
-    inside, outside = probe_figures.logit_lens(replayed).axes
+    inside, outside = story_figures.logit_lens(replayed).axes
     assert list(y(line(inside, "900, trough"))) == [0.0, 0.25, 1.0]
     assert list(y(line(outside, "400, peak"))) == [0.0, 0.125, 0.25]
     np.testing.assert_allclose(y(line(inside, "chance, 1/512")), 1 / 512)
@@ -330,14 +333,17 @@ def test_switches_stand_beside_their_controls(run: Run) -> None:
     events = [{"kind": "peak", "step": 400, "value": 0.6}, {"kind": "trough", "step": 900, "value": 0.2}]
     record = {"metric": "p", "steps": [100, 400], "values": [0.1, 0.6], "events": events, "switches": [switch, other]}
     (run.path / "switching.json").write_text(json.dumps(record))
-    top, bottom = probe_figures.switching(run).axes
+    top, bottom = story_figures.switching(run).axes
     assert (x(line(top, "peak"))[0], y(line(top, "trough"))[0]) == (400, 0.2)
     whole = line(bottom, "whole-run $v_b$ (contains it)")
     assert (x(whole)[0], y(whole)[0]) == (650, 0.5)
     assert next(y(part)[0] for part in bottom.lines if part.get_label() == "its controls, mean") == 0.25
 
 
-@pytest.mark.parametrize("draw", [*probe_figures.PROBE_FIGURES.values()])
+@pytest.mark.parametrize(
+    "draw",
+    [*probe_figures.PROBE_FIGURES.values(), *list(story_figures.STORY_FIGURES.values())[1:]],
+)
 def test_what_was_not_measured_is_one_line(run: Run, draw: Callable[[Run], Figure]) -> None:
     with one_line_error("run"):
         draw(run)
@@ -355,7 +361,7 @@ def test_reheats_go_on_from_their_parent(run: Run, tmp_path: Path) -> None:
         tmp_path / "warm", learning_curve({0: (2, 0.2), 50: (2, 0.7), 90: (2, 0.5)}), lr=6e-4, gain=0.5, **known
     )
     control = reheat(tmp_path / "control", learning_curve({0: (2, 0.2), 90: (2, 0.1)}), factor=1.0, **known)
-    (axes,) = probe_figures.reheats([run, warm, control]).axes
+    (axes,) = story_figures.reheats([run, warm, control]).axes
     assert list(y(line(axes, "parent, run: best 0.600 at 400"))) == [0.1, 0.6, 0.3, 0.2]
     assert list(x(line(axes, "lr 6e-4: G = +0.500, ended at 900"))) == [900, 950, 990]
     assert line(axes, "control, ended at 900").get_linestyle() == "--"
@@ -367,7 +373,7 @@ def test_reheats_go_on_from_their_parent(run: Run, tmp_path: Path) -> None:
 
 def test_a_reheat_whose_parent_is_gone_is_shown_alone(run: Run, tmp_path: Path) -> None:
     lone = reheat(tmp_path / "lone", learning_curve({0: (2, 0.2)}), parent=str(tmp_path / "gone"), factor=3.0)
-    (axes,) = probe_figures.reheating(lone).axes
+    (axes,) = story_figures.reheating(lone).axes
     assert list(x(line(axes, "the parent's rate × 3"))) == [0]
     assert not [part for part in axes.lines if "parent," in str(part.get_label())]
 

@@ -17,18 +17,19 @@ from rich.console import Console
 from torch import Tensor
 
 from mini_gpt_pl.geometry.path import nulls
-from mini_gpt_pl.report import calibration, figures
+from mini_gpt_pl.report import figures
 from mini_gpt_pl.report.calibration import (
     QUANTITIES,
-    calibrate_run,
     groups_table,
     growth_table,
     markdown,
     probes_table,
     table,
 )
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.report.summary import lines, print_summary
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories.study import story_figures
 
 SNAPSHOTS = 7
 WEIGHTS = bent_path(SNAPSHOTS, SMALL.dim).numpy()
@@ -46,7 +47,10 @@ METRICS = """step,alignment/net/gradient,alignment/net/lm,probe/p_in,probe/p_ood
 150,0.9,0.40,,,2.0,
 600,,,0.75,0.5,1.0,2.25
 """
-CONFIG = "trainer: {callbacks: [{class_path: mini_gpt_pl.callbacks.TrajectoryRecorder, init_args: {name: net}}]}\n"
+CONFIG = """
+task: stories
+trainer: {callbacks: [{class_path: mini_gpt_pl.callbacks.TrajectoryRecorder, init_args: {name: net}}]}
+"""
 
 
 @pytest.fixture
@@ -96,7 +100,7 @@ def test_every_figure_is_drawn_as_a_png(run: Run) -> None:
 
 
 def test_learning_shows_the_logged_values_at_their_steps(run: Run) -> None:
-    left, right = figures.learning(run).axes
+    left, right = story_figures.learning(run).axes
     for axes, label, expected in (
         (left, "training, LM", {10: 5.0, 60: 4.0, 100: 3.0, 150: 2.0, 600: 1.0}),
         (left, "validation, LM", {100: 3.5, 600: 2.25}),
@@ -258,13 +262,14 @@ def test_a_path_is_calibrated_once(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         return calibrate(gram, *args, **options)
 
     monkeypatch.setattr(nulls, "calibrate", counted)
-    calibration._calibrated.cache_clear()
-    first = calibrate_run(run, bootstrap=3)
+    subject = Subject.of(run, bootstrap=3)
+    first = subject.calibrate()
     first["pc1"] = nulls.Calibrated(0.0, 0.0, 0.0)  # a caller's copy is its own
-    again = calibrate_run(Run(run.path), bootstrap=3)
+    again = Subject.of(subject).calibrate()
     assert len(asked) == 1 and again["pc1"].value > 0
+    assert Subject.of(subject, "named").trajectory is subject.trajectory  # what was read is not read again
     record(SMALL, 2 * bent_path(SNAPSHOTS, SMALL.dim, seed=1))[1].save(run.path / "trajectory.safetensors")
-    other = calibrate_run(Run(run.path), bootstrap=3)
+    other = Subject.of(Run(run.path), bootstrap=3).calibrate()
     assert len(asked) == 2 and other["drift"].value != again["drift"].value
 
 

@@ -31,12 +31,12 @@ from report_runs import (
     written,
 )
 
-from mini_gpt_pl.report.measures import RecordedPath, thin, update_span, window
+from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import Table, number, tabulate, word, write_tables
+from mini_gpt_pl.report.subject import Subject, thin, update_span, window
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.beside import Setting, beta2_of, control_of, setting_of
+from mini_gpt_pl.stories.study.beside import BOOK, MAIN, SHORT, beta2_of, control_of, main_run
 from mini_gpt_pl.stories.study.learning_tables import fit_of
-from mini_gpt_pl.stories.study.published import NOTES, PUBLISHED
 from mini_gpt_pl.stories.study.tables import require_reportable, run_tables
 
 # Evenly spaced but for a dense stretch, as the paper's beta2 runs have it.
@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def tables_of(run: Run) -> dict[str, Table]:
-    return {table.name: table for table in run_tables(run, bootstrap=5)}
+    return {table.name: table for table in run_tables(Subject.of(run, bootstrap=5))}
 
 
 def weights_of(part: str, steps: list[int] = STEPS) -> Array:
@@ -259,7 +259,7 @@ def test_replayed_quantities_are_shown_as_recorded(run: Run) -> None:
     fisher = written(found["table6_fisher"], "step", "source").loc[("200", source)]
     assert (fisher["q(v_b)"], fisher["anisotropy"], fisher["event"]) == ("4.0e-04 ± 1.0e-04", "2.0 ± 0.5", "peak")
     assert (fisher["|<u_1, v_b>|"], fisher["by chance"]) == ("3.0e-01", f"{np.sqrt(2 / np.pi / 15):.1e}")
-    assert NOTES["fisher"] in found["table6_fisher"].notes
+    assert BOOK.notes["fisher"] in found["table6_fisher"].notes
     aligned = numbers(found["gradient_alignment"], "group").loc["trunk"]
     assert aligned["combined, |cos|"] == pytest.approx(0.3)
     assert aligned["combined, / floor"] == pytest.approx(0.3 / np.sqrt(2 / np.pi / 15))
@@ -313,11 +313,11 @@ def test_switches_are_placed_against_whole_run_and_past(tmp_path: Path) -> None:
 
 
 def test_every_footnote_of_a_published_value_exists_and_is_one_paragraph() -> None:
-    used = {published.note for published in PUBLISHED.values()} - {None}
-    assert used <= set(NOTES)
-    for text in NOTES.values():
+    used = {published.note for published in BOOK.values.values()} - {None}
+    assert used <= set(BOOK.notes)
+    for text in BOOK.notes.values():
         assert text.endswith(".") and "\n" not in text
-    for published in PUBLISHED.values():
+    for published in BOOK.values.values():
         ends = published.value if isinstance(published.value, tuple) else (published.value,)
         assert all(isinstance(end, int | float) and np.isfinite(end) for end in ends)
         assert published.definition and published.source.split(",")[0] in {"paper", "original repository"}
@@ -351,15 +351,15 @@ def test_every_footnote_of_a_published_value_exists_and_is_one_paragraph() -> No
 def test_published_values_carry_what_is_known_of_them(
     setting: str, key: str, value: float | tuple[float, float], topic: str
 ) -> None:
-    found = PUBLISHED[setting, key]
+    found = BOOK.values[setting, key]
     assert found.value == value and found.note == topic
-    assert NOTES[topic] in Setting(setting, ()).notes(key)
+    assert BOOK.notes[topic] in Beside(setting, (), MAIN, BOOK).notes(key)
 
 
 def test_the_run_of_the_paper_stands_beside_its_own_seed(tmp_path: Path) -> None:
     for seed, pc1 in ((42, "80.5%"), (271, "78.6%")):
         run = write_run(tmp_path / str(seed), STEPS, WEIGHTS, config(seed=seed, steps=10_000))
-        assert setting_of(run) == Setting(f"seed{seed}", ())
+        assert main_run(run) == Beside(f"seed{seed}", (), MAIN, BOOK)
         table = tables_of(run)["table2_pc1_blocks"]
         assert written(table, "group").loc["blocks.0", "paper"] == pc1
         assert not any("another setting" in note for note in table.notes)
@@ -370,7 +370,7 @@ def test_another_setting_is_named_in_head_and_note(run: Run) -> None:
     assert "paper (51 M, 10,000 steps)" in table.frame
     assert any("schedule length 4,000 instead of 10,000" in note for note in table.notes)
     other = config(seed=7, steps=10_000)
-    assert setting_of(write_run(run.path, STEPS, WEIGHTS, other)).differs == ("seed 7 instead of 42",)
+    assert main_run(write_run(run.path, STEPS, WEIGHTS, other)).differs == ("seed 7 instead of 42",)
 
 
 def test_a_control_is_known_by_its_optimizer(tmp_path: Path) -> None:
@@ -383,9 +383,9 @@ def test_a_control_is_known_by_its_optimizer(tmp_path: Path) -> None:
         ("mini_gpt_pl.training.optimizers.SGDW", sgd | {"weight_decay": 0.5}, "C'"),
     ):
         found = control_of(write_run(tmp_path, STEPS, WEIGHTS, config(name, settings_of)))
-        assert (found.name if found else None) == expected
-    assert beta2_of(write_run(tmp_path, STEPS, WEIGHTS, config())) == Setting(
-        "beta2/0.95", ("share of probe sequences 0.1 instead of 0.2",), "51 M, 4,000 steps"
+        assert (found.setting if found else None) == expected
+    assert beta2_of(write_run(tmp_path, STEPS, WEIGHTS, config())) == Beside(
+        "beta2/0.95", ("share of probe sequences 0.1 instead of 0.2",), SHORT, BOOK
     )
 
 
@@ -422,7 +422,7 @@ def test_a_frozen_block_is_left_out(run: Run) -> None:
 def test_one_group_is_shown_once(run: Run) -> None:
     trajectory = run.trajectory
     trajectory.groups, trajectory.dims, trajectory.grams = ("all",), (15,), trajectory.grams.sum(0, keepdim=True)
-    assert list(RecordedPath(run).parts) == ["trunk"]
+    assert list(Subject.of(run).parts) == ["trunk"]
 
 
 COLUMNS = ("val/loss", "train/lm_loss", "probe/p_ood", "alignment/trunk/bias", "fisher/trunk/batch_mean/q_backbone")
@@ -448,7 +448,7 @@ def test_tables_never_fall_over_what_is_missing(
     (tmp_path / "replay" / "000200.json").unlink(missing_ok=True)
     if kept is not None:
         write_replay(run, 200, {key: value for key, value in record(1.0).items() if key in kept})
-    found = run_tables(run, bootstrap=0)
+    found = run_tables(Subject.of(run, bootstrap=0))
     assert {"overview", "table2_pc1_blocks", "growth"} <= {table.name for table in found}
     for table in found:
         assert len(table.frame) and len(table.frame.columns) > 1
@@ -490,7 +490,7 @@ def test_a_table_is_written_as_numbers_and_as_shown(tmp_path: Path) -> None:
 
 
 def test_every_table_of_a_run_can_be_written(run: Run) -> None:
-    tables = run_tables(run, bootstrap=5)
+    tables = run_tables(Subject.of(run, bootstrap=5))
     assert len({table.name for table in tables}) == len(tables)
     for file in write_tables(tables, run.path / "report" / "tables"):
         assert file.stat().st_size > 0

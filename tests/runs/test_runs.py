@@ -174,5 +174,5 @@ def test_a_run_of_ones_own_trainer_needs_no_configuration(tmp_path: Path) -> Non
         shutil.copy(KEPT / name, own / name)
     run = Run(own)
     assert run.settings == {} and run.trunk == "trunk" and not run.is_reheated
-    assert run.border == Run(own).trajectory.steps[-1] // 2
+    assert run.task == ""
     assert runs_below(tmp_path) == [own]
