@@ -187,7 +187,7 @@ def test_several_runs_are_compared_before_each_is_told(compared: Path) -> None:
     assert found.ids.index("seeds") < found.ids.index("run-1")
     assert {f"#{entry}" for entry in entries} <= set(found.links)
     assert "Each run: a, b, c" in found.text
-    for finding in findings(page.expand([compared.parent.parent])):
+    for finding in story_findings(page.expand([compared.parent.parent])):
         assert f"{finding.topic}: {finding.said}" in found.text
     assert {file.stem for file in (compared.parent / "figures").glob("*.png")} >= {
         "beta2_pc1",
