@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.progress import Steps
 from mini_gpt_pl.runs.folder import CONFIG, REPORT, TRAJECTORY, Run, runs_below
@@ -94,7 +95,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str | None, steps: St
     page = folder / _PAGE
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(assemble(runs, folder, told, steps), encoding="utf-8")
+        write_text(page, assemble(runs, folder, told, steps))
     except OSError as error:
         raise UserError(f"the report cannot be written to {folder} ({error.strerror}): give another --out") from None
     return page

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report.calibration import markdown
 
@@ -119,12 +120,11 @@ def write_tables(tables: Iterable[Table], folder: Path) -> list[Path]:
     Returns:
         The files, CSV before Markdown, table by table.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for table in tables:
         csv, text = folder / f"{table.name}.csv", folder / f"{table.name}.md"
-        table.numbers.to_csv(csv, index=False)
-        text.write_text(table.markdown())
+        write_text(csv, table.numbers.to_csv(index=False))
+        write_text(text, table.markdown())
         written += [csv, text]
     return written
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,10 +82,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write it into a run folder, atomically."""
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{RECORD}.part"
-        beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, folder / RECORD)
+        write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def record_run(trainer: Trainer, module: LightningModule, folder: Path, *, ended: bool = False) -> None:
