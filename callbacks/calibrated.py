@@ -19,6 +19,7 @@ from mini_gpt_pl.callbacks.last_gradient import loss_scale
 from mini_gpt_pl.callbacks.measuring import measuring
 from mini_gpt_pl.callbacks.probe import Deferred, Estimate, Row, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import surrogates
@@ -193,7 +194,7 @@ class CalibratedProbe(StepProbe):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(family=self._family)
+        return state_key(self, family=self._family)
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:

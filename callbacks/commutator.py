@@ -19,6 +19,7 @@ from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, NamesItsLosses, measur
 from mini_gpt_pl.callbacks.pairs import BatchPairs
 from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
 from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.callbacks.trajectory import SNAPSHOT_FOLDER, TRAJECTORY_FILE, TrajectoryRecorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import commutator
@@ -134,7 +135,7 @@ class CommutatorProbe(DeferringProbe):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+        return state_key(self, name=self.name)
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:

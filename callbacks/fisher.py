@@ -17,6 +17,7 @@ from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, NamesItsLosses, Sample
 from mini_gpt_pl.callbacks.nests import digest_of, filled, first_length, leaves_of, map_tensors
 from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
 from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import fisher
@@ -127,7 +128,7 @@ class FisherProbe(DeferringProbe):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(kinds=list(self.kinds), batches=self.batches)
+        return state_key(self, kinds=list(self.kinds), batches=self.batches)
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.bases import BasisSource
+from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.steering import Steering
 from mini_gpt_pl.geometry.optimizer.moments import Settings
@@ -99,7 +100,7 @@ class SubspaceIntervention(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+        return state_key(self, name=self.name)
 
     # ------------------------------------------------------------------------------------------------ hooks
 

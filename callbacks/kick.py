@@ -16,6 +16,7 @@ from mini_gpt_pl.callbacks.bases import BasisSource, draw_seed
 from mini_gpt_pl.callbacks.commutator import trained
 from mini_gpt_pl.callbacks.measuring import measuring, training_loss
 from mini_gpt_pl.callbacks.pairs import BatchPairs
+from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import commutator
 from mini_gpt_pl.geometry.directions.steering import Steering
@@ -104,7 +105,7 @@ class Kick(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+        return state_key(self, name=self.name)
 
     # ------------------------------------------------------------------------------------------------ hooks
 

@@ -19,6 +19,7 @@ from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.callbacks.fisher import FisherProbe
 from mini_gpt_pl.callbacks.probe import Estimate, Probe
 from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import switching
@@ -85,7 +86,7 @@ class SwitchingProbe(Probe):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(metric=self.metric)
+        return state_key(self, metric=self.metric)
 
     def estimate(self, steps: int, dim: int) -> Estimate:
         """What the probe takes: it works on inner products that are there already."""

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 # Lightning's own way, by the names of its methods; where a version has others, it keeps its own way.
 _ASK, _NOTICE = "_broadcast_sigterm_tensor", "_sigterm_notifier_fn"
+_CONNECTOR = "_signal_connector"
 
 
 class _Message:
@@ -63,7 +64,7 @@ class AgreedTermination(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+        loop, connector = trainer.fit_loop.epoch_loop, getattr(trainer, _CONNECTOR, None)
         if stage != "fit" or trainer.world_size == 1 or not (hasattr(loop, _ASK) and hasattr(connector, _NOTICE)):
             return
         self._told = False
@@ -83,7 +84,8 @@ class AgreedTermination(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         vars(trainer.fit_loop.epoch_loop).pop(_ASK, None)  # the classes' own methods are back
-        vars(trainer._signal_connector).pop(_NOTICE, None)
+        if (connector := getattr(trainer, _CONNECTOR, None)) is not None:
+            vars(connector).pop(_NOTICE, None)
 
     def _be_told(self, *_: Any) -> None:
         self._told = True

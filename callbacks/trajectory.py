@@ -20,6 +20,7 @@ from mini_gpt_pl.callbacks.backbone import backbone_coefficients, live_metrics
 from mini_gpt_pl.callbacks.last_gradient import LastGradient, backward_scale
 from mini_gpt_pl.callbacks.probe import Estimate, Probe, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
+from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.optimizer.moments import decay_rate, is_trained
@@ -137,7 +138,7 @@ class TrajectoryRecorder(Probe):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(pattern=self.pattern, name=self.name)
+        return state_key(self, pattern=self.pattern, name=self.name)
 
     @property
     def selection(self) -> ParameterSelection:

@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
         """Raise the complaint as a UserError."""
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown.startswith("-"):
-            near = get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
+            near = get_close_matches(unknown.split("=")[0], getattr(self, "_option_string_actions", ()), n=1)
             hint = f"did you mean {near[0]}?" if near else self._elsewhere
             message += f"; {hint}" if hint else ""
         raise UserError(f"{message}; see {self.prog} --help")

@@ -152,7 +152,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Write at once, and whatever is still said about the checkpoint's step: no resumed run will say it again."""
-        self._checkpointed = checkpoint_callback._last_global_step_saved
+        self._checkpointed = getattr(checkpoint_callback, "_last_global_step_saved", -1)
         if self._dirty:
             self._write()
 

@@ -147,8 +147,9 @@ class ProbedCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            known = self._subcommand_parsers[command]._option_string_actions if command else ()
-            raise UserError(_one_line_usage(str(error), command, list(known))) from None
+            of_command = getattr(self, "_subcommand_parsers", {}).get(command)
+            options = list(getattr(of_command, "_option_string_actions", ()))
+            raise UserError(_one_line_usage(str(error), command, options)) from None
 
     @override
     def _parse_ckpt_path(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
@@ -37,7 +36,8 @@ class OneSumStrategy(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         assert self.model is not None
-        _sync_module_states(self.model)
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            dist.broadcast(tensor.detach(), 0)  # all ranks begin with the weights of the first
 
     @contextmanager
     @override
@@ -68,9 +68,11 @@ class OneSumStrategy(DDPStrategy):
         options = dist.AllreduceCoalescedOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM)
         for gradients in by_type.values():
-            dist.distributed_c10d._get_default_group().allreduce_coalesced(gradients, options).wait()
-            if not averages:
-                torch._foreach_div_(gradients, self.world_size)
+            world = dist.group.WORLD
+            assert world is not None
+            world.allreduce_coalesced(gradients, options).wait()
+            for gradient in gradients if not averages else ():
+                gradient.div_(self.world_size)
 
     def _gradients(self) -> Iterator[Tensor]:
         assert self.model is not None
