@@ -1,10 +1,9 @@
-"""The terminal while training runs: how far it is, and what the probes have found so far."""
+"""The terminal while training runs: how far it is, and the latest numbers of the module and of the probes."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +17,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder
+from mini_gpt_pl.metrics.registry import Metric, about, beside, data, find, metrics
 from mini_gpt_pl.runs.logs import logging_due
 
 # Seconds between two drawings on a terminal, and between two lines where there is none.
@@ -25,11 +25,12 @@ _REDRAW, _LINE = 0.25, 60.0
 
 
 class LiveNumbers(ProgressBar):
-    """Progress on one line, and below it what the module shows on its progress bar and what the probes found last.
+    """Progress on one line, and below it what the module shows on its progress bar and the probes' latest numbers.
 
-    The probes' part: PC1 of the recorded weights with its excess over the decaying walk, and the cosines of the latest
-    gradient and of the latest increment with the past's backbone, each beside what chance gives. Where the output is no
-    terminal, the same as plain lines, one after each evaluation and otherwise one a minute.
+    The probes' part are the metrics that have a column in the registry: PC1 of the recorded weights with its excess
+    over the decaying walk, and the cosines of the latest gradient and of the latest increment with the past's backbone,
+    each beside what chance gives. A legend says once, at the start, what they are. Where the output is no terminal, the
+    numbers are plain lines, one after each evaluation and otherwise one a minute.
 
     The bar never waits for the device: numbers change when the trainer logs or evaluates, which waits anyway.
 
@@ -69,6 +70,8 @@ class LiveNumbers(ProgressBar):
         if not self._enabled:
             return
         self._begun = self._drawn = time.monotonic()
+        for line in legend(trainer):
+            self._console.print(line, highlight=False, soft_wrap=True)
         if self._console.is_terminal:
             self._open(trainer)
 
@@ -113,7 +116,7 @@ class LiveNumbers(ProgressBar):
 
     def _read(self, trainer: Trainer) -> None:
         module = {_short(name): f"{value:.3f}" for name, value in trainer.progress_bar_metrics.items()}
-        self._shown = {**module, **found(trainer)}
+        self._shown = {**module, **columns(trainer)}
 
     def _draw(self, trainer: Trainer) -> None:
         self._drawn = time.monotonic()
@@ -138,32 +141,50 @@ def _terminal() -> Console:
     return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
-def found(trainer: Trainer) -> dict[str, str]:
-    """Write what the probes have found last, as short as it goes, each number beside its null.
+def columns(trainer: Trainer) -> dict[str, str]:
+    """Write the latest values of the metrics that have a column in the terminal, each beside its null.
 
     Returns:
-        By label; what has not been measured is left out, and all of it where nothing is recorded.
+        By header; what has not been measured is left out, and all of it where nothing is recorded.
     """
-    recorder = next((c for c in trainer.callbacks if isinstance(c, TrajectoryRecorder)), None)  # type: ignore[attr-defined]
-    if recorder is None:
-        return {}
-    numbers = trainer.callback_metrics
+    logged = trainer.callback_metrics
     shown: dict[str, str] = {}
-    pc1 = _values(numbers, f"backbone/{recorder.name}/pc1", f"backbone/{recorder.name}/pc1_excess")
-    if pc1 is not None:
-        shown["PC1"] = f"{pc1[0]:.1%} ({100 * pc1[1]:+.1f} over its null)"
-    gradient = _values(numbers, f"alignment/{recorder.name}/gradient", f"alignment/{recorder.name}/gradient_z")
-    if gradient is not None:
-        shown["cos(g,v_b)"] = f"{gradient[0]:+.4f} ({gradient[1]:.1f} x chance)"
-    update = _values(numbers, f"alignment/{recorder.name}/update", f"alignment/{recorder.name}/update_null")
-    if update is not None:
-        shown["cos(d,v_b)"] = f"{update[0]:+.3f} (null {update[1]:+.3f})"
+    for metric, name in _with_column(trainer):
+        other = beside(name, logged, in_column=True)
+        entry = None if other is None else find(other)
+        if name not in logged or entry is None or other is None:
+            continue
+        value, null = float(logged[name]), float(logged[other])
+        # The legend says that a difference of shares is in points.
+        is_difference = entry.unit == "the quantity's"
+        text = metric.write_difference(null).removesuffix(" pt") if is_difference else entry.write(null)
+        if not math.isnan(value + null):
+            shown[metric.column] = f"{metric.write(value)} ({entry.column.format(text)})"
     return shown
 
 
-def _values(numbers: Mapping[str, Any], *names: str) -> tuple[float, ...] | None:
-    values = tuple(float(numbers[name]) for name in names if name in numbers)
-    return values if len(values) == len(names) and not any(map(math.isnan, values)) else None
+def legend(trainer: Trainer) -> list[str]:
+    """Say what the columns of this trainer's probes are, one line each, in the registry's words."""
+    lines = []
+    for metric, name in _with_column(trainer):
+        other = about(metric.column_beside or metric.beside, name)
+        entry = find(other)
+        unit = ", in points" if "%" in metric.format else ""
+        more = "" if entry is None else f" In brackets, {entry.column.format('…')}{unit}: {entry.describe(other)}"
+        lines.append(f"{metric.column}: {metric.describe(name)}{more}")
+    return [*lines, f"v_b: {data()['symbols']['v_b']}."] if lines else []
+
+
+def _with_column(trainer: Trainer) -> list[tuple[Metric, str]]:
+    """The metrics with a column that one of the trainer's callbacks logs, and their names for the whole selection."""
+    listed: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    recorder = next((callback for callback in listed if isinstance(callback, TrajectoryRecorder)), None)
+    if recorder is None:
+        return []
+    sources = {kind.__name__ for callback in listed for kind in type(callback).__mro__}
+    own = [metric for metric in metrics() if metric.column and "{}" not in metric.column]
+    logged = [metric for metric in own if metric.source.rpartition(".")[2] in sources]
+    return [(metric, metric.name.replace("{group}", recorder.name)) for metric in logged]
 
 
 def _short(name: str) -> str:

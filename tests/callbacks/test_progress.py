@@ -14,7 +14,7 @@ from helpers import cache_dir, metrics, probes, quiet_trainer, tiny_gpt, tiny_st
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from rich.console import Console
 
-from mini_gpt_pl.callbacks.progress import LiveNumbers, found
+from mini_gpt_pl.callbacks.progress import LiveNumbers, columns
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report import summary
 from mini_gpt_pl.runs.folder import Run
@@ -43,6 +43,7 @@ def screen(folder: Path, *, terminal: bool, record: bool = True) -> list[str]:
 
 def test_a_log_file_gets_a_line_an_evaluation_with_what_was_measured(tmp_path: Path) -> None:
     lines = screen(tmp_path, terminal=False)
+    lines = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["3/6", "6/6"]
     for line, step in zip(lines, (3, 6), strict=True):
         row = metrics(tmp_path)[step]
@@ -62,22 +63,34 @@ def test_the_geometry_is_shown_beside_its_null(tmp_path: Path) -> None:
     assert f"cos(d,v_b) {row['alignment/trunk/update']:+.3f} (null {row['alignment/trunk/update_null']:+.3f})" in last
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_legend_at_the_start_says_once_what_the_columns_are(tmp_path: Path, terminal: bool) -> None:
+    lines = screen(tmp_path, terminal=terminal)
+    heads = ["PC1: How nearly the path so far is a straight line", "cos(d,v_b): Whether the latest increment follows"]
+    heads += ["cos(g,v_b): Whether the gradient of the optimizer batch", "v_b: backbone, the unit first direction"]
+    assert [line[: len(head)] for line, head in zip(lines, heads, strict=False)] == heads
+    assert "In brackets, … x chance: The gradient's |cosine| in units of what chance gives." in lines[2]
+    assert all(sum(line.startswith(head) for line in lines) == 1 for head in heads)
+
+
 def test_the_bar_ends_at_the_last_step(tmp_path: Path) -> None:
     bars = [line for line in screen(tmp_path, terminal=True) if line.startswith("step")]
     assert bars[-1].startswith("step 6/6")
 
 
 def test_without_a_recorder_only_the_modules_own_numbers_are_shown(tmp_path: Path) -> None:
-    last = screen(tmp_path, terminal=False, record=False)[-1]
+    lines = screen(tmp_path, terminal=False, record=False)
+    assert all(line.startswith("step ") for line in lines)  # nothing to explain
+    last = lines[-1]
     assert "p_ood" in last and "PC1" not in last and "v_b" not in last
 
 
-def test_found_leaves_out_what_is_not_a_number(tmp_path: Path) -> None:
+def test_columns_leave_out_what_is_not_a_number(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, probes(), max_steps=2)
     trainer.fit(tiny_gpt(), tiny_stories())
-    assert "PC1" in found(trainer)
+    assert "PC1" in columns(trainer)
     trainer.callback_metrics["backbone/trunk/pc1"] = torch.tensor(math.nan)
-    assert "PC1" not in found(trainer)
+    assert "PC1" not in columns(trainer)
 
 
 def test_a_checkpoint_callback_can_watch_a_geometric_number(tmp_path: Path) -> None:
