@@ -327,7 +327,8 @@ class TrajectoryRecorder(Probe):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.steps.sample()
+        if self._steps is not None:  # a reheated run is evaluated before its first step
+            self._steps.sample()
         self._tell()
 
     @override
