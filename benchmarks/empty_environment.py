@@ -25,6 +25,8 @@ QUICKSTART = "cli,data,wandb"
 
 # What the README's example calls yours.
 YOURS = """
+from functools import partial
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -43,6 +45,7 @@ class Yours(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+Trainer = partial(Trainer, max_steps=400)
 your_module, your_data = Yours(), DataLoader(TensorDataset(torch.randn(1600, 8)), 4)
 """
 
