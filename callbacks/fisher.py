@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.fixed_gradients import FixedGradients, Kind, count_of
-from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, NamesItsLosses, SamplesItsLabels, evaluating
-from mini_gpt_pl.callbacks.nests import digest_of, filled, first_length, leaves_of, map_tensors
+from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, Mode, NamesItsLosses, SamplesItsLabels, evaluating
+from mini_gpt_pl.callbacks.nests import digest_of, filled, first_length, map_tensors, packed, unpacked
 from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.state_keys import state_key
@@ -61,12 +61,15 @@ class FisherProbe(DeferringProbe):
         segments: Named displacements between two snapshots' steps, such as `switch: [1800, 2200]`, measured from the
             later one on.
         seed: Of the drawn labels and the random directions; the draws are the same at every step.
+        mode: `eval` measures in evaluation mode; `train` in the modes of training, with dropout and batch statistics,
+            whose gradients differ. What a forward draws is then a function of the seed and the gradient's number.
 
     Attributes:
-        sha256: Of the fixed batches; empty until they are complete.
+        sha256: Of the fixed batches and all that they hold; empty until they are complete.
 
     Raises:
-        UserError: A setting is out of range, there is no TrajectoryRecorder, or the module lacks the loss of a kind.
+        UserError: A setting is out of range, there is no TrajectoryRecorder, the module lacks the loss of a kind, or a
+            batch holds what no checkpoint can keep.
 
     Example:
         >>> probe = FisherProbe(Schedule(every=500), ["batch_mean", "monte_carlo"], segments={"switch": (600, 900)})
@@ -84,6 +87,7 @@ class FisherProbe(DeferringProbe):
         random_directions: int = 0,
         segments: dict[str, tuple[int, int]] | None = None,
         seed: int = 0,
+        mode: Mode = "eval",
     ) -> None:
         super().__init__(schedule)
         if batches < 2 or min(samples_per_batch, block, eigenvalues) < 1 or random_directions < 0:
@@ -102,13 +106,14 @@ class FisherProbe(DeferringProbe):
         self.random_directions = random_directions
         self.segments = dict(segments or {})
         self.seed = seed
+        self.mode = mode
         self.sha256 = ""
         self._rules: dict[str, Rule] = {}
         self._reset()
 
     def _reset(self) -> None:
         self._fixed: list[Any] = []
-        self._saved: list[list[Tensor]] = []
+        self._saved: list[Any] = []
         self._complete = False
         self._asked_at = -1
         self._pending: list[tuple[int, Kind, fisher.Survey]] = []
@@ -183,7 +188,7 @@ class FisherProbe(DeferringProbe):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._flush()
-        fixed = self._saved or [leaves_of(batch) for batch in self._fixed]
+        fixed = self._saved or [{"nest": packed(batch)} for batch in self._fixed]
         return {"batches": fixed, "complete": self._complete}
 
     @override
@@ -194,9 +199,11 @@ class FisherProbe(DeferringProbe):
 
     def _collect(self, batch: Any) -> None:
         size, wanted = first_length(batch), self.samples_per_batch
-        if "per_sample" in self.kinds and size < wanted:
+        if "per_sample" in self.kinds and 0 < size < wanted:
             raise UserError(f"FisherProbe: samples_per_batch {wanted} of a batch of {size}: give {size} or less")
-        self._fixed.append(map_tensors(batch, lambda leaf: leaf.detach().to("cpu", copy=True)))
+        kept = map_tensors(batch, lambda leaf: leaf.detach().to("cpu", copy=True))
+        packed(kept)  # raises where no checkpoint could hold it
+        self._fixed.append(kept)
         if len(self._fixed) == self.batches:
             self._seal()
 
@@ -209,9 +216,10 @@ class FisherProbe(DeferringProbe):
         rank_zero_info(f"FisherProbe: {len(self._fixed)} fixed batches, SHA-256 {self.sha256}")
 
     def _rebuild(self, like: Any) -> None:
-        """Put the tensors of a checkpoint back into batches of the form that is now passing by."""
+        """Make the batches of a checkpoint again, with the containers of the one that is now passing by."""
         saved, self._saved = self._saved, []
-        self._fixed = [filled(like, leaves) for leaves in saved]
+        # Lists of tensors alone were written by 0.1.0.
+        self._fixed = [unpacked(s["nest"], like) if isinstance(s, dict) else filled(like, s) for s in saved]
         self._pin()
         if self._complete:
             self.sha256 = digest_of(self._fixed)
@@ -220,7 +228,9 @@ class FisherProbe(DeferringProbe):
         """Let a GPU fetch the batches by itself: a copy from ordinary memory makes the host wait for it every time."""
         assert self._trainer is not None
         if self._trainer.strategy.root_device.type == "cuda":
-            self._fixed = map_tensors(self._fixed, lambda leaf: leaf.pin_memory())
+            self._fixed = map_tensors(
+                self._fixed, lambda leaf: leaf.pin_memory() if leaf.layout == torch.strided else leaf
+            )
 
     # -------------------------------------------------------------------------------------------- measuring
 
@@ -248,9 +258,9 @@ class FisherProbe(DeferringProbe):
         if self.random_directions and BACKBONE in axes:
             random = RandomDirections(axes[BACKBONE], self.random_directions, self.seed)
         gradients = FixedGradients(
-            trainer, module, self._recorder.selection, self._fixed, kind, self.samples_per_batch, self.seed
+            trainer, module, self._recorder.selection, self._fixed, kind, self.samples_per_batch, self.seed, self.mode
         )
-        with evaluating(module):  # once for all gradients
+        with evaluating(module, self.mode):  # once for all gradients
             return fisher.survey(gradients, len(gradients), axes, block=self.block, gram=self.spectrum, random=random)
 
     # ---------------------------------------------------------------------------------------------- logging

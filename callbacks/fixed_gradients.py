@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from mini_gpt_pl.callbacks.measuring import SamplesItsLabels, SplitsItsLoss, measuring, training_loss
-from mini_gpt_pl.callbacks.nests import take_sample
+from mini_gpt_pl.callbacks.measuring import (
+    Mode,
+    SamplesItsLabels,
+    SplitsItsLoss,
+    gradient_of,
+    measuring,
+    seed_everything,
+    training_loss,
+)
+from mini_gpt_pl.callbacks.nests import moved, take_sample
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 Kind = Literal["batch_mean", "per_sample", "monte_carlo"]
@@ -27,7 +34,8 @@ class FixedGradients:
         batches: Anywhere; those in pinned memory are copied to a GPU without waiting for it.
         kind: Which Fisher, as in `FisherProbe`.
         samples_per_batch: Samples taken from each batch by `per_sample`.
-        seed: Of the labels that `monte_carlo` draws.
+        seed: Of the labels that `monte_carlo` draws, and of all that a forward draws in the modes of training.
+        mode: As in `FisherProbe`.
     """
 
     def __init__(
@@ -39,6 +47,7 @@ class FixedGradients:
         kind: Kind,
         samples_per_batch: int = 1,
         seed: int = 0,
+        mode: Mode = "eval",
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -47,6 +56,7 @@ class FixedGradients:
         self.kind = kind
         self.samples_per_batch = samples_per_batch
         self.seed = seed
+        self.mode = mode
 
     def __len__(self) -> int:
         """Number of gradients, M."""
@@ -54,20 +64,28 @@ class FixedGradients:
 
     def __call__(self, index: int) -> Vector:
         """Gradient i: for `monte_carlo` times the root of the number of labels, as E[g g'] is the Fisher per label."""
-        with measuring(self.trainer, self.module):
+        labels: Tensor | None = None
+
+        def evaluate() -> Tensor:
+            nonlocal labels
+            if self.mode == "train":
+                seed_everything(self.module, self.seed, index)
             loss, labels = self.loss(index)
-            found = self.selection.gradient_of(loss, self.module)
+            return loss
+
+        with measuring(self.trainer, self.module, self.mode):
+            found = gradient_of(evaluate, self.selection, self.module, self.kind)
         return found if labels is None else Vector(found.values * labels.sqrt(), self.selection)
 
     def loss(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Loss with a graph whose gradient is the i-th, and the number of labels where they are drawn."""
         if self.kind == "per_sample":
             position, sample = divmod(index, self.samples_per_batch)
-            batch = move_data_to_device(self.batches[position], self.module.device)
+            batch = moved(self.batches[position], self.module.device)
             if isinstance(self.module, SplitsItsLoss):
                 return self.module.sample_loss(batch, sample), None
             return training_loss(self.module, take_sample(batch, sample)), None
-        batch = move_data_to_device(self.batches[index], self.module.device)
+        batch = moved(self.batches[index], self.module.device)
         if self.kind == "batch_mean":
             return training_loss(self.module, batch), None
         assert isinstance(self.module, SamplesItsLabels)

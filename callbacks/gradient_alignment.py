@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.last_gradient import loss_scale
-from mini_gpt_pl.callbacks.measuring import NamesItsLosses, measuring
+from mini_gpt_pl.callbacks.measuring import NamesItsLosses, gradient_of, measuring
 from mini_gpt_pl.callbacks.probe import Deferred, Estimate, Row, StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
@@ -171,12 +172,16 @@ def part_gradients(module: LightningModule, batch: Any, selection: ParameterSele
     Each takes a forward of its own: a compiled graph gives its buffers away and cannot be walked through twice.
     """
     assert isinstance(module, NamesItsLosses)
-    losses = module.named_losses(batch)
+    losses: Mapping[str, Tensor] | None = module.named_losses(batch)
     parts: dict[str, Vector] = {}
-    for name in tuple(losses):
-        losses = losses or module.named_losses(batch)
-        parts[name] = selection.gradient_of(losses[name], module)
-        losses = {}  # frees the graph before the next forward
+
+    def part(name: str) -> Tensor:
+        nonlocal losses
+        found, losses = losses or module.named_losses(batch), None  # frees the graph before the next forward
+        return found[name]
+
+    for name in tuple(losses or ()):
+        parts[name] = gradient_of(partial(part, name), selection, module, name)
     return parts
 
 

@@ -1,21 +1,61 @@
-"""Measure without a trace: modes, random state and gradients are afterwards as they were before."""
+"""Measure without a trace: modes, weights, buffers, random states and gradients are afterwards as they were before.
+
+What a module can be asked for is said by protocols of one method each. `isinstance` looks at the method's signature: a
+`batch_loss` that takes other arguments, or a layer called `attention`, is something else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+import random
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from functools import cached_property, lru_cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+
+Mode = Literal["eval", "train"]
+"""In evaluation mode, or in the modes that training has: with dropout and batch norm the gradients differ."""
+
+
+class _BySignature(type(Protocol)):  # type: ignore[misc]
+    """Lets `isinstance` ask whether an object's method can be called as the protocol's own."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        (name,) = (key for key, value in vars(cls).items() if inspect.isfunction(value) and not key.startswith("_"))
+        if isinstance(inspect.getattr_static(instance, name, None), property | cached_property):
+            return False
+        found = getattr(instance, name, None)
+        if not callable(found) or isinstance(found, nn.Module | type):
+            return False
+        bound = inspect.ismethod(found)
+        return _takes(found.__func__ if bound else found, bound, vars(cls)[name])  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def _takes(function: Callable[..., Any], bound: bool, wanted: Callable[..., Any]) -> bool:
+    """Whether a function takes the arguments of a protocol's method by position, those of one name in one place."""
+    names = list(inspect.signature(wanted).parameters)[1:]
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*([None] * bound), *names)
+    except (TypeError, ValueError):
+        return False
+    own = list(signature.parameters)[bound:]
+    return all(own.index(name) == place for place, name in enumerate(names) if name in own)
 
 
 @runtime_checkable
-class NamesItsLosses(Protocol):
+class NamesItsLosses(Protocol, metaclass=_BySignature):
     """A module that can give the parts of its loss for one batch, by name."""
 
     def named_losses(self, batch: Any) -> Mapping[str, Tensor]:
@@ -24,7 +64,7 @@ class NamesItsLosses(Protocol):
 
 
 @runtime_checkable
-class KnowsItsLoss(Protocol):
+class KnowsItsLoss(Protocol, metaclass=_BySignature):
     """A module that can give its training loss for one batch taken alone."""
 
     def batch_loss(self, batch: Any) -> Tensor:
@@ -33,7 +73,7 @@ class KnowsItsLoss(Protocol):
 
 
 @runtime_checkable
-class SplitsItsLoss(Protocol):
+class SplitsItsLoss(Protocol, metaclass=_BySignature):
     """A module that can say what one sample of a batch adds to the batch's loss.
 
     It matters where the loss is no plain mean over samples: a sample alone would then be normalised otherwise.
@@ -45,7 +85,7 @@ class SplitsItsLoss(Protocol):
 
 
 @runtime_checkable
-class SamplesItsLabels(Protocol):
+class SamplesItsLabels(Protocol, metaclass=_BySignature):
     """A module that can answer for itself, for the true Fisher."""
 
     def sampled_loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -62,7 +102,7 @@ class SamplesItsLabels(Protocol):
 
 
 @runtime_checkable
-class DrawsBatches(Protocol):
+class DrawsBatches(Protocol, metaclass=_BySignature):
     """A module or a data module that can draw batches like those of training, as many as are asked for."""
 
     def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Any:
@@ -76,7 +116,7 @@ class DrawsBatches(Protocol):
 
 
 @runtime_checkable
-class DrawsKinds(Protocol):
+class DrawsKinds(Protocol, metaclass=_BySignature):
     """A module or a data module whose examples are of several kinds, each to be looked at by itself."""
 
     def draw_kinds(self, generator: np.random.Generator, size: int) -> Mapping[str, Any]:
@@ -90,7 +130,7 @@ class DrawsKinds(Protocol):
 
 
 @runtime_checkable
-class ShowsItsAttention(Protocol):
+class ShowsItsAttention(Protocol, metaclass=_BySignature):
     """A module that can give the attention weights that its output is made of."""
 
     def attention(self, batch: Any) -> Sequence[Tensor]:
@@ -99,7 +139,7 @@ class ShowsItsAttention(Protocol):
 
 
 @runtime_checkable
-class ChangesItsAttention(Protocol):
+class ChangesItsAttention(Protocol, metaclass=_BySignature):
     """A module that can answer with other attention weights than its own."""
 
     def accuracy_through(self, batch: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,7 +148,7 @@ class ChangesItsAttention(Protocol):
 
 
 @runtime_checkable
-class TakesSamples(Protocol):
+class TakesSamples(Protocol, metaclass=_BySignature):
     """A batch that can be cut, where that takes more than an index into its tensors."""
 
     def take_samples(self, index: Tensor) -> Any:
@@ -146,33 +186,145 @@ def named_loss(module: LightningModule, batch: Any, name: str) -> Tensor:
 
 
 @contextmanager
-def measuring(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Evaluate the module inside training: dropout and batch statistics off, everything restored afterwards.
+def measuring(trainer: Trainer, module: LightningModule, mode: Mode = "eval") -> Iterator[None]:
+    """Evaluate the module inside training, and leave no trace.
 
-    Take gradients inside with `ParameterSelection.gradient_of`: `.grad` belongs to training.
+    Modes go through `train(mode)`, as a layer may fold itself into its weight there. Put back, bit for bit and also
+    where the measurement fails: the modes, the weights that setting them may have written, all buffers, and the random
+    states of Python, of numpy and of torch on the host and on the module's devices. Other attributes that a forward
+    writes are the module's own affair. Take gradients inside with `gradient_of`: `.grad` belongs to training.
+
+    Args:
+        trainer: Knows the precision.
+        module: Whose losses are asked for.
+        mode: `train` leaves the modes as they are.
+
+    Raises:
+        UserError: An iterator ended inside: Lightning would take it for the end of the epoch.
     """
-    device = module.device
-    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with forked, torch.enable_grad(), evaluating(module), trainer.precision_plugin.forward_context():
-        yield
+    parts = _parts(module)
+    states = RandomStates(parts)
+    try:
+        with _kept_buffers(parts), evaluating(module, mode), torch.enable_grad():
+            with trainer.precision_plugin.forward_context():
+                yield
+    except StopIteration as error:
+        raise UserError(
+            f"an iterator ended while a probe measured {type(module).__name__} (StopIteration): let what draws batches "
+            "begin anew instead of ending"
+        ) from error
+    finally:
+        states.put_back()
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """Put a module in evaluation mode, and each part back into its own mode afterwards.
 
     Who measures many times enters it once around all of them, and `measuring` then finds nothing to set: while the host
     sets the modes of every part a GPU may run out of work.
+
+    Args:
+        module: With all of its parts. Weights and buffers of those that have a `train` of their own are copied
+            meanwhile, and put back bit for bit.
+        mode: `train` leaves everything as it is.
     """
     modes = [(part, part.training) for part in _parts(module)]
-    try:
-        if any(mode for _, mode in modes):
+    if mode == "train" or not any(training for _, training in modes):
+        yield
+        return
+    own = [part for part, _ in modes if _sets_more_than_modes(part)]
+    with _kept([tensor for part in own for tensor in (*part.parameters(), *part.buffers())]):
+        try:
             module.eval()
+            yield
+        finally:
+            if modes[0][1]:
+                module.train()
+            for part, training in modes:  # parents come before their parts
+                if part.training != training:
+                    if _sets_more_than_modes(part):
+                        part.train(training)
+                    part.training = training
+
+
+def _sets_more_than_modes(part: nn.Module) -> bool:
+    return type(part).train is not nn.Module.train or type(part).eval is not nn.Module.eval
+
+
+class RandomStates:
+    """The random states of Python, of numpy, and of torch on the host and on some modules' devices.
+
+    Args:
+        parts: Modules; their own weights and buffers say which devices.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        self._host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._devices = {d: torch.get_device_module(d).get_rng_state(*_place(d)) for d in _devices(parts)}
+
+    def put_back(self) -> None:
+        """Set all of them to what they were."""
+        of_python, of_numpy, of_torch = self._host
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        for device, state in self._devices.items():
+            torch.get_device_module(device).set_rng_state(state, *_place(device))
+
+
+def seed_everything(module: nn.Module, *numbers: int) -> None:
+    """Let all random states go on from some numbers; inside `measuring`, which puts them back.
+
+    Args:
+        module: Its weights say which devices' states.
+        numbers: Of 0 or more.
+    """
+    drawn = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(drawn)
+    np.random.seed(drawn)
+    torch.default_generator.manual_seed(drawn)
+    for device in _devices(_parts(module)):
+        state = torch.Generator(device).manual_seed(drawn).get_state()
+        torch.get_device_module(device).set_rng_state(state, *_place(device))
+
+
+def _devices(parts: Iterable[nn.Module]) -> set[torch.device]:
+    """Those that weights and buffers lie on, beside the host."""
+    tensors = (tensor for part in parts for tensor in (*part._parameters.values(), *part._buffers.values()))
+    return {t.device for t in tensors if t is not None and t.device.type not in ("cpu", "meta")}
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)
+
+
+@contextmanager
+def _kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put values back bit for bit, where they lay, without a version that autograd would count."""
+    kept = [(t, t.data, t.detach().clone()) for t in {id(t): t for t in tensors}.values() if not is_lazy(t)]
+    try:
         yield
     finally:
-        for part, mode in modes:
-            if part.training != mode:
-                part.training = mode
+        for tensor, data, values in kept:
+            data.copy_(values)
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+
+
+@contextmanager
+def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Put buffers back: those that a forward writes into, exchanges or makes."""
+    before = [(part, dict(part._buffers), set(part._non_persistent_buffers_set)) for part in parts]
+    with _kept([buffer for _, buffers, _ in before for buffer in buffers.values() if buffer is not None]):
+        try:
+            yield
+        finally:
+            for part, buffers, fleeting in before:
+                if [*map(id, part._buffers.values())] != [*map(id, buffers.values())]:
+                    part._buffers.clear()
+                    part._buffers.update(buffers)
+                    part._non_persistent_buffers_set = fleeting
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
@@ -184,3 +336,90 @@ def _parts(module: nn.Module) -> list[nn.Module]:
                 met.add(child)
                 parts.append(child)
     return parts
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+# By module: whether the loss of a name depends on weights that its graph does not reach.
+_HIDDEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
+
+
+def gradient_of(
+    evaluate: Callable[[], Tensor], selection: ParameterSelection, module: nn.Module, name: str = ""
+) -> Vector:
+    """Gradient of a loss by the selected weights; every `.grad` stays as it is.
+
+    A weight that the graph does not reach counts as zero only where the loss does not depend on it, which is found out
+    once by moving it. Behind a reentrant checkpoint it does: the gradient then comes from a backward pass as training
+    makes it.
+
+    Args:
+        evaluate: Gives the loss, with a graph.
+        selection: By which weights.
+        module: Theirs, inside `measuring`.
+        name: Of the loss, where the module has several.
+
+    Raises:
+        UserError: The loss depends on a weight, and no backward pass gives the gradient by it.
+    """
+    states = RandomStates(_parts(module))
+    parts = selection.partials(evaluate(), module)
+    if missing := _missing(parts, selection, module):
+        known = _HIDDEN.setdefault(module, {})
+        if (name, *missing) not in known:
+            known[(name, *missing)] = _depends(evaluate, missing, selection, module, states)
+        if known[(name, *missing)]:
+            states.put_back()
+            parts = _by_backward(evaluate, missing, selection, module)
+    return selection.filled(parts, module)
+
+
+def _missing(parts: Sequence[Tensor | None], selection: ParameterSelection, module: nn.Module) -> tuple[str, ...]:
+    weights = zip(selection.names, selection.parameters(module), parts, strict=True)
+    return tuple(name for name, weight, part in weights if part is None and weight.requires_grad)
+
+
+def _by_backward(
+    evaluate: Callable[[], Tensor], missing: tuple[str, ...], selection: ParameterSelection, module: nn.Module
+) -> list[Tensor | None]:
+    watched = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in module.parameters())
+    if not watched and not torch.distributed.is_initialized():  # else training itself would hear of the backward pass
+        parts = selection.partials(evaluate(), module, by_backward=True)
+        if not set(missing) & set(_missing(parts, selection, module)):
+            return parts
+    raise UserError(
+        f"the loss of {type(module).__name__} depends on {missing[0]!r}, and its graph does not reach that weight: "
+        "checkpoint with use_reentrant=False; where a layer folds its weights in evaluation mode, let the probe "
+        "measure with mode: train; or leave the weight out of the pattern"
+    )
+
+
+def _depends(
+    evaluate: Callable[[], Tensor],
+    missing: tuple[str, ...],
+    selection: ParameterSelection,
+    module: nn.Module,
+    states: RandomStates,
+) -> bool:
+    """Whether a loss changes, by more than it does by itself, when the missing weights are moved."""
+
+    def value() -> float:
+        states.put_back()
+        with torch.no_grad():
+            return float(evaluate())
+
+    first, again = value(), value()
+    own = [part for part in _parts(module) if _sets_more_than_modes(part)]
+    weights = [p for name, p in zip(selection.names, selection.parameters(module), strict=True) if name in missing]
+    with _kept([*weights, *(t for part in own for t in (*part.parameters(), *part.buffers()))]):
+        modes = [(part, part.training) for part in _parts(module)]
+        for part in own:  # what they fold in evaluation mode is folded with the moved weights
+            part.train()
+        for weight in weights:
+            weight.data.mul_(1.5).add_(torch.full_like(weight, 0.1))
+        for part, training in modes:
+            if part in own:
+                part.train(training)
+            part.training = training
+        moved = value()
+    return not abs(moved - first) <= 10 * abs(again - first)

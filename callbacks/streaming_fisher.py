@@ -235,7 +235,7 @@ def streaming_metrics(
     """
     large = rows[:, :2]
     metrics = _named(large, "streaming", selection, name)
-    if rows.shape[1] == 4:
+    if rows.shape[1] == 4 and sizes[0]:  # 0: what a sample is cannot be told
         parts = fisher.split_moments(rows[:, 2:], large, *sizes)
         kind = "streaming_per_sample"
         metrics |= _named(parts.per_sample, kind, selection, name)

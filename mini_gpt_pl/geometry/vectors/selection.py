@@ -299,8 +299,7 @@ class ParameterSelection:
 
     def gradients(self, module: nn.Module) -> Vector:
         """Copy the selected weights' `.grad`, in float32; a weight without gradient counts as zero."""
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters(module)]
-        return self.flatten(grads)
+        return self.filled([parameter.grad for parameter in self.parameters(module)], module)
 
     def gradient_of(self, loss: Float[Tensor, ""], module: nn.Module) -> Vector:
         """Gradient of a loss by the selected weights, as a new vector; every `.grad` stays as it is.
@@ -311,16 +310,33 @@ class ParameterSelection:
             loss: A scalar with a graph, which is used up.
             module: Owner of the weights.
         """
+        return self.filled(self.partials(loss, module), module)
+
+    def partials(self, loss: Float[Tensor, ""], module: nn.Module, *, by_backward: bool = False) -> list[Tensor | None]:
+        """Gradient of a loss by each selected weight, as `gradient_of` has it; None where the graph does not reach it.
+
+        Args:
+            loss: A scalar with a graph, which is used up.
+            module: Owner of the weights.
+            by_backward: As training does it, with every hook on a gradient, instead of `torch.autograd.grad`.
+        """
+        parameters = self.parameters(module)
         # FSDP2 takes a process group, without which no module has to be gone through.
-        if dist.is_initialized() and any(isinstance(part, FSDPModule) for part in module.modules()):
+        sharded = dist.is_initialized() and any(isinstance(part, FSDPModule) for part in module.modules())
+        if sharded or by_backward:
             # Its hooks gather the weights outside of the graph and hand gradients over to `.grad` only.
             _reshard(module)
             with _grads_aside(module):
                 loss.backward()
-                return self.gradients(module)
-        parameters = self.parameters(module)
-        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return self.flatten([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)])
+                return [parameter.grad for parameter in self.parameters(module)]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        found = iter(torch.autograd.grad(loss, trained, allow_unused=True) if trained else ())
+        return [next(found) if parameter.requires_grad else None for parameter in parameters]
+
+    def filled(self, parts: Sequence[Tensor | None], module: nn.Module) -> Vector:
+        """Flatten one tensor per selected weight, zero for None."""
+        pairs = zip(parts, self.parameters(module), strict=True)
+        return self.flatten([torch.zeros_like(p) if part is None else part for part, p in pairs])
 
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
         """View a flat vector as one tensor per parameter name, each what this rank holds of it."""
