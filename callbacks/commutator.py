@@ -15,7 +15,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.commutator_metrics import Measured
-from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, NamesItsLosses, measuring, named_loss, training_loss
+from mini_gpt_pl.callbacks.measuring import (
+    KnowsItsLoss,
+    Mode,
+    NamesItsLosses,
+    measuring,
+    named_loss,
+    seed_everything,
+    training_loss,
+)
 from mini_gpt_pl.callbacks.pairs import BatchPairs
 from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
 from mini_gpt_pl.callbacks.schedule import Schedule
@@ -37,8 +45,8 @@ class CommutatorProbe(DeferringProbe):
 
     Each due step draws K pairs of batches (`draw_batch` of the module or the data module; else random halves of the
     training batch), and measures what the order of two steps on them changes, at the weights before the next step, in
-    evaluation mode and without autocast. All pairs are a function of (seed, step, sample) and of the data. Medians over
-    the K samples are logged, the mean of the middle two where K is even.
+    evaluation mode, without autocast and without casts to a narrower dtype. All pairs are a function of (seed, step,
+    sample) and of the data. Medians over the K samples are logged, the mean of the middle two where K is even.
 
     Logged under `commutator/<name>/`: defect D = ||H_B g_A - H_A g_B|| / (||g_A|| ||g_B||), defect_eta (of steps of
     size eta: the published quantity, without its rounding), relative, c and c_theta2 (the forms of it without 1/||g||),
@@ -75,11 +83,13 @@ class CommutatorProbe(DeferringProbe):
         other_run: Folder of a finished run of the same model, with its snapshots, for the basis `other`.
         losses: Names of two of the module's `named_losses`: batch A is taken with the first, B with the second, such
             as those of two tasks. Beside it belongs what each gives with itself. None for the training loss of both.
-        seed: Of the pairs and of the random directions.
+        seed: Of the pairs and of the random directions, and of what a forward draws in the modes of training.
+        mode: `eval` measures in evaluation mode; `train` in the modes of training, with dropout and batch statistics.
 
     Raises:
-        UserError: A setting is out of range, the module has no loss of one batch, the loss no second derivative, the
-            ranks share the weights (FSDP2), or the recorder records weights that are not among those that move.
+        UserError: A setting is out of range, the module has no loss of one batch, the loss no second derivative, its
+            graph does not reach a weight (a reentrant checkpoint), the ranks share the weights (FSDP2), or the recorder
+            records weights that are not among those that move.
 
     Example:
         >>> probe = CommutatorProbe(Schedule(every=100), samples=3)
@@ -100,6 +110,7 @@ class CommutatorProbe(DeferringProbe):
         other_run: str | None = None,
         losses: tuple[str, str] | None = None,
         seed: int = 0,
+        mode: Mode = "eval",
     ) -> None:
         super().__init__(schedule)
         if samples < 1 or not eta > 0 or directions < 0 or (size is not None and size < 1):
@@ -121,6 +132,7 @@ class CommutatorProbe(DeferringProbe):
         self.other_run = other_run
         self.losses = losses
         self.seed = seed
+        self.mode = mode
         self._reset()
 
     def _reset(self) -> None:
@@ -129,6 +141,7 @@ class CommutatorProbe(DeferringProbe):
         self._pairs: BatchPairs | None = None
         self._other: Basis | None = None
         self._passing: Any = None
+        self._reaches = False
         self._asked_at = -1
         self._pending: list[Measured] = []
 
@@ -219,7 +232,7 @@ class CommutatorProbe(DeferringProbe):
         step = trainer.global_step
         if not self.due_once(step):
             return
-        with self.watch.running(), measuring(trainer, module):
+        with self.watch.running(), measuring(trainer, module, self.mode):
             if (measured := self._measure(trainer, module, batch, step)) is not None:
                 self._pending.append(measured)
 
@@ -236,7 +249,11 @@ class CommutatorProbe(DeferringProbe):
         measured = Measured(step)
         for sample in range(self.samples):
             pair = self._pairs(step, sample, batch)
-            loss_a, loss_b = (free.loss(partial(self._loss, module, part, which)) for which, part in enumerate(pair))
+            evaluate = [partial(self._loss, module, part, step, sample, which) for which, part in enumerate(pair)]
+            if not self._reaches:
+                free.require_reach(lambda both=evaluate: both[0]() + both[1]())  # type: ignore[misc]
+                self._reaches = True
+            loss_a, loss_b = map(free.loss, evaluate)
             found = self._commutator(loss_a, loss_b, theta.values)
             stepped = commutator.finite(found, loss_a, loss_b, theta.values, self.eta)
             measured.add(found, stepped, theta, self.eta, bases, recorded, last)
@@ -244,8 +261,10 @@ class CommutatorProbe(DeferringProbe):
                 measured.add_steps(steps.order(loss_a, loss_b, found.grad_a, found.grad_b), found.bracket)
         return measured
 
-    def _loss(self, module: LightningModule, batch: Any, which: int) -> Tensor:
-        """Loss of batch A (0) or B (1)."""
+    def _loss(self, module: LightningModule, batch: Any, step: int, sample: int, which: int) -> Tensor:
+        """Loss of batch A (0) or B (1); one function of the weights, whatever the mode."""
+        if self.mode == "train":
+            seed_everything(module, self.seed, step, sample, which)
         return training_loss(module, batch) if self.losses is None else named_loss(module, batch, self.losses[which])
 
     def _commutator(self, loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> commutator.Commutator:

@@ -203,11 +203,10 @@ def measuring(trainer: Trainer, module: LightningModule, mode: Mode = "eval") ->
         UserError: An iterator ended inside: Lightning would take it for the end of the epoch.
     """
     parts = _parts(module)
-    states = RandomStates(parts)
+    states, precision = RandomStates(parts), trainer.precision_plugin
     try:
-        with _kept_buffers(parts), evaluating(module, mode), torch.enable_grad():
-            with trainer.precision_plugin.forward_context():
-                yield
+        with _kept_buffers(parts), evaluating(module, mode), torch.enable_grad(), precision.forward_context():
+            yield
     except StopIteration as error:
         raise UserError(
             f"an iterator ended while a probe measured {type(module).__name__} (StopIteration): let what draws batches "

@@ -98,8 +98,8 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def _columns(nest: Any, named: bool = False) -> Iterator[Any]:
-    """What has an entry for each sample: tensors with a dimension, lists of primitives, any list below a name."""
-    if isinstance(nest, Tensor):
+    """What has an entry for each sample: arrays with a dimension, lists of primitives, any list below a name."""
+    if isinstance(nest, Tensor | np.ndarray):
         yield from [nest] if nest.ndim else []
     elif _is_column(nest, named):
         yield nest
@@ -117,9 +117,10 @@ def _is_column(nest: Any, named: bool) -> bool:
 def first_length(batch: Any) -> int:
     """Number of samples in a batch: the entries of its first column, 0 without any.
 
-    A column is a tensor's first dimension, a list of numbers or strings, or a list that has a name (the value of a key
-    or an attribute), whose entries may then be tensors of different shapes. An object that is no plain container and
-    has columns of different lengths, such as a graph with its edges, has no samples that could be told: 0.
+    A column is a tensor's or an array's first dimension, a list of numbers or strings, or a list that has a name (the
+    value of a key or an attribute), whose entries may then be tensors of different shapes. An object that is no plain
+    container and has columns of different lengths, such as a graph with its edges, has no samples that could be told:
+    0.
     """
     return 0 if _is_mixed(batch) else next((len(column) for column in _columns(batch)), 0)
 
@@ -169,6 +170,8 @@ def _cut(batch: Any, index: Tensor | list[int]) -> Any:
     def cut(nest: Any, named: bool) -> Any:
         if isinstance(nest, Tensor):
             return of(nest) if nest.ndim and len(nest) == size else nest
+        if isinstance(nest, np.ndarray):
+            return nest[listed] if nest.ndim and len(nest) == size else nest
         if _is_column(nest, named) and len(nest) == size:
             return type(nest)(nest[i] for i in listed)
         if (parts := _parts_of(nest)) is None:

@@ -673,10 +673,12 @@ def test_the_fixed_batches_are_the_first_ones_and_hashed() -> None:
     run = _run()
     digest = hashlib.sha256()
     for batch in run.fixed:
+        digest.update(f"Batch {list(range(len(batch)))!r} ".encode())
         for leaf in batch:
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)} ".encode() + leaf.numpy().tobytes())
     assert run.probe.sha256 == digest.hexdigest()
-    assert same(run.probe.state_dict()["batches"], [list(batch) for batch in run.fixed])
+    kept = [saved["nest"] for saved in run.probe.state_dict()["batches"]]
+    assert same(kept, [("Batch", list(range(len(batch))), list(batch)) for batch in run.fixed])
 
 
 def test_an_optimizer_step_is_measured_once() -> None:
@@ -718,7 +720,7 @@ def test_the_fixed_batches_are_copies(tmp_path: Path) -> None:
     probe = _probe()
     loader = DataLoader(TensorDataset(normal(32, 4).float()), batch_size=4)
     quiet_trainer(tmp_path, [probe, TrajectoryRecorder("layer")], max_steps=5).fit(Overwriting(), loader)
-    saved = torch.cat([leaf for leaves in probe.state_dict()["batches"] for leaf in leaves])
+    saved = torch.cat([leaf for batch in probe.state_dict()["batches"] for leaf in batch["nest"][2]])
     torch.testing.assert_close(saved, normal(32, 4).float()[:16])
 
 

@@ -276,7 +276,7 @@ class _Field:
         grad = self.grad.detach()
         expected, slack = torch.dot(grad, along), _eps(along) ** 0.5 * _length(grad) * _length(along)
         if inner is None or bool((inner - expected).abs() > slack):  # False for NaN, which is reported as such
-            raise RuntimeError("a part of it has a first derivative only")
+            raise RuntimeError("a part of it has a first derivative only, or is computed in a narrower dtype")
         return torch.zeros_like(along) if product is None else product.detach()
 
 

@@ -7,14 +7,16 @@ module itself is not touched: for one evaluation its weights are replaced by vie
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector, plain_name
@@ -26,8 +28,10 @@ Loss = Callable[[Float[Tensor, " D"]], Float[Tensor, ""]]
 class FreeWeights:
     """Evaluates a module at any weights.
 
-    Weights outside of the selection, and buffers, are copied once, so that nothing that an evaluation does in place
-    reaches the module. Attention runs in its plain form, whose derivative has a derivative, and compiled code eagerly.
+    Weights outside of the selection are copied once and buffers for each evaluation, so that nothing that one does in
+    place reaches the module or the next. Attention runs in its plain form, whose derivative has a derivative, compiled
+    code eagerly, and casts to a narrower dtype than that of the evaluation (many language models cast their logits to
+    float32) are left out.
 
     Args:
         module: Owner of the weights.
@@ -51,7 +55,8 @@ class FreeWeights:
         named = {plain_name(raw): raw for raw, _ in module.named_parameters()}
         self._raw = [named[name] for name in selection.names]
         fixed = [(raw, p) for raw, p in module.named_parameters() if raw not in set(self._raw)]
-        self._fixed = {raw: _copy(tensor, dtype) for raw, tensor in [*fixed, *module.named_buffers()]}
+        self._fixed = {raw: _copy(tensor, dtype) for raw, tensor in fixed}
+        self._buffers = {raw: _copy(tensor, dtype) for raw, tensor in module.named_buffers()}
 
     @property
     def weights(self) -> Vector:
@@ -69,18 +74,71 @@ class FreeWeights:
 
     def value(self, evaluate: Callable[[], Tensor]) -> Callable[[Float[Tensor, " D"]], Tensor]:
         """Turn any tensor that the module gives into a function of its weights, as `loss` does a scalar."""
-        call = _Call(self._module, evaluate)
+        return lambda theta: self._at(theta.split(self.selection.sizes), evaluate)
 
-        def at(theta: Float[Tensor, " D"]) -> Tensor:
-            parts = theta.split(self.selection.sizes)
-            shaped = zip(self._raw, parts, self.selection.shapes, strict=True)
-            tensors = {f"module.{raw}": part.view(shape) for raw, part, shape in shaped}
-            tensors |= {f"module.{raw}": tensor for raw, tensor in self._fixed.items()}
-            with _twice_differentiable(theta.device):
-                found: Tensor = functional_call(call, tensors, ())
-            return found
+    def require_reach(self, evaluate: Callable[[], Tensor]) -> None:
+        """Check that the graph of a loss reaches every weight that the loss depends on.
 
-        return at
+        A flat gradient shows a weight that it does not reach as zero. Such weights are moved, to see whether that
+        changes the loss by more than it changes by itself.
+
+        Args:
+            evaluate: As in `loss`.
+
+        Raises:
+            UserError: It does not reach one.
+        """
+        parts = [part.detach().requires_grad_() for part in self._start.values.split(self.selection.sizes)]
+        with torch.enable_grad():
+            reached = torch.autograd.grad(self._at(parts, evaluate).sum(), parts, allow_unused=True)
+        missing = [name for name, part in zip(self.selection.names, reached, strict=True) if part is None]
+        if not missing:
+            return
+        with torch.no_grad():
+            move = [part if r is not None else 1.5 * part + 0.1 for part, r in zip(parts, reached, strict=True)]
+            first, again, moved = (float(self._at(at, evaluate)) for at in (parts, parts, move))
+        if not abs(moved - first) <= 10 * abs(again - first):
+            raise UserError(
+                f"the loss of {type(self._module).__name__} depends on {missing[0]!r}, and its graph does not reach "
+                "that weight: checkpoint with use_reentrant=False, or leave it out of the pattern"
+            )
+
+    def _at(self, parts: Sequence[Tensor], evaluate: Callable[[], Tensor]) -> Tensor:
+        shaped = zip(self._raw, parts, self.selection.shapes, strict=True)
+        tensors = {f"module.{raw}": part.view(shape) for raw, part, shape in shaped}
+        tensors |= {f"module.{raw}": tensor for raw, tensor in self._fixed.items()}
+        tensors |= {f"module.{raw}": tensor.clone() for raw, tensor in self._buffers.items()}
+        with _twice_differentiable(parts[0].device), _FullWidth(self.dtype) as width:
+            try:
+                found: Tensor = functional_call(_Call(self._module, evaluate), tensors, ())
+            except RuntimeError as error:
+                if not width.casts:
+                    raise
+                raise UserError(
+                    f"the loss of {type(self._module).__name__} casts to {width.casts} and cannot be computed in "
+                    f"{self.dtype} without that ({str(error).splitlines()[0]}): measure in dtype float32"
+                ) from error
+        return found
+
+
+class _FullWidth(TorchDispatchMode):
+    """Leaves out casts of floating numbers to a narrower dtype than one.
+
+    Attributes:
+        casts: The last dtype that was asked for; None where none was.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.casts: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = (kwargs or {}).get("dtype")
+        narrower = asked is not None and asked.is_floating_point and asked.itemsize < self.dtype.itemsize
+        if narrower and args and isinstance(args[0], Tensor) and args[0].dtype == self.dtype:
+            self.casts, kwargs = asked, {**kwargs, "dtype": self.dtype}
+        return func(*args, **(kwargs or {}))
 
 
 class _Call(nn.Module):
