@@ -182,7 +182,7 @@ def _with_column(trainer: Trainer) -> list[tuple[Metric, str]]:
     if recorder is None:
         return []
     sources = {kind.__name__ for callback in listed for kind in type(callback).__mro__}
-    own = [metric for metric in metrics() if metric.column and "{}" not in metric.column]
+    own = [metric for metric in metrics() if metric.column and metric.beside and "{}" not in metric.column]
     logged = [metric for metric in own if metric.source.rpartition(".")[2] in sources]
     return [(metric, metric.name.replace("{group}", recorder.name)) for metric in logged]
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report import page
 from mini_gpt_pl.sweep.grid import PROGRAM, Sweep, folder_name, read_sweep
 from mini_gpt_pl.sweep.local import Slot, run_all, slots, visible_devices
 from mini_gpt_pl.sweep.points import PointRun
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--point", help="run this one point only: its name, or its parameters as JSON")
     add("--agent", action="store_true", help="with --launcher wandb: work on the sweep here, at once")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="of the jobs: partition=gpu gpus=1 time=8:00:00")
-    add("--program", type=Path, default=PROGRAM, help=argparse.SUPPRESS)  # for the tests
+    add("--program", nargs="+", default=PROGRAM, help=argparse.SUPPRESS)  # for the tests
     return parser
 
 
@@ -67,7 +68,7 @@ def main(args: Sequence[str]) -> None:
     own, extras = _split(args)
     given = _parser().parse_args(own)
     _consistent(given)
-    sweep = replace(read_sweep(given.file), program=given.program)
+    sweep = replace(read_sweep(given.file), program=tuple(given.program))
     _check_extras(sweep, extras)
     root = given.root or Path("runs/sweeps") / folder_name(sweep.name)
     runs = [PointRun(point, sweep, root, extras) for point in sweep.points]
@@ -109,11 +110,9 @@ def _write_report(folder: Path, root: Path, runs: Sequence[PointRun], console: C
     """Write the report once there is no point left that may change it."""
     waiting = [run for run in runs if run.state not in ("finished", "diverged")]
     if waiting:
-        told = f"no report yet: {_points(len(waiting))} of another process not ended, such as {waiting[0].name}"
-        console.print(told, soft_wrap=True)
+        line = f"no report yet: {_points(len(waiting))} of another process not ended, such as {waiting[0].name}"
+        console.print(line, soft_wrap=True)
         return
-    from mini_gpt_pl.report import page  # late: it imports all that draws
-
     page.main([str(root), "--out", str(folder)])
 
 
@@ -135,10 +134,11 @@ def _run_here(given: argparse.Namespace, todo: list[PointRun], console: Console)
 def _report_failures(failed: list[PointRun], runs: int) -> None:
     if failed:
         first = failed[0]
-        told = f"{len(failed)} of {runs} runs failed: {first.name} ({first.record.failure if first.record else ''})"
+        reason = first.record.failure if first.record else ""
+        what = f"{len(failed)} of {runs} runs failed: {first.name} ({reason})"
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         logs = f"{first.log}" if len(failed) == 1 else f"{first.root}/POINT.log"
-        print(f"mini_gpt_pl: error: {told}{more}; see {logs}, and repeat the command to try again", file=sys.stderr)
+        print(f"mini_gpt_pl: error: {what}{more}; see {logs}, and repeat the command to try again", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -171,7 +171,7 @@ def _consistent(given: argparse.Namespace) -> None:
 def _passed_on(given: argparse.Namespace) -> tuple[str, ...]:
     """Return those of our options that hold for a point run elsewhere too."""
     options = ["--retry_diverged"] if given.retry_diverged else []
-    return (*options, *(["--program", str(given.program)] if given.program != PROGRAM else []))
+    return (*options, *(["--program", *given.program] if given.program != PROGRAM else []))
 
 
 def _check_extras(sweep: Sweep, extras: Sequence[str]) -> None:
@@ -186,15 +186,15 @@ def _check_extras(sweep: Sweep, extras: Sequence[str]) -> None:
 def _find(runs: Sequence[PointRun], wanted: str) -> PointRun:
     """Return the point of a name, or of parameters as an agent hands them out."""
     if not wanted.lstrip().startswith("{"):
-        found = [run for run in runs if run.name == wanted]
+        fitting = [run for run in runs if run.name == wanted]
     else:
         try:
             parameters: dict[str, Any] = json.loads(wanted)
         except ValueError as error:
             raise UserError(f"--point {wanted}: no valid JSON ({error})") from None
-        found = [run for run in runs if _same(run.wanted.parameters, parameters)]
-    if found:
-        return found[0]
+        fitting = [run for run in runs if _same(run.wanted.parameters, parameters)]
+    if fitting:
+        return fitting[0]
     near = get_close_matches(wanted, [run.name for run in runs], n=1)
     hint = f"did you mean {near[0]}?" if near else "list its points with --dry_run"
     raise UserError(f"--point {wanted}: {runs[0].sweep.path} has no such point: {hint}")

@@ -23,21 +23,17 @@ import yaml
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.presets import preset
 
-# What `${program}`, which sweep files call cli.py, stands for: the command, wherever the package is installed.
-PROGRAM = Path("-mmini_gpt_pl.main")
+PROGRAM = ("-m", "mini_gpt_pl")
+"""What `${program}`, which sweep files call cli.py, stands for: the command, wherever the package is installed."""
 TRAINING = ("fit", "reheat")
 
-_KEYS = (
-    *("name", "program", "method", "command", "parameters"),
-    *("metric", "description", "project", "entity", "run_cap"),
-)
+_ABOUT = ("metric", "description", "run_cap")  # what a W&B server is told
+_KEYS = ("name", "program", "method", "command", "parameters", *_ABOUT, "project", "entity")
 _NOT_GRID = ("distribution", "min", "max", "mu", "sigma", "q", "probabilities")
 _MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
 _ANY_MACRO = re.compile(r"\$\{[^}]*\}")
 _RESERVED = ("run_dir", "overwrite")  # each run has its own folder, and the sweep knows which to replace
 _LONGEST_LABEL, _LONGEST_NAME = 40, 160  # file systems take 255 bytes
-
-Parameters = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Point:
     """
 
     name: str
-    parameters: Parameters
+    parameters: dict[str, Any]
 
     @property
     def options(self) -> list[str]:
@@ -72,7 +68,7 @@ class Sweep:
         project: W&B project, where an agent runs the sweep.
         entity: W&B user or team.
         about: What only W&B reads: metric, description, run_cap.
-        program: What `${program}` stands for.
+        program: The words that `${program}` stands for.
     """
 
     path: Path
@@ -84,30 +80,26 @@ class Sweep:
     project: str | None = None
     entity: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
-    program: Path = PROGRAM
+    program: tuple[str, ...] = PROGRAM
 
     @property
     def points(self) -> list[Point]:
         """Every combination of the values, the last parameter varying fastest; the first `run_cap` of them."""
         parts = _key_names(self.varying)
         labels = {key: _labels(self.values[key], key in _FILES) for key in self.varying}
-        found = []
+        points = []
         for chosen in product(*(range(len(values)) for values in self.values.values())):
             at = dict(zip(self.values, chosen, strict=True))
             pieces = (f"{parts[key]}{labels[key][at[key]]}" for key in self.varying)
             name = _cut("_".join(pieces) or folder_name(self.name), _LONGEST_NAME)
-            found.append(Point(name, {key: self.values[key][i] for key, i in at.items()}))
-        return found[: self.run_cap]
+            points.append(Point(name, {key: self.values[key][i] for key, i in at.items()}))
+        return points[: self.run_cap]
 
     def expand(self, options: Sequence[str]) -> list[str]:
         """Return the template with its macros replaced, `${args}` by these options."""
-        known = {
-            "${env}": [] if os.name == "nt" else ["/usr/bin/env"],
-            "${interpreter}": [sys.executable],
-            "${program}": [str(self.program)],
-            "${args}": list(options),
-        }
-        return [word for piece in self.command for word in known.get(piece, [piece])]
+        env = [] if os.name == "nt" else ["/usr/bin/env"]
+        macros = dict(zip(_MACROS, (env, [sys.executable], self.program, options), strict=True))
+        return [word for piece in self.command for word in macros.get(piece, [piece])]
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -128,10 +120,6 @@ def read_sweep(path: Path) -> Sweep:
         raise UserError(f"the sweep file {path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"the sweep file {path} holds no keys: it needs {', '.join(_KEYS[:5])}")
-    return _checked(path, {str(key): value for key, value in loaded.items()})
-
-
-def _checked(path: Path, loaded: dict[str, Any]) -> Sweep:
     _known(loaded, _KEYS, path, "")
     if loaded.get("method") != "grid":
         raise UserError(f"{path}: method is {loaded.get('method')!r}: only 'grid' can be run")
@@ -145,24 +133,20 @@ def _checked(path: Path, loaded: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: parameters must list at least one: KEY: {{values: [A, B]}}")
     values: dict[str, tuple[Any, ...]] = {}
     varying: list[str] = []
-    for key, found, named in _flatten(path, given, ""):
+    for key, several, named in _flatten(path, given, ""):
         if key in values:
             raise UserError(f"{path}: parameters.{key} is given twice")
-        values[key] = found
+        values[key] = several
         varying += [key] if named else []
     command = _command(path, loaded.get("command"))
-    _files_exist(path, [*_named_files(command), *(v for key in values if key in _CONFIGS for v in values[key])])
-    return Sweep(
-        path=path,
-        name=str(loaded.get("name") or path.stem),
-        command=command,
-        values=values,
-        varying=tuple(varying),
-        run_cap=cap,
-        project=_text(loaded.get("project")),
-        entity=_text(loaded.get("entity")),
-        about={key: loaded[key] for key in ("metric", "description", "run_cap") if loaded.get(key) is not None},
-    )
+    files = [word for flag, word in pairwise(command) if flag in ("-c", "--config")]
+    for name in [*files, *(str(value) for key in _CONFIGS for value in values.get(key, ()))]:
+        if name.endswith((".yaml", ".yml", ".json")) and preset(name) is None:
+            raise UserError(f"{path}: no configuration {name}: paths are relative to the working directory")
+    texts = {key: str(loaded[key]) for key in ("project", "entity") if loaded.get(key) is not None}
+    about = {key: loaded[key] for key in _ABOUT if loaded.get(key) is not None}
+    name = str(loaded.get("name") or path.stem)
+    return Sweep(path, name, command, values, tuple(varying), run_cap=cap, about=about, **texts)
 
 
 # ------------------------------------------------------------------------------------------------- parameters
@@ -215,10 +199,6 @@ def _option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
 # ---------------------------------------------------------------------------------------------------- command
 
 _CONFIGS = ("config", "c")
@@ -242,17 +222,6 @@ def _command(path: Path, given: Any) -> tuple[str, ...]:
     if not verb or verb[0] not in TRAINING:
         raise UserError(f"{path}: command: {' or '.join(TRAINING)} must follow ${{program}}, not {' '.join(verb)!r}")
     return command
-
-
-def _named_files(command: Sequence[str]) -> list[str]:
-    """Return the configuration files that a command names."""
-    return [word for flag, word in pairwise(command) if flag in ("-c", "--config")]
-
-
-def _files_exist(path: Path, names: Iterable[Any]) -> None:
-    for name in names:
-        if str(name).endswith((".yaml", ".yml", ".json")) and preset(str(name)) is None:
-            raise UserError(f"{path}: no configuration {name}: paths are relative to the working directory")
 
 
 # ------------------------------------------------------------------------------------------------------ names
@@ -280,20 +249,13 @@ def _labels(values: Sequence[Any], are_files: bool) -> list[str]:
 
     No label has an underscore, which stands between the labels of a name: different labels make different names.
     """
-    labels: list[str] = []
-    taken: set[str] = set()
-    for value in values:
-        text = _option(value)
-        plain = _file_label(text) if are_files else text.strip('[]{}"')
-        label = folder_name(plain)
-        if are_files:
-            label = label.lstrip("-.") or "empty"
-        if label.casefold() in taken:  # some file systems fold upper and lower case
-            label = f"{label}-{_digest(text)}"
-        label = _cut(label, _LONGEST_LABEL)
-        taken.add(label.casefold())
-        labels.append(label)
-    return labels
+    labels: dict[str, str] = {}  # some file systems fold upper and lower case
+    for text in map(_option, values):
+        label = folder_name(_file_label(text) if are_files else text.strip('[]{}"'))
+        label = label.lstrip("-.") or "empty" if are_files else label
+        label = _cut(f"{label}-{_digest(text)}" if label.casefold() in labels else label, _LONGEST_LABEL)
+        labels[label.casefold()] = label
+    return list(labels.values())
 
 
 def _file_label(text: str) -> str:

@@ -92,7 +92,7 @@ class Execution:
         self.slot = slot
         self._held = held
         command = run.command(afresh=afresh)
-        self.resumed = run.resumable and not afresh
+        self.resumed = bool(run.run.checkpoints) and not afresh
         run.begin(afresh=afresh)
         self._started = time.monotonic()
         with run.log.open("ab") as log:
@@ -110,17 +110,12 @@ class Execution:
                 start_new_session=True,
             )
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time since it started."""
-        return time.monotonic() - self._started
-
     def close(self, *, interrupted: bool = False) -> State:
         """Record how the ended process left the run, and let go of the lock."""
         try:
             failure = None if interrupted else self._failure()
-            self.run.end(self.seconds, failure)
-            outcome = self.run.outcome
+            self.run.end(time.monotonic() - self._started, failure)
+            outcome = self.run.run.outcome
         finally:
             os.close(self._held)
         if failure is not None:
@@ -128,14 +123,13 @@ class Execution:
         return outcome.state if outcome else "broken off"
 
     def _failure(self) -> str | None:
-        status = self.process.returncode
-        outcome = self.run.outcome
+        status, outcome = self.process.returncode, self.run.run.outcome
         if outcome is not None and (status == 0 or (status == 2 and outcome.state == "diverged")):
             return None
-        told = _last_complaint(self.run.log, self._log_from)
+        complaint = _last_complaint(self.run.log, self._log_from)
         if status < 0:
-            return f"killed by {signal.Signals(-status).name}{f': {told}' if told else ''}"
-        return told or ("it ended without an outcome" if status == 0 else f"exit status {status}")
+            return f"killed by {signal.Signals(-status).name}{f': {complaint}' if complaint else ''}"
+        return complaint or ("it ended without an outcome" if status == 0 else f"exit status {status}")
 
 
 def _last_complaint(log: Path, start: int) -> str:
@@ -198,7 +192,7 @@ def _begin(run: PointRun, slot: Slot, retry_diverged: bool) -> Execution | None:
     if held is None:
         return None
     try:
-        outcome = run.outcome
+        outcome = run.run.outcome
         afresh = outcome is not None and outcome.state == "diverged" and retry_diverged
         if outcome is None or afresh:
             return Execution(run, slot, held, afresh=afresh)

@@ -11,14 +11,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs.folder import OUTCOME, Outcome, Run
+from mini_gpt_pl.runs.folder import OUTCOME, Run
 from mini_gpt_pl.sweep.grid import Point, Sweep
 
 RECORD = "point.json"
@@ -62,10 +61,6 @@ class Record:
         """Put the record into a folder, whole or not at all."""
         write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
 
-    def same_run(self, other: Record) -> bool:
-        """Whether both ask for one and the same run."""
-        return self.parameters == other.parameters and self.command == other.command
-
 
 @dataclass(frozen=True)
 class PointRun:
@@ -104,11 +99,6 @@ class PointRun:
         return Run(self.folder)
 
     @property
-    def outcome(self) -> Outcome | None:
-        """How the run ended, if it did."""
-        return self.run.outcome
-
-    @property
     def wanted(self) -> Record:
         """The record of a run that is about to begin."""
         parameters = json.loads(json.dumps(self.point.parameters, default=str))
@@ -124,17 +114,12 @@ class PointRun:
         """How far the run is, from its folder alone."""
         if self.locked():
             return "running"
-        if outcome := self.outcome:
+        if outcome := self.run.outcome:
             return outcome.state
         record = self.record
         if record is not None and record.failure is not None:
             return "failed"
         return "broken off" if self.run.exists else "new"
-
-    @property
-    def resumable(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return bool(self.run.checkpoints)
 
     def conflict(self) -> str | None:
         """Say why the folder's run is not that of this point; None if it is, or if nothing would be lost."""
@@ -144,9 +129,8 @@ class PointRun:
         record, wanted = self.record, self.wanted
         if record is None:
             return f"{self.folder} holds a run that no sweep began: move it away, or give the sweep another --root"
-        if record.same_run(wanted):
+        if (change := _difference(record, wanted)) is None:
             return None
-        change = _difference(record, wanted)
         return f"{self.folder} was run with other options ({change}): move it away, or give the sweep another --root"
 
     @property
@@ -163,7 +147,7 @@ class PointRun:
         run = self.run
         last = next(reversed(run.checkpoints.values()), None)
         if last is not None and not afresh:
-            return [sys.executable, str(self.sweep.program), "fit", f"--ckpt_path={last}"]
+            return [sys.executable, *self.sweep.program, "fit", f"--ckpt_path={last}"]
         return [*self.first_command, *(["--overwrite=true"] if run.exists else [])]
 
     # --------------------------------------------------------------------------------------------- the record
@@ -171,7 +155,7 @@ class PointRun:
     def begin(self, *, afresh: bool = False) -> None:
         """Note in the folder that a run begins or goes on."""
         before = self.record
-        goes_on = before is not None and self.resumable and not afresh
+        goes_on = before is not None and self.run.checkpoints and not afresh
         (replace(before, failure=None) if before is not None and goes_on else self.wanted).write(self.folder)
         if afresh:
             (self.folder / OUTCOME).unlink(missing_ok=True)  # or a start that fails at once would look diverged
@@ -227,18 +211,17 @@ def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
-def _difference(was: Record, now: Record) -> str:
-    """Return the first thing that changed, in short."""
+def _difference(was: Record, now: Record) -> str | None:
+    """Return the first thing that changed, in short; None if both ask for one and the same run."""
     for key in {**was.parameters, **now.parameters}:
         old, new = was.parameters.get(key, "nothing"), now.parameters.get(key, "nothing")
         if old != new:
             return f"{key} was {_short(old)} and is now {_short(new)}"
-    gone, come = (_only(a, b) for a, b in ((was.command, now.command), (now.command, was.command)))
+    if was.command == now.command:
+        return None
+    both = ((was.command, now.command), (now.command, was.command))
+    gone, come = (" ".join(word for word in a if word not in b) or "nothing else" for a, b in both)
     return f"its command had {_short(gone)} and now has {_short(come)}"
-
-
-def _only(here: Sequence[str], there: Sequence[str]) -> str:
-    return " ".join(word for word in here if word not in there) or "nothing else"
 
 
 def _short(value: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,10 +16,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.metrics.registry import Metric, data, find
 from mini_gpt_pl.runs.folder import METRICS
 from mini_gpt_pl.sweep.points import PointRun, State
 
-VAL_LOSS, P_OOD = "val/loss", "probe/p_ood"
 _STYLE: dict[str, str] = {"finished": "green", "diverged": "yellow", "failed": "red", "running": "cyan"}
 
 
@@ -28,32 +28,47 @@ class Reading:
     """Where a run is, by its table of metrics.
 
     Args:
-        step: Last optimizer step that it told of; 0 before.
-        val_loss: Last validation loss, in nats per token; NaN before one.
-        p_ood: Last probe accuracy at long gaps; NaN before one.
-        best: Best probe accuracy at long gaps.
+        step: Last optimizer step in it; 0 before.
+        last: Last value of each outcome that was logged, by its name.
+        best: Best value of those whose best is the largest.
     """
 
     step: int = 0
-    val_loss: float = math.nan
-    p_ood: float = math.nan
-    best: float = math.nan
+    last: Mapping[str, float] = field(default_factory=dict)
+    best: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> Reading:
-        """Read the few columns that are shown; a run that told of nothing yet is at step 0."""
+        """Read the few columns that are shown; a run without any row is at step 0."""
         try:
-            wanted = ("step", VAL_LOSS, P_OOD)
-            table = pd.read_csv(folder / METRICS, usecols=lambda name: name in wanted, index_col="step")
+            shown = {"step", *outcomes()}
+            table = pd.read_csv(folder / METRICS, usecols=lambda name: name in shown, index_col="step")
         except (OSError, ValueError):
             return cls()
-        loss, accuracy = (table[name].dropna() if name in table else pd.Series(dtype=float) for name in wanted[1:])
-        return cls(
-            step=int(table.index.max()) if len(table) else 0,
-            val_loss=float(loss.iloc[-1]) if len(loss) else math.nan,
-            p_ood=float(accuracy.iloc[-1]) if len(accuracy) else math.nan,
-            best=float(accuracy.max()) if len(accuracy) else math.nan,
-        )
+        values = {name: table[name].dropna() for name in outcomes() if name in table and table[name].notna().any()}
+        last = {name: float(series.iloc[-1]) for name, series in values.items()}
+        best = {name: float(series.max()) for name, series in values.items() if outcomes()[name].best == "max"}
+        return cls(int(table.index.max()) if len(table) else 0, last, best)
+
+    def write(self, steps: int | None) -> str:
+        """Write step and last values on one line.
+
+        Args:
+            steps: That the run is to take; None if that is not on record.
+        """
+        values = [f"{_label(name)} {outcomes()[name].write(value)}" for name, value in self.last.items()]
+        return ", ".join([f"step {self.step}{f'/{steps}' if steps else ''}", *values])
+
+
+@cache
+def outcomes() -> dict[str, Metric]:
+    """The metrics that a sweep compares its runs by, by name: those that any run may have without a probe."""
+    listed = [name for name in data()["sweep"]["outcomes"] if "{" not in name]
+    return {name: metric for name in listed if (metric := find(name)) is not None}
+
+
+def _label(name: str) -> str:
+    return outcomes()[name].column or name
 
 
 def planned_steps(run: PointRun) -> int | None:
@@ -78,15 +93,9 @@ class Display:
         self.console = console
         self.total = total
         self._done = 0
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._all = self._bars.add_task("all points", total=total, told=f"0/{total}")
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"))
+        self._bars = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        self._all = self._bars.add_task("all points", total=total, numbers=f"0/{total}")
         self._running: dict[str, tuple[PointRun, TaskID]] = {}
         self._seen: dict[Path, float] = {}
 
@@ -104,65 +113,57 @@ class Display:
         where = "" if device is None else f" on GPU {device}"
         if self._bars.disable:
             self._say(f"{'resumed' if resumed else 'begun':<9} {run.name}{where}: {run.folder}")
-        task = self._bars.add_task(escape(f"{run.name}{where}"), total=None, told="starting")
+        task = self._bars.add_task(escape(f"{run.name}{where}"), total=None, numbers="starting")
         self._running[run.name] = (run, task)
 
     def ended(self, run: PointRun, state: State) -> None:
         """A run has ended."""
         self._bars.remove_task(self._running.pop(run.name)[1])
-        self._advance()
         record = run.record
         failure = f": {record.failure}" if record is not None and record.failure else ""
         seconds = f", {record.seconds:.0f} s" if record is not None else ""
-        self._say(f"{state:<9} {run.name}: {_told(Reading.of(run.folder), None)}{seconds}{failure}")
+        self._one_less(f"{state:<9} {run.name}: {Reading.of(run.folder).write(None)}{seconds}{failure}")
 
     def passed(self, run: PointRun) -> None:
         """A run is another process's work."""
-        self._advance()
-        self._say(f"{run.state:<9} {run.name}: passed over, another process took it")
+        self._one_less(f"{run.state:<9} {run.name}: passed over, another process took it")
 
     def update(self) -> None:
         """Move the bars of the runs that wrote something."""
-        if self._bars.disable:
-            return
-        for run, task in self._running.values():
+        for run, task in () if self._bars.disable else self._running.values():
             file = run.folder / METRICS
             written = file.stat().st_mtime if file.is_file() else 0.0
             if written and written != self._seen.get(file):
                 self._seen[file] = written
                 reading, steps = Reading.of(run.folder), planned_steps(run)
-                self._bars.update(task, completed=reading.step, total=steps, told=_told(reading, steps))
+                self._bars.update(task, completed=reading.step, total=steps, numbers=reading.write(steps))
 
-    def _advance(self) -> None:
+    def _one_less(self, line: str) -> None:
         self._done += 1
-        self._bars.update(self._all, completed=self._done, told=f"{self._done}/{self.total}")
+        self._bars.update(self._all, completed=self._done, numbers=f"{self._done}/{self.total}")
+        self._say(line)
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _told(reading: Reading, steps: int | None) -> str:
-    parts = [f"step {reading.step}{f'/{steps}' if steps else ''}"]
-    parts += [f"val/loss {reading.val_loss:.3f}"] if reading.val_loss == reading.val_loss else []
-    parts += [f"p_ood {reading.p_ood:.3f}"] if reading.p_ood == reading.p_ood else []
-    return ", ".join(parts)
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(runs: Sequence[PointRun], title: str) -> Table:
-    """Return the table of all points: state, last step and validation loss, best p_ood, seconds."""
+    """Return the table of all points: state, last step, last value or largest of each outcome, seconds."""
+    readings = [Reading.of(run.folder) for run in runs]
+    logged = {name: metric for name, metric in outcomes().items() if any(name in one.last for one in readings)}
+    headers = [f"best {_label(name)}" if metric.best == "max" else _label(name) for name, metric in logged.items()]
     shown = Table(title=escape(title), title_justify="left")
     shown.add_column("point", overflow="fold")
     shown.add_column("state")
-    for column in ("step", VAL_LOSS, "best p_ood", "seconds"):
+    for column in ("step", *headers, "seconds"):
         shown.add_column(column, justify="right")
-    for run in runs:
-        reading, record, state = Reading.of(run.folder), run.record, run.state
+    for run, reading in zip(runs, readings, strict=True):
+        record, state, values = run.record, run.state, {**reading.last, **reading.best}
         shown.add_row(
             escape(run.name),
             f"[{_STYLE[state]}]{state}" if state in _STYLE else state,
             str(reading.step) if reading.step else "-",
-            _number(reading.val_loss),
-            _number(reading.best),
+            *(metric.write(values[name]) if name in values else "-" for name, metric in logged.items()),
             f"{record.seconds:.0f}" if record is not None and record.seconds else "-",
         )
     return shown
@@ -170,10 +171,6 @@ def table(runs: Sequence[PointRun], title: str) -> Table:
 
 def counts(states: Iterable[State]) -> str:
     """Return how many points are in which state, in words."""
-    known: Callable[[State], int] = list(states).count
+    every = list(states)
     order: tuple[State, ...] = ("finished", "diverged", "running", "broken off", "failed", "new")
-    return ", ".join(f"{n} {state}" for state in order if (n := known(state)))
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value == value else "-"
+    return ", ".join(f"{n} {state}" for state in order if (n := every.count(state)))

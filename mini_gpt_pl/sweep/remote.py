@@ -55,13 +55,12 @@ def wandb_config(call: Invocation) -> dict[str, Any]:
     An agent hands out the parameters as JSON; `/usr/bin/env` puts the run's own logger online, since there is a server.
     """
     sweep = call.sweep
-    named = sweep.varying
-    parameters = {k: {"values": list(v)} if k in named else {"value": v[0]} for k, v in sweep.values.items()}
+    parameters = {k: {"values": list(v)} if k in sweep.varying else {"value": v[0]} for k, v in sweep.values.items()}
     return {
         "name": sweep.name,
         "method": "grid",
         "program": "cli.py",
-        "command": ["${env}", "WANDB_MODE=online", "${interpreter}", str(PROGRAM), *call.arguments("${args_json}")],
+        "command": ["${env}", "WANDB_MODE=online", "${interpreter}", *PROGRAM, *call.arguments("${args_json}")],
         "parameters": parameters,
         **sweep.about,
     }
@@ -79,24 +78,25 @@ def create_wandb(call: Invocation) -> tuple[str, str]:
     mode = os.environ.get("WANDB_MODE", "").lower()
     if mode in _OFFLINE:
         raise UserError(f"--launcher wandb needs a server, but WANDB_MODE is {mode}: unset it, or use --launcher local")
-    wandb = importlib.import_module("wandb")
-    project = call.sweep.project or os.environ.get("WANDB_PROJECT") or "mini_gpt_pl"
-    entity = call.sweep.entity or os.environ.get("WANDB_ENTITY")
+    wandb, (project, entity) = importlib.import_module("wandb"), _place(call)
     try:
         identifier = str(wandb.sweep(wandb_config(call), project=project, entity=entity))
     except (wandb.errors.Error, ValueError) as error:
-        raise UserError(
-            f"W&B did not take the sweep ({error}): log in with `wandb login`, or use --launcher local"
-        ) from None
+        hint = "log in with `wandb login`, or use --launcher local"
+        raise UserError(f"W&B did not take the sweep ({error}): {hint}") from None
     path = "/".join(part for part in (entity, project, identifier) if part)
     return identifier, f"wandb agent {path}"
 
 
 def run_agent(call: Invocation, identifier: str) -> None:
     """Work on a W&B sweep in this process until it has no more points."""
-    wandb = importlib.import_module("wandb")
+    project, entity = _place(call)
+    importlib.import_module("wandb").agent(identifier, project=project, entity=entity)
+
+
+def _place(call: Invocation) -> tuple[str, str | None]:
     project = call.sweep.project or os.environ.get("WANDB_PROJECT") or "mini_gpt_pl"
-    wandb.agent(identifier, project=project, entity=call.sweep.entity or os.environ.get("WANDB_ENTITY"))
+    return project, call.sweep.entity or os.environ.get("WANDB_ENTITY")
 
 
 # ------------------------------------------------------------------------------------------------------ Slurm
@@ -142,20 +142,18 @@ def submit(call: Invocation, runs: Sequence[PointRun], given: Sequence[str]) -> 
     except ImportError:
         raise UserError("--launcher slurm needs submitit: pip install submitit") from None
     cluster, settings = cluster_settings(given)
-    folder = call.root / ".jobs"
-    commands = [[sys.executable, str(PROGRAM), *call.arguments(run.name)] for run in runs]
+    commands = [[sys.executable, *PROGRAM, *call.arguments(run.name)] for run in runs]
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor = submitit.AutoExecutor(folder=call.root / ".jobs", cluster=cluster)
         executor.update_parameters(**{"name": "sweep", **settings})
         with executor.batch():  # one array
             jobs = [executor.submit(_job(submitit), command) for command in commands]
         if cluster == "debug":
-            failures = [job.exception() for job in jobs]
-            del failures  # each point's folder holds its own
+            for job in jobs:
+                job.exception()  # waits; the failure of a point is in its folder
     except (RuntimeError, ValueError, NameError, AssertionError, TypeError, OSError) as error:
-        raise UserError(
-            f"the cluster did not take the jobs ({' '.join(str(error).split())[:300]}): see --slurm"
-        ) from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the cluster did not take the jobs ({reason}): see --slurm") from None
     return [str(job.job_id) for job in jobs]
 
 

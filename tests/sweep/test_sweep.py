@@ -30,7 +30,7 @@ from mini_gpt_pl import main as cli
 from mini_gpt_pl.report import page
 from mini_gpt_pl.runs.folder import Outcome
 from mini_gpt_pl.sweep import command, local, main, read_sweep
-from mini_gpt_pl.sweep.grid import PROGRAM, Sweep
+from mini_gpt_pl.sweep.grid import Sweep
 from mini_gpt_pl.sweep.local import Execution, Slot, run_all, slots, visible_devices
 from mini_gpt_pl.sweep.points import PointRun, Record
 from mini_gpt_pl.sweep.progress import Display, Reading, counts, table
@@ -100,7 +100,7 @@ def sweep_of(parameters: dict[str, Any], **more: Any) -> Sweep:
 
 
 def point_runs(parameters: dict[str, Any], *extras: str, **more: Any) -> list[PointRun]:
-    sweep = replace(sweep_of(parameters, **more), program=Path("stub.py").resolve())
+    sweep = replace(sweep_of(parameters, **more), program=(str(Path("stub.py").resolve()),))
     return [PointRun(point, sweep, Path("root"), extras) for point in sweep.points]
 
 
@@ -232,7 +232,17 @@ def test_macros_and_structured_values() -> None:
     command = ["${interpreter}", "${program}", "reheat", "${args}", "--last", 1]
     sweep = sweep_of(parameters, command=command)
     words = sweep.expand(sweep.points[0].options)
-    assert words == [sys.executable, str(PROGRAM), "reheat", "--b=[0.9, 0.95]", "--t=true", "--n=null", "--last", "1"]
+    assert words == [
+        sys.executable,
+        "-m",
+        "mini_gpt_pl",
+        "reheat",
+        "--b=[0.9, 0.95]",
+        "--t=true",
+        "--n=null",
+        "--last",
+        "1",
+    ]
 
 
 def test_run_cap_is_obeyed() -> None:
@@ -307,7 +317,7 @@ def test_commands_by_state() -> None:
     fresh = new.command()
     assert fresh[-2:] == ["--behave=a", "--run_dir=root/behave-a"]
     assert begun(broken).command()[1:] == [
-        str(broken.sweep.program),
+        *broken.sweep.program,
         "fit",
         "--ckpt_path=root/behave-b/checkpoints/000006.ckpt",
     ]
@@ -686,7 +696,8 @@ def test_the_command_line_knows_it(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_a_reading_is_of_the_last_and_the_best() -> None:
     Path("metrics.csv").write_text("step,probe/p_ood,train/loss,val/loss\n1,,9,\n2,0.5,8,3\n4,0.25,7,2\n5,,6,\n")
-    assert Reading.of(Path()) == Reading(step=5, val_loss=2.0, p_ood=0.25, best=0.5)
+    last = {"val/loss": 2.0, "probe/p_ood": 0.25}
+    assert Reading.of(Path()) == Reading(step=5, last=last, best={"probe/p_ood": 0.5})
     Path("metrics.csv").write_text("step,train/loss\n1,9\n")
     assert Reading.of(Path()).step == 1
     Path("metrics.csv").write_text("")
@@ -718,7 +729,7 @@ def test_counts_and_table() -> None:
     (run,) = behaving("[b]")
     screen = io.StringIO()
     Console(file=screen, width=100).print(table([run], "[title]"))
-    assert re.search(rf"{re.escape(run.name)} *│ *new *│ *- *│ *- *│ *- *│ *- *│", screen.getvalue())
+    assert re.search(rf"{re.escape(run.name)} *│ *new *│ *- *│ *- *│", screen.getvalue())
 
 
 # --------------------------------------------------------------------------------------------- W&B and clusters
@@ -746,9 +757,9 @@ def test_an_agent_runs_points_that_skip_and_resume(capsys: pytest.CaptureFixture
     handed = {"a.b": {"value": 0.5}, "n": {"value": "x y"}}
     macros = utils.create_sweep_command_args({"args": handed})
     words = [w for piece in config["command"] for w in macros.get(piece[2:-1], [piece])]
-    assert words[4] == "sweep"
+    assert words[3:6] == ["-m", "mini_gpt_pl", "sweep"]
     for _ in range(2):  # an agent may be handed a point again
-        main(words[5:])
+        main(words[6:])
     (call,) = calls()
     assert call["name"] == "b-0.5"
     assert call["args"] == ["fit", "--a.b=0.5", "--n=x y", "--x", "1", "--run_dir=root/b-0.5"]
@@ -770,7 +781,7 @@ def test_creating_a_wandb_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "wandb agent me/p/abc" in capsys.readouterr().out
     assert "agent" not in seen
     assert seen["project"] == "p"
-    assert seen["config"]["command"][4:10] == ["sweep", "grid.yaml", "--root", "root", "--point", "${args_json}"]
+    assert seen["config"]["command"][5:11] == ["sweep", "grid.yaml", "--root", "root", "--point", "${args_json}"]
     run_stub("--launcher", "wandb", "--agent")
     assert seen["agent"] == "abc"
     assert calls() == []
