@@ -232,7 +232,8 @@ def test_macros_and_structured_values() -> None:
     command = ["${interpreter}", "${program}", "reheat", "${args}", "--last", 1]
     sweep = sweep_of(parameters, command=command)
     words = sweep.expand(sweep.points[0].options)
-    assert words == [
+    run = ["reheat", "--b=[0.9, 0.95]", "--t=true", "--n=null", "--last", "1"]
+    assert words == [sys.executable, "-m", "mini_gpt_pl", *run]
         sys.executable,
         "-m",
         "mini_gpt_pl",
