@@ -234,16 +234,6 @@ def test_macros_and_structured_values() -> None:
     words = sweep.expand(sweep.points[0].options)
     run = ["reheat", "--b=[0.9, 0.95]", "--t=true", "--n=null", "--last", "1"]
     assert words == [sys.executable, "-m", "mini_gpt_pl", *run]
-        sys.executable,
-        "-m",
-        "mini_gpt_pl",
-        "reheat",
-        "--b=[0.9, 0.95]",
-        "--t=true",
-        "--n=null",
-        "--last",
-        "1",
-    ]
 
 
 def test_run_cap_is_obeyed() -> None:
