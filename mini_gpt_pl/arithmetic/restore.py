@@ -14,6 +14,7 @@ from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, combine
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.tasks import tasks
+from mini_gpt_pl.training.trust import trusted_config
 
 
 def restore(run: Run) -> tuple[ResidueClassifier, ResidueData]:
@@ -34,8 +35,9 @@ def restore(run: Run) -> tuple[ResidueClassifier, ResidueData]:
     for option in task.from_data:
         parser.link_arguments(f"data.{option}", f"model.{option}", apply_on="instantiate")
     # Nothing is trained here, so that an optimizer which is not installed does no harm.
-    model = {option: value for option, value in run.config["model"].items() if option != "optimizer"}
-    base = yaml.safe_dump({"model": model, "data": run.config["data"]})
+    kept = trusted_config(run)
+    model = {option: value for option, value in kept["model"].items() if option != "optimizer"}
+    base = yaml.safe_dump({"model": model, "data": kept["data"]})
     seeds = [f"--{option}={run.config['seed_everything']}" for option in task.from_seed]
     try:
         config = parser.parse_args(["--config", base, *seeds])

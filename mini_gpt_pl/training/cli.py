@@ -44,6 +44,7 @@ from mini_gpt_pl.training import (
     former_names,
     one_sum,  # noqa: F401 (registers the strategy)
 )
+from mini_gpt_pl.training.trust import OwnCheckpoints, require_no_way_out, split_trust, trusted_config
 
 # What a run's configuration gives to a later command on one of its checkpoints.
 _SHARED = ("task", "seed_everything", "trainer", "model", "data")
@@ -208,7 +209,14 @@ class ProbedCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root / CHECKPOINTS)
-        extra = [Timer(), StopOnDivergence(), SettledObjects(), AgreedTermination(), WandbSegments()]
+        extra = [
+            OwnCheckpoints(root),
+            Timer(),
+            StopOnDivergence(),
+            SettledObjects(),
+            AgreedTermination(),
+            WandbSegments(),
+        ]
         trainer.callbacks[:0] = extra  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------------------------------ after a command
@@ -412,20 +420,22 @@ def with_run_config(args: Sequence[str]) -> list[str]:
     """Start a command on a checkpoint from the configuration of the run that the checkpoint lies in.
 
     Names of shipped configurations become files. The run's configuration goes right behind the subcommand, so that
-    everything else on the command line wins over it.
+    everything else on the command line wins over it; it is taken as `trust.trusted_config` allows.
     A reheated run gets a folder of its own inside its parent's.
     """
-    args = with_presets(args)
+    args, trusted = split_trust(with_presets(args))
     position = next((i for i, arg in enumerate(args) if arg in trained_commands()), None)
     checkpoint = _value_of("--ckpt_path", args)
     if position is None or checkpoint is None or (run := Run.of_checkpoint(checkpoint)) is None:
         return args
     command, rest = args[position], args[position + 1 :]
-    shared = {key: run.config[key] for key in _SHARED if key in run.config}
+    config = trusted_config(run, trusted)
+    require_no_way_out(run)
+    shared = {key: config[key] for key in _SHARED if key in config}
     folder = run.path if command == "fit" else run.path / command / Path(checkpoint).stem
     if command == "fit" and run.is_reheated:
         # Its schedule and its weights of the loss are those of `reheat`, so it goes on as one.
-        shared = {key: value for key, value in run.config.items() if key not in _OF_ONE_COMMAND}
+        shared = {key: value for key, value in config.items() if key not in _OF_ONE_COMMAND}
         command, rest = "reheat", ["--resume", checkpoint, *_without("--ckpt_path", rest)]
     base = ["--config", yaml.safe_dump(shared), "--run_dir", str(folder)]
     return [*args[:position], command, *base, *rest]

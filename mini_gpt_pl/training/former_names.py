@@ -45,10 +45,16 @@ class _FormerModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        module, _, attribute = CLASSES.get(f"{self.__name__}.{name}", f"{MODULES[self.__name__]}.{name}").rpartition(
-            "."
-        )
+        module, _, attribute = name_now(f"{self.__name__}.{name}").rpartition(".")
         return getattr(import_module(module), attribute)
+
+
+def name_now(name: str) -> str:
+    """The dotted name that a class has now; as it is where it never had another, or a reader's module has that name."""
+    module, _, attribute = name.rpartition(".")
+    if module not in MODULES or _is_a_readers_own(module):
+        return name
+    return CLASSES.get(name, f"{MODULES[module]}.{attribute}")
 
 
 def install() -> None:

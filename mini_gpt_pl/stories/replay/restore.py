@@ -17,6 +17,7 @@ from mini_gpt_pl.stories.data.datamodule import ProbedStories
 from mini_gpt_pl.stories.module import ProbedGPT, check_identity
 from mini_gpt_pl.stories.objective import ProbeWeight
 from mini_gpt_pl.stories.reheating import Reheating
+from mini_gpt_pl.training.trust import trusted_config
 
 
 def restore(run: Run, overrides: Sequence[str] = ()) -> tuple[ProbedGPT, ProbedStories]:
@@ -42,8 +43,9 @@ def restore(run: Run, overrides: Sequence[str] = ()) -> tuple[ProbedGPT, ProbedS
         raise UserError(f"{run.path} is a run of the task {run.task}: replay reads runs of stories")
     parser = _parser()
     # Nothing is trained here, so that an optimizer which is not installed, or was only a default, does no harm.
-    model = {option: value for option, value in run.config["model"].items() if option != "optimizer"}
-    base = yaml.safe_dump({"model": model, "data": run.config["data"]})
+    kept = trusted_config(run)
+    model = {option: value for option, value in kept["model"].items() if option != "optimizer"}
+    base = yaml.safe_dump({"model": model, "data": kept["data"]})
     try:
         config = parser.parse_args(["--config", base, *(f"--{override}" for override in overrides)])
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, though none is kept
