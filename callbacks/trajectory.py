@@ -32,6 +32,7 @@ from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 from mini_gpt_pl.observation.steps import Step, StepObserver, hook
 from mini_gpt_pl.runs.logs import log_now, resume_tables
+from mini_gpt_pl.runs.record import record_run
 
 TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
@@ -264,6 +265,7 @@ class TrajectoryRecorder(Probe):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        record_run(trainer, pl_module, self._root(trainer))
         self._device = pl_module.device
         self._writes = trainer.is_global_zero if (shards := self.selection.shards) is None else shards.first_replica
         parameters = self.selection.parameters(pl_module)
@@ -344,6 +346,7 @@ class TrajectoryRecorder(Probe):
             self._record(now)
         self.gradient.forget()
         self._close()
+        record_run(trainer, pl_module, self._root(trainer), ended=True)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -13,37 +13,9 @@ import pandas as pd
 from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.geometry.path import growth, nulls
 from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.metrics.registry import beside, find, statistics, title_of
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
-
-QUANTITIES: dict[str, tuple[str, str]] = {
-    "pc1": ("PC1 of the drift, raw", "{:.1%}"),
-    "pc2": ("PC2, raw", "{:.1%}"),
-    "pc1_unit": ("PC1, unit rows", "{:.1%}"),
-    "pc2_unit": ("PC2, unit rows", "{:.1%}"),
-    "k95": ("k95, raw", "{:.0f}"),
-    "k99": ("k99, raw", "{:.0f}"),
-    "k95_unit": ("k95, unit rows", "{:.0f}"),
-    "k99_unit": ("k99, unit rows", "{:.0f}"),
-    "pc1_corrected": ("PC1 of the decay-corrected drift", "{:.1%}"),
-    "cos_theta0": ("cos(v_b, theta_0)", "{:+.3f}"),
-    "drift": ("drift ||x(T)||", "{:.1f}"),
-    "drift_corrected": ("decay-corrected drift", "{:.1f}"),
-    "coordinate": ("coordinate a(T) along v_b", "{:.1f}"),
-    "residual": ("residual ||r(T)||", "{:.1f}"),
-    "fraction": ("backbone fraction a^2/||x||^2 at the end", "{:.1%}"),
-    "persistence": ("persistence, ||x(T)|| over the walk's", "{:.3f}"),
-    "participation": ("participation ratio of drifts", "{:.2f}"),
-    "participation_updates": ("participation ratio of updates", "{:.1f}"),
-    "autocorrelation": ("autocorrelation of updates, lag 1", "{:+.3f}"),
-    "autocorrelation_off": ("the same off theta_0", "{:+.3f}"),
-    "windows_origin_anchored": ("adjacent windows from theta_0, |cos|", "{:.4f}"),
-    "windows_self_anchored": ("adjacent windows, self-anchored, |cos|", "{:.3f}"),
-    "windows_against_global": ("windows against the whole run's v_b, |cos|", "{:.3f}"),
-    "update_alignment": ("update alignment, whole-run v_b, mean |cos|", "{:.3f}"),
-    "update_alignment_past": ("update alignment, past-only v_b, mean cos", "{:+.3f}"),
-}
-"""Name of each statistic in words, and how it is written."""
 
 
 def calibrate_run(run: Run, group: str | None = None, bootstrap: int = 200) -> dict[str, nulls.Calibrated]:
@@ -54,15 +26,16 @@ def calibrate_run(run: Run, group: str | None = None, bootstrap: int = 200) -> d
 def table(run: Run, group: str | None = None, bootstrap: int = 200) -> pd.DataFrame:
     """Lay the numbers out as they are written: measured, walk, decaying walk, excess over it and its 95 % interval."""
     found = calibrate_run(run, group, bootstrap)
-    return pd.DataFrame([{"quantity": QUANTITIES[name][0], **written(name, one)} for name, one in found.items()])
+    return pd.DataFrame([{"quantity": statistics()[name].title, **written(name, one)} for name, one in found.items()])
 
 
 def written(name: str, found: nulls.Calibrated) -> dict[str, str]:
     """Write a calibrated number as it is printed: measured, both nulls, excess and its interval; a dash for NaN."""
-    form = QUANTITIES[name][1]
+    one = statistics()[name]
     values = {"measured": found.value, "walk": found.walk, "decaying walk": found.decay}
-    cells = {column: form.format(value) if value == value else "-" for column, value in values.items()}
-    return cells | {"excess": points(found.excess, form), "95 %": interval(found, form)}
+    cells = {column: one.write(value) if value == value else "-" for column, value in values.items()}
+    ends = [one.write_difference(end) for end in (found.low, found.high)]
+    return cells | {"excess": one.write_difference(found.excess), "95 %": "" if "-" in ends else " to ".join(ends)}
 
 
 def groups_table(run: Run) -> pd.DataFrame:
@@ -76,9 +49,9 @@ def groups_table(run: Run) -> pd.DataFrame:
             {
                 "group": group,
                 "PC1 raw": f"{found['pc1'].value:.1%}",
-                "excess": points(found["pc1"].excess, "{:.1%}"),
+                "excess": written("pc1", found["pc1"])["excess"],
                 "PC1 unit rows": f"{found['pc1_unit'].value:.1%}",
-                "excess ": points(found["pc1_unit"].excess, "{:.1%}"),
+                "excess ": written("pc1_unit", found["pc1_unit"])["excess"],
                 "cos(v_b, theta_0)": f"{found['cos_theta0'].value:+.3f}",
                 "null": f"{found['cos_theta0'].decay:+.3f}",
                 "update alignment, past": f"{found['update_alignment_past'].value:+.3f}",
@@ -119,54 +92,54 @@ def autocorrelation_table(run: Run, lags: int = 5) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# Quantity in words, metric of the whole selection, and its null: another metric, a number, the noise floor, or None:
-# chance gives a commutator no size.
-_PROBES: tuple[tuple[str, str, str | float | None], ...] = (
-    ("gradient and past v_b, |cos|", "alignment/{}/gradient", "floor"),
-    ("LM gradient and past v_b, |cos|", "alignment/{}/lm", "floor"),
-    ("probe gradient and past v_b, |cos|", "alignment/{}/probe", "floor"),
-    ("LM and probe gradient, |cos|", "alignment/{}/lm_vs_probe", "floor"),
-    ("Fisher anisotropy along past v_b, fixed batches", "fisher/{}/batch_mean/anisotropy", 1.0),
-    ("Fisher anisotropy along past v_b, streaming", "fisher/{}/streaming/anisotropy", 1.0),
-    ("leading Fisher mode and past v_b, |cos|", "fisher/{}/batch_mean/overlap", "floor"),
-    ("one step: clipped gradient and past v_b, |cos|", "anatomy/{}/cos_gradient", "floor"),
-    ("one step: momentum, |cos|", "anatomy/{}/cos_momentum", "floor"),
-    ("one step: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised", "floor"),
-    ("one step: full update with decay, |cos|", "anatomy/{}/cos_update", "floor"),
-    ("one step had beta2 been 0.99: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised_beta2_0.99", "floor"),
-    ("one step had beta2 been 0.8: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised_beta2_0.8", "floor"),
-    ("one step had beta2 been 0: m / sqrt(v), |cos|", "anatomy/{}/cos_normalised_beta2_0", "floor"),
-    ("mean size of m / sqrt(v)", "anatomy/{}/update_size", "anatomy/{}/update_size_null"),
-    ("coherence m^2 / v, mean", "anatomy/{}/coherence", "anatomy/{}/coherence_null"),
-    ("noise that momentum averages away, factor", "anatomy/{}/amplification", "anatomy/{}/amplification_predicted"),
-    ("backbone fraction a^2 / ||x||^2", "anatomy/{}/fraction", "anatomy/{}/fraction_decaying_walk"),
-    ("commutator: defect D, contains 1/||g||", "commutator/all/defect", None),
-    ("commutator: c, without 1/||g||", "commutator/all/c", None),
-    ("commutator over its two parts (0.71: independent ones)", "commutator/all/relative", 0.5**0.5),
-    ("commutator: share of its energy in these weights", "commutator/{}/share", "commutator/{}/share_null"),
-    ("commutator on the past path's directions", "commutator/all/on_path", "commutator/all/on_path_null"),
-    ("commutator on theta_0", "commutator/all/on_theta0", "commutator/all/on_theta0_null"),
-    ("commutator on leading singular directions", "commutator/all/on_singular", "commutator/all/on_singular_null"),
-    ("commutator on another run's path", "commutator/all/on_other", "commutator/all/on_other_null"),
-    ("commutator and last update, |cos|", "commutator/all/alignment_rms", "commutator/all/alignment_flip"),
-    ("switch and past v_b, |cos|", "switching/{}/cosine", "switching/{}/control_cosine"),
-    ("switch's rank among equal stretches", "switching/{}/cosine_percentile", 0.5),
-    ("energy of switches in PCs 2 to 6, rank", "switching/{}/energy_2_6_percentile", 0.5),
-    ("pairs of switches, |cos|", "switching/{}/run_pair_cosine", "switching/{}/run_pair_control"),
+PROBED = (
+    "alignment/{whole}/gradient",
+    "alignment/{whole}/lm",
+    "alignment/{whole}/probe",
+    "alignment/{whole}/lm_vs_probe",
+    "fisher/{whole}/batch_mean/anisotropy",
+    "fisher/{whole}/streaming/anisotropy",
+    "fisher/{whole}/batch_mean/overlap",
+    "anatomy/{whole}/cos_gradient",
+    "anatomy/{whole}/cos_momentum",
+    "anatomy/{whole}/cos_normalised",
+    "anatomy/{whole}/cos_update",
+    "anatomy/{whole}/cos_normalised_beta2_0.99",
+    "anatomy/{whole}/cos_normalised_beta2_0.8",
+    "anatomy/{whole}/cos_normalised_beta2_0",
+    "anatomy/{whole}/update_size",
+    "anatomy/{whole}/coherence",
+    "anatomy/{whole}/amplification",
+    "anatomy/{whole}/fraction",
+    "commutator/all/defect",
+    "commutator/all/c",
+    "commutator/all/relative",
+    "commutator/{whole}/share",
+    "commutator/all/on_path",
+    "commutator/all/on_theta0",
+    "commutator/all/on_singular",
+    "commutator/all/on_other",
+    "commutator/all/alignment_rms",
+    "switching/{whole}/cosine",
+    "switching/{whole}/cosine_percentile",
+    "switching/{whole}/energy_2_6_percentile",
+    "switching/{whole}/run_pair_cosine",
 )
+"""Metrics of the table of live probes; the registry has their words and their nulls."""
 
 
 def probes_table(run: Run) -> pd.DataFrame:
     """Means over the run of what the probes logged for the whole selection, each beside its null and in units of it."""
     rows = []
-    for words, metric, null in _PROBES:
-        values = run.series(metric.format(run.trunk)).abs()
+    for template in PROBED:
+        name = template.replace("{whole}", run.trunk)
+        values = run.series(name).abs()
         if not len(values):
             continue
-        expected = _expected(run, null)
+        expected = _expected(run, name)
         rows.append(
             {
-                "quantity": words,
+                "quantity": title_of(name),
                 "mean": f"{values.mean():.3g}",
                 "first": f"{values.iloc[0]:.3g}",
                 "last": f"{values.iloc[-1]:.3g}",
@@ -178,10 +151,15 @@ def probes_table(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _expected(run: Run, null: str | float | None) -> float | None:
-    if null == "floor":
+def _expected(run: Run, name: str) -> float | None:
+    """What chance gives for the absolute value of a metric: noise floor, a number, the mean of its null, or None."""
+    metric = find(name)
+    if metric is None:
+        return None
+    if metric.floor:
         return noise_floor(run.trajectory.dim)
-    return float(run.series(null.format(run.trunk)).abs().mean()) if isinstance(null, str) else null
+    null = beside(name, list(map(str, run.metrics.columns)))
+    return metric.level if null is None or metric.level is not None else float(run.series(null).abs().mean())
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -198,26 +176,12 @@ def conclusion(found: nulls.Calibrated) -> str:
         if found.excess == 0:
             return "what chance and weight decay give"
         side = "above" if found.excess > 0 else "below"
-        return f"{side} what chance and weight decay give; how surely, one path alone does not say"
+        return f"{side} what chance and weight decay give; one path does not say how surely"
     if found.low > 0:
         return "more than chance and weight decay explain"
     if found.high < 0:
         return "less than chance and weight decay would give"
     return "the interval of the excess contains zero, so chance and weight decay may be all of it"
-
-
-def interval(found: nulls.Calibrated, form: str) -> str:
-    """Write the interval of an excess; empty where none was asked for."""
-    return "" if found.low != found.low else f"{points(found.low, form)} to {points(found.high, form)}"
-
-
-def points(excess: float, form: str) -> str:
-    """Write a difference: shares differ by points, not by per cent; counts are whole."""
-    if excess != excess:
-        return "-"
-    if "%" in form:
-        return f"{100 * excess:+.1f} pt".replace("-0.0 pt", "+0.0 pt")
-    return f"{excess:+.0f}" if form == "{:.0f}" else f"{excess:+.3f}"
 
 
 def main() -> None:

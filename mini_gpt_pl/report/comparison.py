@@ -9,7 +9,7 @@ from typing import Any
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.families import families, names, one_of_each_seed
 from mini_gpt_pl.report.settings import plain, progress
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, gap, number, tabulate, word
@@ -132,9 +132,9 @@ def geometry(subjects: Sequence[Subject]) -> list[Table]:
     """All runs beside their nulls."""
     rows: list[Row] = [
         {
-            "quantity": word(QUANTITIES[name][0]),
+            "quantity": word(statistics()[name].title),
             "run": word(subject.label),
-            **beside_nulls(subject.calibrated()[name], QUANTITIES[name][1]),
+            **beside_nulls(subject.calibrated()[name], statistics()[name].format),
         }
         for name in _SHOWN
         for subject in subjects
@@ -163,7 +163,8 @@ def seeds(
         if len(values) > 1:
             rows.append({"quantity": word(words), **_mean_cells(values, "{:.3f}")})
     calibrated = [found for subject in subjects if (found := subject.calibrated())]
-    for key, (words, form) in QUANTITIES.items():
+    for key, one in statistics().items():
+        words, form = one.title, one.format
         numbers = [found[key] for found in calibrated if key in found]
         values = [value.value for value in numbers if not math.isnan(value.value)]
         excesses = [value.excess for value in numbers if not math.isnan(value.excess)]

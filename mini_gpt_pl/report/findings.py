@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.families import beta2_of, from_scratch, names, optimizers_of, seeds_of
 from mini_gpt_pl.report.settings import diverged, facts, plain, progress
@@ -35,7 +35,7 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
 
 def _standing_out(sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str], name: str) -> Finding:
     """In how many runs a number stands out of the decaying walk, and where it does not."""
-    words, form = QUANTITIES[name]
+    words, form = statistics()[name].title, statistics()[name].format
     sides: dict[str, list[str]] = {"above": [], "below": [], "within": []}
     for run, found in sound.items():
         one = found[name]
@@ -60,7 +60,7 @@ def _optimizers(
     chosen = {called[run]: sound[run]["pc1_unit"] for run in optimizers_of(runs) if run in sound}
     if len(chosen) < 2:
         return
-    form = QUANTITIES["pc1_unit"][1]
+    form = statistics()["pc1_unit"].format
     each = [
         f"{name} {form.format(found.value)} (decaying walk {form.format(found.decay)})"
         for name, found in sorted(chosen.items(), key=lambda pair: -pair[1].value)
@@ -77,7 +77,7 @@ def _beta2(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
     if len(values) < 3:
         return
     for name in ("pc1", "pc1_unit"):
-        words, form = QUANTITIES[name]
+        words, form = statistics()[name].title, statistics()[name].format
         found = [[sound[run][name].excess for run in chosen if facts(run)["beta2"] == value] for value in values]
         means = [math.fsum(excesses) / len(excesses) for excesses in found]
         shown = ", ".join(
@@ -96,7 +96,8 @@ def _seeds(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
     if len(chosen) < 2:
         return
     apart, tried = [], 0
-    for name, (words, form) in QUANTITIES.items():
+    for name, one in statistics().items():
+        words, form = one.title, one.format
         excesses = [found[name].excess for run in chosen if name in (found := sound[run])]
         # Counts that are the same in every seed have an interval without a width, which says nothing.
         if len(excesses) < 2 or any(map(math.isnan, excesses)) or (form == "{:.0f}" and len(set(excesses)) == 1):

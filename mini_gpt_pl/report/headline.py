@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES, conclusion, written
+from mini_gpt_pl.metrics.registry import statistics
+from mini_gpt_pl.report.calibration import conclusion, written
 from mini_gpt_pl.report.contents import contents_of
 from mini_gpt_pl.report.settings import facts, optimizer_label, plain, progress
 from mini_gpt_pl.report.subject import Subject
@@ -86,7 +87,7 @@ def _verdict(name: str, found: Calibrated) -> Verdict:
     cells = written(name, found)
     shown = (cells[column] for column in ("measured", "decaying walk", "excess", "95 %"))
     stands_out = not found.low <= 0 <= found.high
-    return Verdict(QUANTITIES[name][0], *shown, stands_out=stands_out, said=conclusion(found))
+    return Verdict(statistics()[name].title, *shown, stands_out=stands_out, said=conclusion(found))
 
 
 def _sentence(run: Run) -> str:

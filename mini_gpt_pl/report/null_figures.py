@@ -17,7 +17,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import BACKBONE, GREY, NULL, PC2, RESIDUAL, WIDTH, legend_below
 from mini_gpt_pl.geometry.path import nulls, pca
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 
@@ -60,7 +60,7 @@ def against_nulls(run: Run) -> Figure:
         shown = [found[name] for name in names]
         _points(left, shown)
         _excesses(right, shown)
-        labels = [QUANTITIES[name][0].replace("v_b", "$v_b$").replace("theta_0", "$\\theta_0$") for name in names]
+        labels = [statistics()[name].title.replace("v_b", "$v_b$").replace("theta_0", "$\\theta_0$") for name in names]
         left.set_yticks(range(len(names))[::-1], labels, fontsize=7.5)
         left.set_ylim(-0.6, len(names) - 0.4)
         left.set_title(title)

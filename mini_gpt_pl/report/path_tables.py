@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from mini_gpt_pl.geometry.path import growth, nulls
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.geometry.path.pca import Gram
+from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report import measures
-from mini_gpt_pl.report.calibration import QUANTITIES, conclusion
+from mini_gpt_pl.report.calibration import conclusion
 from mini_gpt_pl.report.measures import PHASES
 from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, number, word
@@ -24,13 +25,13 @@ _UNKNOWN = Calibrated(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Quantity:
+class NumberRow:
     """A row of a table, as data: which number, in which words and digits, and which published one stands beside it.
 
     Args:
         key: Of the number.
-        words: What it is; those of `QUANTITIES` if empty.
-        form: How it is written; that of `QUANTITIES` if empty.
+        words: What it is; those of the registry if empty.
+        form: How it is written; that of the registry if empty.
         published: Key of the published number; the same if None, none if empty.
     """
 
@@ -42,7 +43,7 @@ class Quantity:
     @property
     def format(self) -> str:
         """How the number is written."""
-        return self.form or QUANTITIES[self.key][1]
+        return self.form or statistics()[self.key].format
 
     @property
     def published_key(self) -> str:
@@ -74,12 +75,12 @@ class Rows:
         self.cells.append({**lead, **beside_nulls(found, form), **self.beside.cell(key, form), **(more or {})})
 
     def quantities(
-        self, found: Mapping[str, Calibrated], shown: Sequence[Quantity], *, conclude: bool = False, **lead: Cell
+        self, found: Mapping[str, Calibrated], shown: Sequence[NumberRow], *, conclude: bool = False, **lead: Cell
     ) -> None:
         """Add a row for every quantity that there is, with what it says in words if that is asked for."""
         for one in shown:
             if one.key in found:
-                words = word(one.words or QUANTITIES[one.key][0])
+                words = word(one.words or statistics()[one.key].title)
                 more = {"in words": word(conclusion(found[one.key]))} if conclude else {}
                 self.add(found[one.key], one.published_key, one.format, more, **lead, quantity=words)
 
@@ -99,7 +100,7 @@ def path_tables(subject: Subject, beside: Beside) -> list[Table]:
 def overview(subject: Subject, beside: Beside) -> list[Table]:
     """Every calibrated statistic of the whole selection."""
     rows, found = Rows(beside), subject.calibrated()
-    rows.quantities(found, [Quantity(name) for name in found], conclude=not subject.task)
+    rows.quantities(found, [NumberRow(name) for name in found], conclude=not subject.task)
     spacing = measures.spacing_note(subject.trajectory)
     return rows.table("overview", f"The whole {subject.trunk} against its nulls", NULLS, spacing)
 
@@ -205,21 +206,21 @@ def _flips(subject: Subject, beside: Beside, found: Mapping[str, Mapping[str, Ca
 # ------------------------------------------------------------------------------------- windows, fraction, growth
 
 _ROLLING = tuple(
-    Quantity(name, f"{QUANTITIES[name][0]}, mean")
+    NumberRow(name, f"{statistics()[name].title}, mean")
     for name in ("windows_origin_anchored", "windows_self_anchored", "windows_against_global")
 )
 _EXTREMES = (
-    Quantity("turning_low", "adjacent windows, self-anchored, |cos|, lowest", "{:.3f}"),
-    Quantity("pc1_low", "PC1 of a window, unit rows, lowest", "{:.1%}"),
-    Quantity("pc1_high", "PC1 of a window, unit rows, highest", "{:.1%}"),
+    NumberRow("turning_low", "adjacent windows, self-anchored, |cos|, lowest", "{:.3f}"),
+    NumberRow("pc1_low", "PC1 of a window, unit rows, lowest", "{:.1%}"),
+    NumberRow("pc1_high", "PC1 of a window, unit rows, highest", "{:.1%}"),
 )
 _FRACTIONS = (
-    Quantity("raw_last", "fraction along raw v_b, at the end", "{:.1%}", ""),
-    Quantity("raw_mean", "the same, mean over snapshots", "{:.1%}", ""),
-    Quantity("unit_last", "fraction along v_b of unit rows, at the end", "{:.1%}", "fraction_last"),
-    Quantity("unit_mean", "the same, mean over snapshots", "{:.1%}", "fraction_mean"),
-    Quantity("highest_a", "step at which |a| is largest", "{:,.0f}", "highest_coordinate"),
-    Quantity("highest_r", "step at which ||r|| is largest", "{:,.0f}", "highest_residual"),
+    NumberRow("raw_last", "fraction along raw v_b, at the end", "{:.1%}", ""),
+    NumberRow("raw_mean", "the same, mean over snapshots", "{:.1%}", ""),
+    NumberRow("unit_last", "fraction along v_b of unit rows, at the end", "{:.1%}", "fraction_last"),
+    NumberRow("unit_mean", "the same, mean over snapshots", "{:.1%}", "fraction_mean"),
+    NumberRow("highest_a", "step at which |a| is largest", "{:,.0f}", "highest_coordinate"),
+    NumberRow("highest_r", "step at which ||r|| is largest", "{:,.0f}", "highest_residual"),
 )
 
 

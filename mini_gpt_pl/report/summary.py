@@ -19,7 +19,8 @@ from rich.text import Text
 from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES, calibrate_run, conclusion, written
+from mini_gpt_pl.metrics.registry import statistics
+from mini_gpt_pl.report.calibration import calibrate_run, conclusion, written
 from mini_gpt_pl.report.contents import contents_of
 from mini_gpt_pl.report.learning import own_metrics
 from mini_gpt_pl.report.subject import Subject
@@ -82,7 +83,7 @@ def geometry_lines(run: Run, bootstrap: int = 0) -> list[Line]:
     found = calibrate_run(run, bootstrap=bootstrap)
     rows = []
     for name in SHOWN:
-        rows.append(Line(QUANTITIES[name][0], *written(name, found[name]).values()))
+        rows.append(Line(statistics()[name].title, *written(name, found[name]).values()))
     left = f"{run.trajectory.survival[-1]:.0%}"
     return [*rows, Line("initial weights that weight decay left", left)]
 

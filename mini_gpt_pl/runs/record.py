@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 RECORD = "run.json"
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -100,24 +99,19 @@ def record_run(trainer: Trainer, module: LightningModule, folder: Path, *, ended
 
 
 def _settings(optimizer: Any) -> dict[str, Any]:
-    """Class and settings of an optimizer, each as a parameter group has it, before any schedule."""
+    """Class and settings of an optimizer as its parameter groups have them, the learning rate before any schedule."""
     groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
     found: dict[str, Any] = {"class": type(optimizer).__name__}
-    for name in groups[0] if groups else ():
-        values = [_plain(group.get("initial_lr", group["lr"]) if name == "lr" else group.get(name)) for group in groups]
-        if name not in ("params", "initial_lr") and all(value is not _plain for value in values):
-            found[name] = values[0] if all(value == values[0] for value in values) else values
+    for name in dict.fromkeys(name for group in groups for name in group):
+        if name in ("params", "initial_lr"):
+            continue
+        values = [group.get("initial_lr", group["lr"]) if name == "lr" else group.get(name) for group in groups]
+        try:
+            plain = json.loads(json.dumps(values, default=lambda value: value.item()))  # a rate may be a tensor
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            continue  # nothing that a record can hold
+        found[name] = plain[0] if all(value == plain[0] for value in plain) else plain
     return found
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting that JSON can hold, a tensor of one value as a number; the function itself for any other."""
-    if isinstance(value, tuple | list):
-        items = [_plain(item) for item in value]
-        return items if all(item is not _plain for item in items) else _plain
-    if hasattr(value, "item") and getattr(value, "numel", lambda: 0)() == 1:
-        return value.item()
-    return value if isinstance(value, _PLAIN) else _plain
 
 
 def _batch_size(loader: Any) -> int | None:

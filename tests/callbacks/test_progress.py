@@ -135,7 +135,7 @@ def test_the_closing_table_says_what_its_numbers_mean() -> None:
         ((0.01, 0.03), "more than chance"),
         ((-0.01, 0.03), "contains zero"),
         ((-0.05, -0.01), "less than chance"),
-        ((math.nan, math.nan), "how surely, one path alone does not say."),
+        ((math.nan, math.nan), "one path does not say how surely."),
     ],
 )
 def test_a_verdict_follows_the_interval(interval: tuple[float, float], verdict: str) -> None:

@@ -17,9 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from mini_gpt_pl.geometry.path import nulls
+from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report import figures
 from mini_gpt_pl.report.calibration import (
-    QUANTITIES,
     groups_table,
     growth_table,
     markdown,
@@ -315,7 +315,7 @@ def test_the_table_holds_the_numbers_of_a_plain_decomposition(run: Run) -> None:
 
 def test_calibration_tables_are_markdown_with_one_row_a_quantity_and_a_group(run: Run) -> None:
     whole = table(run, bootstrap=20)
-    assert whole["quantity"].iloc[0] == QUANTITIES["pc1"][0]
+    assert whole["quantity"].iloc[0] == statistics()["pc1"].title
     assert whole["95 %"].iloc[0].count("pt") == 2
     assert list(groups_table(run)["group"]) == list(SMALL.groups)
     text = markdown(whole).splitlines()
@@ -327,7 +327,7 @@ def test_what_was_never_measured_has_no_row(run: Run) -> None:
     assert {"validation loss", "p_in, exact match at short gaps"} < {shown.quantity for shown in lines(run)}
     (run.path / "metrics.csv").write_text("step,val/loss\n1,5.0\n")
     fresh = Run(run.path)
-    assert [shown.quantity for shown in lines(fresh)[:2]] == ["validation loss", QUANTITIES["pc1"][0]]
+    assert [shown.quantity for shown in lines(fresh)[:2]] == ["validation loss", statistics()["pc1"].title]
 
 
 def test_the_printed_table_names_the_run_and_what_its_null_is(run: Run) -> None:

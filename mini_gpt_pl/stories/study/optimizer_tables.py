@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.comparison import ending
 from mini_gpt_pl.report.settings import diverged, optimizer_label, progress
 from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, number, tabulate, word
@@ -136,7 +136,7 @@ def _outcome(paths: Sequence[Subject], left_out: Sequence[str]) -> Table:
 def _whole_run(paths: Sequence[Subject]) -> Table | None:
     rows: list[Row] = []
     for name in _WHOLE_RUN:
-        words, form = QUANTITIES[name]
+        words, form = statistics()[name].title, statistics()[name].format
         for path in paths:
             if found := path.calibrated():
                 rows.append({"quantity": word(words), **identity(path), **beside_nulls(found[name], form)})
