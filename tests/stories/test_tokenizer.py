@@ -107,7 +107,7 @@ def test_fingerprint_sees_ranks_and_pattern_but_not_names(rank_file: str, tmp_pa
         (5, b"BA== 3", "line 5: rank 3 appears twice"),
         (5, b"BA== 900", "line 5: rank 900 is outside 0..258"),
         (5, b"BA== -1", "line 5: rank -1 is outside"),
-        (5, b"AA== 4", "line 5: the bytes b'\\x00' have the rank 0 already"),
+        (5, b"AA== 4", "line 5: its bytes have the rank 0 already"),
         (5, base64.b64encode(b"he") + b" 4", "ends without the single byte 0x04"),
     ],
 )

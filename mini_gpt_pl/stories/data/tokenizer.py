@@ -140,7 +140,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     seen: set[int] = set()
     for number, token, rank in entries:
         if token in ranks:
-            raise _damaged(path, number, f"the bytes {token!r} have the rank {ranks[token]} already")
+            raise _damaged(path, number, f"its bytes have the rank {ranks[token]} already")
         if rank in seen or not 0 <= rank < len(entries):
             problem = "appears twice" if rank in seen else f"is outside 0..{len(entries) - 1}"
             raise _damaged(path, number, f"rank {rank} {problem}")
@@ -157,7 +157,8 @@ def _read_line(path: Path, number: int, line: bytes) -> tuple[bytes, int]:
         token, rank = line.split()
         return base64.b64decode(token, validate=True), int(rank)
     except (ValueError, binascii.Error):
-        raise _damaged(path, number, f"expected 'base64 rank', found {line[:40]!r}") from None
+        # What stands there is not shown: a folder that was sent may name any file as its tokenizer.
+        raise _damaged(path, number, f"expected 'base64 rank', found {len(line)} bytes of something else") from None
 
 
 def _damaged(path: Path, number: int, problem: str) -> UserError:
