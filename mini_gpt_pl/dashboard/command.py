@@ -39,10 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Build a workspace, and a report if a sweep is named.
-
-    Args:
-        args: The command line behind `dashboard`.
+    """Build a workspace, and a report if a sweep is named; `args` are the command line behind `dashboard`.
 
     Raises:
         UserError: An option or a run folder is not as it should be, the extra is missing, or W&B does not take it.
@@ -80,12 +77,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def describe(sections: Sequence[Section], title: str) -> list[str]:
-    """Say in lines of text what sections hold: every panel with its metrics.
-
-    Args:
-        sections: Top to bottom.
-        title: The first line.
-    """
+    """Say in lines of text what sections hold, below a title: every panel with its metrics."""
     lines = [title]
     for section in sections:
         lines.append(f"  {section.name}")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.metrics.registry import Metric, about, beside, data, expression, find, metrics
+from mini_gpt_pl.metrics.registry import about, beside, data, expression, find, metrics
 from mini_gpt_pl.presets import presets
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 from mini_gpt_pl.tasks import tasks
@@ -58,26 +58,6 @@ class Panel:
     kind: Kind = "line"
     across: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, given: dict[str, Any], metric: Metric | None, probe: str) -> Panel:
-        """Make a panel of the catalogue.
-
-        Args:
-            given: Its arguments, as the registry has them; a metric's title and its name are what it lacks.
-            metric: Whose panel it is; None for one that is of no metric.
-            probe: Who logs it.
-        """
-        title, values = ("", ()) if metric is None else (metric.title, (metric.name.replace(GROUP, WHOLE),))
-        panel = cls(
-            title=given.get("title", title),
-            values=tuple(given.get("values", values)),
-            nulls=tuple(given.get("nulls", ())),
-            log_y="log_y" in given,
-            probe=probe,
-            kind=given.get("kind", "line"),
-        )
-        return panel.with_level()
-
     def with_level(self) -> Panel:
         """Take over the level of chance that the registry has for all of the values."""
         entries = [find(name) for name in self.values]
@@ -118,9 +98,16 @@ def catalogue() -> tuple[Section, ...]:
     for family in data()["families"]:
         source = family.get("source", "")
         probe = "" if source in modules else source.rpartition(".")[2]
-        own = [(metric, given) for metric in metrics() if metric.family == family["title"] for given in metric.panels]
-        for metric, given in [*((None, given) for given in family.get("panels", ())), *own]:
-            panels.setdefault(given["section"], []).append(Panel.of(given, metric, probe))
+        # A panel of a metric has its title, and shows it, unless it says otherwise.
+        defaults = {
+            metric.name: (metric.title, metric.panels) for metric in metrics() if metric.family == family["title"]
+        }
+        for name, (title, several) in {**defaults, "": ("", family.get("panels", ()))}.items():
+            for given in several:
+                rest: dict[str, Any] = {key: value for key, value in given.items() if key in ("title", "kind")}
+                rest |= {key: tuple(given[key]) for key in ("values", "nulls") if key in given}
+                whole = {"title": title, "values": (name.replace(GROUP, WHOLE),), "log_y": "log_y" in given, **rest}
+                panels.setdefault(given["section"], []).append(Panel(probe=probe, **whole).with_level())
     return tuple(Section(name, tuple(members)) for name, members in panels.items())
 
 
@@ -219,32 +206,22 @@ def _callbacks(settings: dict[str, Any]) -> list[str]:
 
 
 def workspace_sections(logged: Logged) -> list[Section]:
-    """Return the sections that runs can fill, with what the catalogue does not list behind them.
-
-    Args:
-        logged: What runs logged.
-    """
-    patterns = [panel for section in catalogue() for panel in section.panels]
+    """Return the sections that runs can fill, with what the catalogue does not list behind them."""
     filled = [(part.name, tuple(filter(None, map(logged.resolve, part.panels)))) for part in catalogue()]
     sections = [Section(name, panels) for name, panels in filled if panels]
-    probes = {family(name) for panel in patterns for name in panel.metrics if panel.probe}
-    modules = {family(name) for panel in patterns for name in panel.metrics if not panel.probe}
-    covered = {name for section in sections for panel in section.panels for name in panel.metrics}
-    return sections + _own(logged, covered, probes, modules)
+    return sections + _own(logged, {name for part in sections for panel in part.panels for name in panel.metrics})
 
 
-def _own(logged: Logged, covered: set[str], probes: set[str], modules: set[str]) -> list[Section]:
+def _own(logged: Logged, covered: set[str]) -> list[Section]:
     """Sections of what only the reader's own module and probes log, each value beside its null.
 
-    Args:
-        logged: What runs logged.
-        covered: Names that have a panel.
-        probes: Families of our own probes: what they log besides is left out on purpose.
-        modules: Families that modules log, such as `train`.
+    What our own probes log without a panel (`covered` are the names with one) is left out on purpose.
     """
+    listed = [(_family(name), p.probe) for section in catalogue() for p in section.panels for name in p.metrics]
+    probes, modules = ({kind for kind, probe in listed if bool(probe) is own} for own in (True, False))
     panels: dict[str, list[Panel]] = {}
     for name in sorted(logged.names - covered, key=natural):
-        kind = family(name)
+        kind = _family(name)
         is_null = any(name.endswith(end) and name.removesuffix(end) in logged.names for end in _NULLS)
         if kind in probes or set(logged.groups) & set(name.split("/")) or is_null:
             continue
@@ -255,8 +232,7 @@ def _own(logged: Logged, covered: set[str], probes: set[str], modules: set[str])
     return [Section(name, tuple(members)) for name, members in panels.items()]
 
 
-def family(name: str) -> str:
-    """Return the first part of a metric's name; empty where it has one part only."""
+def _family(name: str) -> str:
     return name.split("/")[0] if "/" in name else ""
 
 

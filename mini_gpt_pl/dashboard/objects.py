@@ -38,13 +38,7 @@ def _library(name: str) -> Any:
 
 
 def workspace(sections: Sequence[Section], name: str, entity: str, project: str) -> Any:
-    """Build a workspace; nothing is sent before its `save`.
-
-    Args:
-        sections: Top to bottom.
-        name: Of the view.
-        entity: W&B user or team.
-        project: W&B project.
+    """Build a workspace with sections, top to bottom; nothing is sent before its `save`.
 
     Raises:
         UserError: The extra is not installed.
@@ -69,12 +63,6 @@ def workspace(sections: Sequence[Section], name: str, entity: str, project: str)
 def report(sections: Sequence[Section], sweep: SweepRuns, entity: str, project: str) -> Any:
     """Build a report whose run set is the sweep, grouped by what it varies; nothing is sent before its `save`.
 
-    Args:
-        sections: Top to bottom.
-        sweep: Whose runs.
-        entity: W&B user or team.
-        project: W&B project.
-
     Raises:
         UserError: The extra is not installed.
     """
@@ -95,12 +83,7 @@ def _run_set(wr: Any, sweep: SweepRuns, entity: str, project: str) -> Any:
 
 
 def _panel(panel: Panel, place: int = 0) -> Any:
-    """Make one panel.
-
-    Args:
-        panel: Resolved.
-        place: Of it in its grid; a workspace lays panels out itself.
-    """
+    """Make one panel, with its place in a grid; a workspace lays panels out itself."""
     wr = _library("wandb_workspaces.reports.v2")
     row, column = divmod(place, _COLUMNS)
     layout = wr.Layout(x=column * _WIDTH, y=row * _HEIGHT, w=_WIDTH, h=_HEIGHT)

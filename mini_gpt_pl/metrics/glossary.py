@@ -38,9 +38,8 @@ def explain(name: str) -> str:
     """
     metric = find(name)
     if metric is None:
-        listed = [metric.name for metric in metrics()]
-        ends = [other for other in listed if other.rpartition("/")[2] == name]
-        near = ends or get_close_matches(name, listed, n=1, cutoff=0.4)
+        listed = {other.name: other.name.rpartition("/")[2] for other in metrics()}
+        near = [n for n, end in listed.items() if end == name] or get_close_matches(name, listed, n=1, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"no command logs {name!r}, and there is no such run folder; {hint}give a name of metrics.csv")
     lines = [name, f"  {metric.describe(name)}"]
@@ -65,29 +64,23 @@ def run_table(run: Run) -> Table:
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     table.columns[1].justify = "right"
     trunk = run.trunk if (run.path / CONFIG).is_file() else "trunk"
-    for metric, names in _folded(run):
+    order: list[Metric | None] = [*metrics(), None]
+    rows: dict[tuple[Any, ...], list[str]] = {}  # names of one quantity by its place in the glossary
+    for name in map(str, run.metrics.columns):
+        if (derived := _DERIVED.fullmatch(name)) and derived[1] in run.metrics.columns:
+            continue
+        metric, parts = find(name), name.split("/")
+        holes = (metric.match(name) or {}) if metric else {"family": parts[0], "quantity": parts[-1]}
+        key = (order.index(metric), *(value for hole, value in holes.items() if hole not in _COLLAPSED))
+        rows.setdefault(key, []).append(name)
+    for names in (rows[key] for key in sorted(rows)):
         shown = next((name for name in names if f"/{trunk}/" in name), names[0])
         more = f" (+{len(names) - 1})" if len(names) > 1 else ""
-        words = _UNKNOWN if metric is None else metric.describe(shown)
+        words = _UNKNOWN if (metric := find(shown)) is None else metric.describe(shown)
         other = beside(shown, run.metrics.columns)
         null = "" if other is None else f"{other.rpartition('/')[2]} {run.last(other):.4g}"
         table.add_row(f"{shown}{more}", f"{run.last(shown):.4g}", null, words)
     return table
-
-
-def _folded(run: Run) -> list[tuple[Metric | None, list[str]]]:
-    """The logged names by what they are, groups taken together, in the glossary's order."""
-    order: list[Metric | None] = [*metrics(), None]
-    rows: dict[tuple[Any, ...], tuple[Metric | None, list[str]]] = {}
-    for name in map(str, run.metrics.columns):
-        if (derived := _DERIVED.fullmatch(name)) and derived[1] in run.metrics.columns:
-            continue
-        metric = find(name)
-        parts = name.split("/")
-        holes = (metric.match(name) or {}) if metric else {"family": parts[0], "quantity": parts[-1]}
-        key = (order.index(metric), *(value for hole, value in holes.items() if hole not in _COLLAPSED))
-        rows.setdefault(key, (metric, []))[1].append(name)
-    return [rows[key] for key in sorted(rows)]
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -146,16 +139,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the whole glossary as a page")
     given = parser.parse_args(args)
     if given.markdown:
-        print(markdown(), end="")
-        return
+        return print(markdown(), end="")
     if not given.names:
         parser.error("give the name of a metric, or a run folder")
     console = Console() if sys.stdout.isatty() else Console(width=160)
     for name in given.names:
-        if Path(name).is_dir():
-            console.print(run_table(Run(Path(name))))
-        else:
-            print(explain(name))
+        console.print(run_table(Run(Path(name)))) if Path(name).is_dir() else print(explain(name))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,6 @@
 An entry's name is a template such as `backbone/{group}/pc1`; it stands for every logged name that fits it. The
 glossary, the terminal, the report, the dashboard and `docs/metrics.md` read what is said of a metric here. The keys of
 an entry in the files are the arguments of `Metric`; a family of entries gives those that its members share.
-
-Example:
-    >>> find("backbone/trunk/pc1").write(0.8123)
-    '81.2%'
-    >>> title_of("commutator/all/on_theta0")
-    'commutator on theta_0'
 """
 
 from __future__ import annotations
@@ -57,7 +51,7 @@ class Quantity:
             return "-"
         if "%" in self.format:
             return f"{100 * difference:+.1f} pt".replace("-0.0 pt", "+0.0 pt")
-        return f"{difference:+.0f}" if self.format == "{:.0f}" else f"{difference:+.3f}"
+        return f"{difference:{'+.0f' if self.format == '{:.0f}' else '+.3f'}}"
 
 
 @dataclass(frozen=True)
@@ -107,11 +101,6 @@ class Metric(Quantity):
     def expression(self) -> re.Pattern[str]:
         """Regular expression of the logged names, one named group a placeholder; it may stand for itself."""
         return expression(self.name, {h: rf"{p}|\{{(?:{_ALSO.get(h, h)})\}}" for h, p in self.patterns.items()})
-
-    @property
-    def literal(self) -> int:
-        """Number of characters that are the same in all names: of two templates that fit, the larger one is meant."""
-        return len(_HOLE.sub("", self.name))
 
     def match(self, name: str) -> dict[str, str] | None:
         """Return what the placeholders stand for in a logged name, None if the name is another metric's."""
@@ -177,13 +166,10 @@ def _entries(given: Mapping[str, Any]) -> Iterator[Metric]:
 @cache
 def statistics() -> Mapping[str, Quantity]:
     """The numbers of a whole path by name, in the order of a report: words, unit and format of each."""
-    given, held = data(), {metric.name: metric for metric in metrics()}
-    return {
-        name: Quantity(**{"format": given["formats"][own["unit"]], **own, "name": name})
-        if own
-        else held[f"backbone/{{group}}/{name}"]
-        for name, own in given["statistics"].items()
-    }
+    held: dict[str, Quantity] = {metric.name.removeprefix("backbone/{group}/"): metric for metric in metrics()}
+    given, formats = data()["statistics"], data()["formats"]
+    own = {name: Quantity(name, **{"format": formats[one["unit"]], **one}) for name, one in given.items() if one}
+    return {name: own.get(name) or held[name] for name in given}
 
 
 # ---------------------------------------------------------------------------------------------- looking up
@@ -201,11 +187,16 @@ def find(name: str) -> Metric | None:
         'backbone/{group}/pc1'
     """
     fitting = [metric for metric in metrics() if metric.match(name) is not None]
-    return max(fitting, key=lambda metric: metric.literal, default=None)
+    return max(fitting, key=lambda metric: len(_HOLE.sub("", metric.name)), default=None)
 
 
 def title_of(name: str) -> str:
-    """Return a logged name in words; the name itself where no command logs it."""
+    """Return a logged name in words; the name itself where no command logs it.
+
+    Example:
+        >>> title_of("commutator/all/on_theta0")
+        'commutator on theta_0'
+    """
     metric = find(name)
     if metric is None:
         return name

@@ -143,10 +143,10 @@ def read_sweep(path: Path) -> Sweep:
     for name in [*files, *(str(value) for key in _CONFIGS for value in values.get(key, ()))]:
         if name.endswith((".yaml", ".yml", ".json")) and preset(name) is None:
             raise UserError(f"{path}: no configuration {name}: paths are relative to the working directory")
-    texts = {key: str(loaded[key]) for key in ("project", "entity") if loaded.get(key) is not None}
+    project, entity = (str(loaded[key]) if loaded.get(key) is not None else None for key in ("project", "entity"))
     about = {key: loaded[key] for key in _ABOUT if loaded.get(key) is not None}
     name = str(loaded.get("name") or path.stem)
-    return Sweep(path, name, command, values, tuple(varying), run_cap=cap, about=about, **texts)
+    return Sweep(path, name, command, values, tuple(varying), cap, project, entity, about)
 
 
 # ------------------------------------------------------------------------------------------------- parameters

@@ -235,7 +235,7 @@ def test_groups_and_the_whole_are_told_apart(probed: Path, reheated: Path) -> No
 
 def test_no_name_fits_two_entries_equally_well(probed: Path, reheated: Path, shared: Path) -> None:
     for name in names(probed) | names(reheated) | names(shared):
-        fitting = sorted(m.literal for m in registry.metrics() if m.match(name) is not None)
+        fitting = sorted(len(re.sub(r"\{\w+\}", "", m.name)) for m in registry.metrics() if m.match(name) is not None)
         assert len(fitting) == 1 or fitting[-2] < fitting[-1], name
 
 
@@ -554,4 +554,4 @@ def test_mistakes_are_one_line(args: list[str], told: str, tmp_path: Path, monke
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     tried = doctest.testmod(registry)
-    assert tried.attempted > 4 and tried.failed == 0
+    assert tried.attempted > 3 and tried.failed == 0
