@@ -304,9 +304,11 @@ class OptimizerAnatomy(StepProbe):
             return
         self._grown = len(trajectory)
         gram = trajectory.gram()
-        grams = {"": gram, "_walk": nulls.walk(gram), "_decaying_walk": nulls.decaying_walk(gram, trajectory.survival)}
+        grams = {"": gram, "_walk": nulls.walk(gram), "_decaying_walk": trajectory.decaying_walk()}
         known = self._known.setdefault(step, {})
         for suffix, matrix in grams.items():
+            if matrix.isnan().any():
+                continue  # what decay takes is not known
             if (growth := predictions.backbone_growth(matrix)) is not None:
                 known[self._key(f"fraction{suffix}")] = growth.measured
                 known[self._key(f"fraction_predicted{suffix}")] = growth.predicted

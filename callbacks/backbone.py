@@ -24,19 +24,30 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
         return {}
     grams = grams[moved]
     labels = [label for label, has in zip((name, *trajectory.groups), moved.tolist(), strict=True) if has]
-    both = torch.cat([grams, nulls.decaying_walk(grams, trajectory.survival)])  # one batch of eigenvalue problems
+    groups = [group for group, has in zip((None, *trajectory.groups), moved.tolist(), strict=True) if has]
+    if trajectory.rates is None:
+        walks = nulls.decaying_walk(grams, trajectory.survival)
+    else:
+        walks = torch.stack([trajectory.decaying_walk(group) for group in groups])
+    both = torch.cat([grams, walks])  # one batch of eigenvalue problems
     columns = {key: values.tolist() for key, values in nulls.statistics_of(both, trajectory.survival).items()}
-    updates = pca.latest_update_alignment(both).tolist()
+    known = torch.isfinite(both).all(-1).all(-1)
+    updates = torch.where(known, pca.latest_update_alignment(both), torch.nan).tolist()
     calibrated = quantities("backbone/{group}/{quantity}_null")
     metrics: dict[str, float] = {}
-    for own, label in enumerate(labels):
+    for own, (label, group) in enumerate(zip(labels, groups, strict=True)):
         null = own + len(labels)
-        for key, values in columns.items():
-            found = _beside(key, values[own], values[null]) if key in calibrated else {key: values[own]}
-            metrics |= {f"backbone/{label}/{part}": value for part, value in found.items() if value == value}
+        found = {key: (values[own], values[null]) for key, values in columns.items()}
+        if trajectory.rates is not None:  # what is corrected for decay needs the one rate of its weights
+            pair = torch.stack([grams[own], walks[own]])
+            corrected = nulls.corrected(pair, trajectory.survival_of(group))
+            found |= {key: (float(values[0]), float(values[1])) for key, values in corrected.items()}
+        for key, (value, chance) in found.items():
+            numbers = _beside(key, value, chance) if key in calibrated else {key: value}
+            metrics |= {f"backbone/{label}/{part}": number for part, number in numbers.items() if number == number}
         if updates[own] == updates[own]:  # the first increment has no past to be aligned with
             beside = _beside("update", updates[own], updates[null])
-            metrics |= {f"alignment/{label}/{key}": value for key, value in beside.items()}
+            metrics |= {f"alignment/{label}/{key}": number for key, number in beside.items() if number == number}
     return metrics
 
 

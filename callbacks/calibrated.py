@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -44,7 +44,8 @@ class View:
         module: As it is after the step, in evaluation mode; for a forward pass of its own, `training_loss(module,
             batch)` of `mini_gpt_pl.callbacks.measuring`.
         batch: The step's last micro-batch.
-        decay: Share of the weights that weight decay takes in this step, lr x weight decay.
+        decay: Share of the weights that weight decay takes in this step, such as lr x weight decay: a number, NaN where
+            it is not known; one for each weight of the selection where they differ.
         given: What the probe needs, by name.
         original: The view that this one stands in for; None for what training did.
     """
@@ -54,7 +55,7 @@ class View:
     selection: ParameterSelection
     module: LightningModule
     batch: Any
-    decay: float
+    decay: float | Sequence[float]
     given: Mapping[str, Any] = field(repr=False)
     original: View | None = field(default=None, repr=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,6 @@ from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -23,13 +23,13 @@ from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
-from mini_gpt_pl.geometry.optimizer.moments import decay_rate, is_trained
 from mini_gpt_pl.geometry.path.leading import LeadingFiles
 from mini_gpt_pl.geometry.path.rows import IncrementRows, Place, memory_of
 from mini_gpt_pl.geometry.path.sketch import SketchedRows
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, StoredRow
-from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.path.trajectory import Rates, Trajectory
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.observation.decay import DecayShadows
 from mini_gpt_pl.observation.steps import Step, StepObserver, hook
 from mini_gpt_pl.runs.logs import log_now, resume_tables
 from mini_gpt_pl.runs.record import record_run
@@ -121,16 +121,15 @@ class TrajectoryRecorder(Probe):
         self._folder: SnapshotFolder | None = None
         self._file: Path | None = None
         self._restored: dict[str, Any] | None = None
-        self._survival = 1.0
         self._writes = True  # this rank's rows go to disk: one copy of each
         self._device = torch.device("cpu")
         self._axes: tuple[int, Axes] | None = None
         self._gradient: LastGradient | None = None
-        self._parameters: list[Parameter] = []
         self._steps: StepObserver | None = None
         self._probes: list[StepProbe] = []
-        self.decayed = 0.0
-        """Share of the recorded weights that weight decay has taken in the latest step."""
+        self._decay: DecayShadows | None = None
+        self._left: list[list[float]] = []  # per snapshot, the share of each weight that decay alone has left
+        self._squares: list[list[float]] = []  # and its squared length in the row, once the weights do not decay alike
         self._said: set[str] = set()
         self._trainer: Trainer | None = None
         self._side: ThreadPoolExecutor | None = None
@@ -186,13 +185,11 @@ class TrajectoryRecorder(Probe):
         found = memory_of(self.keep_on, snapshots, dim, self.dtype.itemsize, self.write_snapshots, self.max_pending)
         return Estimate(type(self).__name__, bytes=found.device, passes=0.0, host=found.host, disk=found.disk)
 
-    def decay(self, optimizer: Optimizer) -> float:
-        """Share of the recorded weights that weight decay takes in one step of an optimizer; 0 if it is another's.
-
-        Read from the first of them that is trained: the nulls know one rate.
-        """
-        trained = (p for p in self._parameters if p.requires_grad and is_trained(optimizer, p))
-        return next((decay_rate(optimizer, parameter) for parameter in trained), 0.0)
+    @property
+    def decayed(self) -> float | tuple[float, ...]:
+        """Share of the weights that decay has taken in the latest step; one for each weight where they differ."""
+        taken = _need(self._decay).taken
+        return taken[0] if all(share == taken[0] for share in taken) else tuple(taken)
 
     def attach(self, probe: StepProbe) -> None:
         """Let a probe see every step of the optimizers that train the recorded weights; to be asked at train start."""
@@ -223,7 +220,7 @@ class TrajectoryRecorder(Probe):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
-            self._axes, self._restored, self._survival, self._coming = None, None, 1.0, None
+            self._axes, self._restored, self._coming = None, None, None
             self._trainer, self._steps, self._probes = trainer, None, []
             self._require_own_folder(trainer)
             # First of all, so that at train end it sees the trained weights, not those that an averaging callback puts
@@ -269,7 +266,7 @@ class TrajectoryRecorder(Probe):
         self._device = pl_module.device
         self._writes = trainer.is_global_zero if (shards := self.selection.shards) is None else shards.first_replica
         parameters = self.selection.parameters(pl_module)
-        self._parameters = parameters
+        self._decay, self._left, self._squares = DecayShadows(parameters), [], []
         for optimizer in trainer.optimizers:
             hook(optimizer)
         alone = len(trainer.optimizers) == 1
@@ -302,10 +299,10 @@ class TrajectoryRecorder(Probe):
         self.steps.gradient_ready(optimizer)
 
     def before_step(self, step: Step) -> None:
-        """Read what the step's settings say of decay, as they are now."""
+        """Let the shadows of decay have the settings of the step."""
         if step.elsewhere and not self.gradient.leave():
             self._say("the weights moved between two backward passes of one step: its gradient is not measured")
-        self.decayed = self.decay(step.optimizer)
+        _need(self._decay).read(step.optimizer)
 
     def after_step(self, step: Step) -> None:
         """Take a snapshot where one is due."""
@@ -314,7 +311,10 @@ class TrajectoryRecorder(Probe):
                 f"{type(step.optimizer).__name__} ignores its closure: its first step, {step.number}, is not seen"
             )
             self.before_step(step)
-        self._survival *= 1.0 - self.decayed
+        decay, overflow = _need(self._decay), getattr(step.optimizer, "found_inf", None)
+        decay.step(effective=overflow is None or not bool(overflow))  # fused optimizers leave out a step by themselves
+        for reason in decay.reasons:
+            self._say(f"{reason}, so that the null of a decaying walk is unknown and no excess over it is shown")
         if self.due(step.count):
             self._record(step.number)
 
@@ -378,9 +378,10 @@ class TrajectoryRecorder(Probe):
             # A checkpoint must not point at snapshots that are not on disk yet. It is a file itself, so that whoever
             # writes one waits for the disk anyway.
             self._folder.flush()
-        state = {"trajectory": self.trajectory.state_dict(), "survival": self._survival}
-        if self._steps is not None:
-            state |= {"count": self._steps.count, "number": self._steps.number}
+        state = {"trajectory": self.trajectory.state_dict()}
+        if self._steps is not None and self._decay is not None:
+            state |= {"count": self._steps.count, "number": self._steps.number, "decay": self._decay.state_dict()}
+            state |= {"left": [list(row) for row in self._left], "squares": [list(row) for row in self._squares]}
         if isinstance(self._rows, SketchedRows) and len(self.trajectory):
             state["leading"] = self._rows.leading.coefficients.clone()
             if self.write_snapshots and self._writes:
@@ -404,10 +405,33 @@ class TrajectoryRecorder(Probe):
         if not torch.isfinite(products).all():
             rank_zero_info(f"step {step}: the weights are no longer finite, no snapshot is taken")
             return
-        trajectory.append(step, products, self._survival)
+        trajectory.append(step, products)
+        self._weigh(trajectory, row)
         self._keep(trainer, step, row)
         if len(trajectory) > 1:
             self._describe(trainer, step)
+
+    def _weigh(self, trajectory: Trajectory, row: Vector) -> None:
+        """Put down what decay alone has left, by rate where the weights do not all decay alike."""
+        left = self._left = [*self._left, list(_need(self._decay).left)]
+        curves = list(zip(*left, strict=True))  # one for each weight; NaN is not equal to itself, so by their digits
+        rates = list(dict.fromkeys(map(str, curves)))
+        if len(rates) == 1:
+            trajectory.survival = list(curves[0])
+            return
+        if isinstance(self._rows, SketchedRows):
+            self._say("the weights do not all decay alike, which sketches cannot tell apart: the null is unknown")
+            trajectory.survival[-1] = math.nan
+            return
+        rows = [*(self._basis.rows[len(self._squares) :]), row.values]
+        self._squares += [self.selection.squares(values) for values in rows]
+        squares = torch.tensor(self._squares, dtype=torch.float64).T  # (P, n)
+        groups, found = self.selection.groups, torch.zeros(len(self.selection.groups), len(rates), len(left)).double()
+        for owner, curve, of_weight in zip(self.selection.owners, map(str, curves), squares, strict=True):
+            found[groups.index(owner), rates.index(curve)] += of_weight
+        first = [list(map(str, curves)).index(rate) for rate in rates]
+        trajectory.rates = Rates(torch.tensor([curves[k] for k in first], dtype=torch.float64), found)
+        trajectory.survival = trajectory.rates.survival
 
     def _describe(self, trainer: Trainer, step: int) -> None:
         """Compute the numbers of a snapshot beside training, which goes on; they are logged once they are there."""
@@ -437,7 +461,8 @@ class TrajectoryRecorder(Probe):
         folder = _need(self._folder)
         waited = folder.waited
         if self.write_snapshots and self._writes:
-            folder.write(step, row, self._survival)
+            known = _need(self.trajectory).rates is None
+            folder.write(step, row, _need(self.trajectory).survival[-1] if known else math.nan)
         if trainer.is_global_zero:
             folder.write_trajectory(_need(self._file), _need(self.trajectory))
         if folder.waited > waited:
@@ -474,8 +499,14 @@ class TrajectoryRecorder(Probe):
             _need(self._leading).load(trajectory.steps[-1], rows.leading, device)
         if self._writes:
             folder.discard_after(trajectory.steps[-1])
-        self.trajectory, self._survival = trajectory, state["survival"]
-        last = trainer.global_step
+        self.trajectory, last = trajectory, trainer.global_step
+        if "decay" in state:
+            _need(self._decay).load_state_dict(state["decay"])
+            self._left, self._squares = state["left"], state["squares"]
+        else:  # of an older version, which knew one rate
+            count = len(self.selection.names)
+            self._left = [[share] * count for share in trajectory.survival]
+            _need(self._decay).left = [state["survival"]] * count
         self.steps.count, self.steps.number = state.get("count", last), state.get("number", last)
 
 

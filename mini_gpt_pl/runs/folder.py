@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -228,7 +229,9 @@ class Run:
         known = self.trajectory if (self.path / TRAJECTORY).is_file() else None
         if known is None:
             return rebuild(self.snapshot_folder, pattern)
-        return rebuild(self.snapshot_folder, pattern, known.survival, known.steps)
+        # Which weights of another pattern have which of several rates is not recorded.
+        survival = known.survival if known.rates is None else [math.nan] * len(known)
+        return rebuild(self.snapshot_folder, pattern, survival, known.steps)
 
     @property
     def drift_rows(self) -> pca.Rows:

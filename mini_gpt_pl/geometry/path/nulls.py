@@ -38,11 +38,11 @@ def decaying_walk(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) 
 
     Args:
         gram: H of the run, for ||theta_0|| and the increment lengths.
-        survival: Share of theta_0 that decay alone leaves at each snapshot, 1 at the first.
+        survival: Share of theta_0 that decay alone leaves at each snapshot, 1 at the first; NaN where it is not known.
 
     Returns:
-        H of the null. An interval in which decay alone moves further than was measured gets no innovation, so its
-        increment is the decay's (longer than the measured one).
+        H of the null, NaN where the decay is not known. An interval in which decay alone moves further than was
+        measured gets no innovation, so its increment is the decay's (longer than the measured one).
 
     Raises:
         ValueError: There is not one share per snapshot.
@@ -64,6 +64,28 @@ def decaying_walk(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) 
     return coordinates @ coordinates.mT
 
 
+def decaying_walk_of_parts(
+    squares: Float[Tensor, "*batch R n"], curves: Float[Tensor, "R n"]
+) -> Float[Tensor, "*batch n n"]:
+    """Gram of a decaying walk whose weights decay at several rates.
+
+    The weights of each rate walk by themselves, theta_k^r = rho_k^r theta_{k-1}^r + e_k^r, and their inner products add
+    up, as those of any disjoint weights do. A decaying walk asks for the lengths of theta_0 and of the increments only,
+    so these are all that has to be known of each part.
+
+    Args:
+        squares: Squared length of theta_0 and of each increment, of the weights of each rate.
+        curves: Share of theta_0 that decay alone leaves at each snapshot, for each rate; a rate that is not known (NaN)
+            makes the walk unknown where it has any weights.
+    """
+    there = (squares > 0).any(-1)
+    walks = [
+        decaying_walk(part.diag_embed(), curve.tolist()) for part, curve in zip(squares.unbind(-2), curves, strict=True)
+    ]
+    found = torch.stack(walks, -3)
+    return torch.where(there[..., None, None], found, 0.0).sum(-3)
+
+
 def check_survival(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> None:
     """Refuse a decay that is not the path's.
 
@@ -76,7 +98,7 @@ def check_survival(gram: Float[Tensor, "*batch n n"], survival: Sequence[float])
 
 def kept(survival: Sequence[float]) -> Float[Tensor, " T"]:
     """Shares rho_k = S_k / S_{k-1} of the weights that decay leaves over each interval; 1 once nothing was left."""
-    shares = [later / earlier if earlier > 0 else 1.0 for earlier, later in itertools.pairwise(survival)]
+    shares = [1.0 if earlier <= 0 else later / earlier for earlier, later in itertools.pairwise(survival)]
     return torch.tensor(shares, dtype=torch.float64)
 
 
@@ -154,24 +176,35 @@ def statistics(gram: Gram, survival: Sequence[float]) -> dict[str, float]:
 def statistics_of(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> dict[str, Float[Tensor, " B"]]:
     """`statistics` of several paths that have moved, with the same decay."""
     n = grams.shape[-1]
-    rows, corrected = pca.drifts(n)[1:], decay_corrected(survival)
+    rows = pca.drifts(n)[1:]
     raw = pca.spectra(grams, rows)
     found = spectral(raw.energy, "") | spectral(pca.energies(grams, rows, normalise=True), "_unit")
     backbone = raw.directions[:, 0]
     along = torch.einsum("bn,bn->b", backbone, grams[:, 0])
     found["cos_theta0"] = along / grams[:, 0, 0].sqrt().clamp_min(1e-300)  # v_b has unit length
-    found["pc1_corrected"] = first_share(pca.energies(grams, corrected))
+    without = corrected(grams, survival)
+    found["pc1_corrected"] = without["pc1_corrected"]
     drift = found["drift"] = pca.norms(grams, rows[-1:])[:, 0]
     coordinate = found["coordinate"] = torch.einsum("bn,bnm,m->b", backbone, grams, rows[-1])
     found["residual"] = pca.norms(grams, rows[-1] - coordinate[:, None, None] * backbone[:, None])[:, 0]
     found["fraction"] = coordinate.square() / drift.square().clamp_min(1e-300)
-    found["drift_corrected"] = pca.norms(grams, corrected[-1:])[:, 0]
+    found["drift_corrected"] = without["drift_corrected"]
     found["persistence"] = persistence(grams)[:, -1]
     found["participation"] = participation(grams, rows)
     found["participation_updates"] = participation(grams, torch.eye(n, dtype=torch.float64)[1:])
     found["autocorrelation"] = autocorrelation(grams, 1)[:, 0]
     found["autocorrelation_off"] = autocorrelation(grams, 1, off_theta0=True)[:, 0]
-    return found
+    unknown = grams.isnan().any(-1).any(-1)
+    return {name: torch.where(unknown, torch.nan, values) for name, values in found.items()}
+
+
+def corrected(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> dict[str, Float[Tensor, " B"]]:
+    """The numbers of `statistics_of` for which the decay of theta_0 is taken out; NaN where it is not known."""
+    rows = decay_corrected(survival)
+    if bool(rows.isnan().any()):
+        return dict.fromkeys(("pc1_corrected", "drift_corrected"), torch.full((len(grams),), torch.nan).double())
+    share = first_share(pca.energies(grams, rows))
+    return {"pc1_corrected": share, "drift_corrected": pca.norms(grams, rows[-1:])[:, 0]}
 
 
 def spectral(
@@ -259,7 +292,8 @@ def calibrate(
 
     null = decaying_walk(gram, survival)
     measured, free, decaying = describe(gram), describe(walk(gram)), describe(null)
-    intervals = block_bootstrap(gram, null, draws=bootstrap, seed=seed) if bootstrap else {}
+    known = bool(torch.isfinite(null).all())
+    intervals = block_bootstrap(gram, null, draws=bootstrap, seed=seed) if bootstrap and known else {}
     return {
         name: Calibrated(value, free[name], decaying[name], *intervals.get(name, (math.nan, math.nan)))
         for name, value in measured.items()

@@ -161,7 +161,9 @@ def spectra(grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], *, no
         normalise: Scale every row to unit length first.
     """
     rows, products, noise = _products(grams, rows, normalise)
-    energy, left = torch.linalg.eigh(products)
+    unknown = products.isnan().any(-1).any(-1)  # a null that is not known is no eigenvalue problem
+    energy, left = torch.linalg.eigh(torch.where(unknown[:, None, None], 0.0, products))
+    energy = torch.where(unknown[:, None], torch.nan, energy)
     energy, left = energy.flip(-1).clamp_min(0.0), left.flip(-1)
     # Below this an eigenvalue is rounding, and its direction would be noise divided by noise.
     ranks = (energy > noise.sum(-1, keepdim=True)).sum(-1).clamp_min(1)
@@ -178,7 +180,10 @@ def energies(
     grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], *, normalise: bool = False
 ) -> Float[Tensor, "B R"]:
     """Squared singular values as in `spectra`, where no direction is asked for: half the work."""
-    return torch.linalg.eigvalsh(_products(grams, rows, normalise)[1]).flip(-1).clamp_min(0.0)
+    products = _products(grams, rows, normalise)[1]
+    unknown = products.isnan().any(-1).any(-1)
+    energy = torch.linalg.eigvalsh(torch.where(unknown[:, None, None], 0.0, products))
+    return torch.where(unknown[:, None], torch.nan, energy.flip(-1).clamp_min(0.0))
 
 
 def _products(

@@ -5,13 +5,13 @@ Where `nulls` has a closed form, it is better: these are for quantities that nob
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mini_gpt_pl.geometry.path import nulls
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.selection import Vector
 
@@ -27,13 +27,14 @@ def isotropic(vector: Vector, generator: torch.Generator) -> Vector:
     return _scaled(drawn, vector.dots(vector), drawn.dots(drawn))
 
 
-def decaying_step(update: Vector, weights: Vector, rate: float, generator: torch.Generator) -> Vector:
+def decaying_step(update: Vector, weights: Vector, rate: float | Sequence[float], generator: torch.Generator) -> Vector:
     """Draw the step of a decaying walk, -rate theta + e, with the measured step's length in every group.
 
     Args:
         update: The measured step.
         weights: theta before it.
-        rate: Share of the weights that decay takes in this step, lr x weight decay.
+        rate: Share of the weights that decay takes in this step, such as lr x weight decay; one for each weight of the
+            selection where they differ. NaN, where it is not known, makes the step NaN.
         generator: The one source of randomness, on the vectors' device.
 
     Returns:
@@ -43,14 +44,21 @@ def decaying_step(update: Vector, weights: Vector, rate: float, generator: torch
     drawn = _gaussian(update, generator)
     size = weights.dots(weights)
     drawn = drawn - _each(weights, torch.where(size > 0, drawn.dots(weights) / size, 0.0))
-    left = (update.dots(update) - rate**2 * size).clamp_min(0.0)
+    if isinstance(rate, float):
+        decay, square = Vector(rate * weights.values, weights.selection), rate**2 * size
+    else:
+        sizes = torch.tensor(weights.selection.sizes, device=weights.values.device)
+        rates = torch.tensor(rate, dtype=weights.values.dtype, device=weights.values.device)
+        decay = Vector(rates.repeat_interleave(sizes) * weights.values, weights.selection)
+        square = decay.dots(decay)
+    left = (update.dots(update) - square).clamp_min(0.0)
     innovation = _scaled(drawn, left, drawn.dots(drawn))
-    return Vector(innovation.values - rate * weights.values, update.selection)
+    return Vector(innovation.values - decay.values, update.selection)
 
 
 def decaying_walk(trajectory: Trajectory) -> Trajectory:
     """Put the decaying walk of `nulls.decaying_walk` in the place of each group's path."""
-    grams = [nulls.decaying_walk(gram, trajectory.survival) for gram in trajectory.grams]
+    grams = [trajectory.decaying_walk(group) for group in trajectory.groups]
     return replace(trajectory, grams=torch.stack(grams))
 
 

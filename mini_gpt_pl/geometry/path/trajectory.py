@@ -11,6 +11,8 @@ Grams of disjoint parameter groups add, so one per group is stored and their sum
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,36 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.geometry.path import nulls
 from mini_gpt_pl.geometry.vectors.files import read_tensors, write_tensors
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 
 _FORMAT = "mini_gpt_pl trajectory 1"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Decay of a selection whose weights do not all decay alike.
+
+    Args:
+        curves: Share that decay alone leaves at each snapshot, for each rate; NaN where it is not known.
+        squares: Squared length of theta_0 and of each increment, of the weights of each group that have each rate.
+    """
+
+    curves: Float[Tensor, "R n"]
+    squares: Float[Tensor, "G R n"]
+
+    def until(self, n: int) -> Rates:
+        """Return the first n snapshots."""
+        return Rates(self.curves[:, :n], self.squares[..., :n])
+
+    @property
+    def survival(self) -> list[float]:
+        """Length that decay alone leaves of all weights together, in units of theta_0's."""
+        start = self.squares.sum(0)[:, 0]
+        weights = start / start.sum() if float(start.sum()) > 0 else torch.full_like(start, 1.0 / len(start))
+        left = torch.where(weights[:, None] > 0, self.curves.square(), 0.0)
+        return [float(value) for value in (weights @ left).sqrt()]
 
 
 @dataclass
@@ -36,8 +64,9 @@ class Trajectory:
         dims: Number of values in each group.
         steps: Optimizer step of each snapshot; the first is theta_0's.
         grams: One H per group, stacked.
-        survival: Share of theta_0 that decoupled weight decay alone would have left at each snapshot,
-            prod(1 - lr wd); 1 where there is no decay.
+        survival: Share of theta_0 that weight decay alone would have left at each snapshot, such as prod(1 - lr wd); 1
+            where there is no decay, NaN where its share is not known. Of the length where there are several rates.
+        rates: Of weights that do not all decay alike; None where one rate is that of all.
     """
 
     fingerprint: str
@@ -46,6 +75,7 @@ class Trajectory:
     steps: list[int]
     grams: Float[Tensor, "G n n"]
     survival: list[float]
+    rates: Rates | None = None
 
     @classmethod
     def empty(cls, selection: ParameterSelection) -> Trajectory:
@@ -96,6 +126,36 @@ class Trajectory:
         """
         return self.grams.sum(0) if group is None else self.grams[self._position(group)]
 
+    def decay_known(self, group: str | None = None) -> bool:
+        """Whether it is known what weight decay took of one group, or of the whole selection for None.
+
+        Where it is not, the decaying walk is not known either, and nothing has an excess over it.
+        """
+        return bool(torch.isfinite(self.decaying_walk(group)).all())
+
+    def decaying_walk(self, group: str | None = None) -> Float[Tensor, "n n"]:
+        """Return the null of `nulls.decaying_walk` for one group, or for the whole selection; NaN where it is unknown.
+
+        Raises:
+            UserError: There is no group of that name.
+        """
+        if self.rates is None:
+            return nulls.decaying_walk(self.gram(group), self.survival)
+        squares = self.rates.squares.sum(0) if group is None else self.rates.squares[self._position(group)]
+        return nulls.decaying_walk_of_parts(squares, self.rates.curves)
+
+    def survival_of(self, group: str | None = None) -> list[float]:
+        """Return the share that decay leaves of every weight of a group at each snapshot; NaN where they differ.
+
+        Raises:
+            UserError: There is no group of that name.
+        """
+        if self.rates is None:
+            return self.survival
+        squares = self.rates.squares.sum(0) if group is None else self.rates.squares[self._position(group)]
+        there = (squares > 0).any(-1)
+        return self.rates.curves[there][0].tolist() if int(there.sum()) == 1 else [math.nan] * len(self)
+
     def dim_of(self, group: str | None = None) -> int:
         """Return the number of values in one group, or in the whole selection for None.
 
@@ -113,7 +173,13 @@ class Trajectory:
         """Return the part of the trajectory up to a step, inclusive."""
         n = sum(s <= step for s in self.steps)
         return Trajectory(
-            self.fingerprint, self.groups, self.dims, self.steps[:n], self.grams[:, :n, :n], self.survival[:n]
+            self.fingerprint,
+            self.groups,
+            self.dims,
+            self.steps[:n],
+            self.grams[:, :n, :n],
+            self.survival[:n],
+            None if self.rates is None else self.rates.until(n),
         )
 
     def merge(self, other: Trajectory) -> Trajectory:
@@ -133,6 +199,7 @@ class Trajectory:
             list(self.steps),
             torch.cat([self.grams, other.grams]),
             list(self.survival),
+            _joined(self, other),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,7 +211,13 @@ class Trajectory:
             "steps": list(self.steps),
             "grams": self.grams.clone(),
             "survival": list(self.survival),
+            **self._rate_tensors(),
         }
+
+    def _rate_tensors(self) -> dict[str, Tensor]:
+        if self.rates is None:
+            return {}
+        return {"decay_curves": self.rates.curves.contiguous(), "decay_squares": self.rates.squares.contiguous()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trajectory:
@@ -156,6 +229,7 @@ class Trajectory:
             list(state["steps"]),
             state["grams"].clone(),
             list(state["survival"]),
+            _rates_of(state),
         )
 
     def save(self, path: Path) -> None:
@@ -170,6 +244,7 @@ class Trajectory:
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "grams": self.grams.contiguous(),
             "survival": torch.tensor(self.survival, dtype=torch.float64),
+            **self._rate_tensors(),
         }
         write_tensors(path, tensors, meta)
 
@@ -190,4 +265,23 @@ class Trajectory:
             tensors["steps"].tolist(),
             tensors["grams"],
             tensors["survival"].tolist(),
+            _rates_of(tensors),
         )
+
+
+def _rates_of(tensors: Mapping[str, Any]) -> Rates | None:
+    return Rates(tensors["decay_curves"], tensors["decay_squares"]) if "decay_curves" in tensors else None
+
+
+def _joined(first: Trajectory, second: Trajectory) -> Rates | None:
+    """Rates of two trajectories of disjoint groups."""
+    if first.rates is None and second.rates is None and first.survival == second.survival:
+        return None
+    both = [one.rates or Rates(torch.tensor([one.survival]).double(), _diagonals(one)) for one in (first, second)]
+    wide = [torch.zeros(len(r.squares), sum(len(b.curves) for b in both), len(first)).double() for r in both]
+    wide[0][:, : len(both[0].curves)], wide[1][:, len(both[0].curves) :] = both[0].squares, both[1].squares
+    return Rates(torch.cat([r.curves for r in both]), torch.cat(wide))
+
+
+def _diagonals(trajectory: Trajectory) -> Float[Tensor, "G 1 n"]:
+    return trajectory.grams.diagonal(dim1=-2, dim2=-1)[:, None]

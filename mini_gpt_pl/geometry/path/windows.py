@@ -9,6 +9,7 @@ where theta_a are the weights at the part's first snapshot and d'_j the incremen
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -48,7 +49,8 @@ def window(
 ) -> Trajectory:
     """Cut a trajectory to a window of steps and thin it to a cadence, or to the snapshots that other runs have too.
 
-    Its survival starts at 1 again: decay pulls on the weights that the window starts from.
+    Its survival starts at 1 again: decay pulls on the weights that the window starts from. Of weights that decay at
+    several rates the lengths of the window's own increments are not recorded: its decay is not known.
 
     Args:
         trajectory: Of a run.
@@ -71,12 +73,13 @@ def window(
             f"steps {first} to {end} hold {len(chosen)} snapshots of this run, a principal direction takes 3: "
             "widen the window or record more often"
         )
-    start = trajectory.survival[chosen[0]]
+    start = trajectory.survival[chosen[0]] if trajectory.rates is None else math.nan
     return replace(
         trajectory,
         steps=[trajectory.steps[k] for k in chosen],
         grams=part(trajectory.grams, chosen),
-        survival=[trajectory.survival[k] / start if start > 0 else 0.0 for k in chosen],
+        survival=[0.0 if start <= 0 else trajectory.survival[k] / start for k in chosen],
+        rates=None,
     )
 
 
