@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from mini_gpt_pl.geometry.optimizer.counterfactual import OtherSecondMoments
 from mini_gpt_pl.geometry.optimizer.displacement import DisplacementSplit
-from mini_gpt_pl.geometry.optimizer.moments import BeforeStep, Ladder, copies, decay_rate
+from mini_gpt_pl.geometry.optimizer.moments import BeforeStep, Ladder, copies
 from mini_gpt_pl.geometry.optimizer.predictions import averaging_metrics, memory_metrics, spread, white_noise
 from mini_gpt_pl.geometry.vectors.alignment import Products
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
@@ -323,13 +322,6 @@ def test_a_late_counterfactual_begins_with_the_second_moment_there_is() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- optimizers
-
-
-def test_decay_rates_still_follow_the_kind_of_decay() -> None:
-    rates: dict[str, Any] = {"adamw": 0.05, "adam-l2": 0.0, "adam-decoupled": 0.05, "sgd-momentum": 0.5, "sgdw": 0.05}
-    for rule, rate in rates.items():
-        run = Run(RULES[rule])
-        assert decay_rate(run.optimizer, run.parameters[0]) == pytest.approx(rate)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

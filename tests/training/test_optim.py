@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.optimizer.moments import decay_rate
+from mini_gpt_pl.observation.decay import DecayShadows
 from mini_gpt_pl.stories.gpt import GPT, PRESETS
 from mini_gpt_pl.training.optimizers import SGDW, ClippedCosine, Continued, MuonAdamW, decay_groups, lambda_lr
 
@@ -104,8 +104,13 @@ def test_muon_adamw_wants_to_know_the_kinds() -> None:
 def test_decay_of_muon_beside_adamw_is_known() -> None:
     module = tiny()
     optimizer = MuonAdamW(decay_groups(module), lr=0.01, weight_decay=0.5)
-    rates = [decay_rate(optimizer, group["params"][0]) for group in optimizer.param_groups]
-    assert rates == pytest.approx([0.005, 0.005, 0.0])
+    parameters = [group["params"][0] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    shadows = DecayShadows(parameters)
+    shadows.read(optimizer)
+    shadows.step()
+    assert shadows.taken == pytest.approx([0.005, 0.005, 0.0])
 
 
 # --- SGDW --------------------------------------------------------------------------------------------------

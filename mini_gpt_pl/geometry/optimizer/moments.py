@@ -39,30 +39,9 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     raise ValueError("the optimizer does not train this parameter")
 
 
-def is_trained(optimizer: Optimizer, parameter: Tensor) -> bool:
-    """Whether an optimizer trains a parameter."""
-    return any(parameter is member for group in optimizer.param_groups for member in group["params"])
-
-
 def steps_taken(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[int]:
     """Read how often each parameter was stepped; it waits for the device, so whoever sees every step counts on."""
     return [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
-
-
-def decay_rate(optimizer: Optimizer, parameter: Tensor) -> float:
-    """Share of a parameter that weight decay takes away in one step at the current learning rate.
-
-    Decoupled decay (AdamW, SGDW, Muon, Adafactor): lr wd. L2 inside SGD's gradient: lr wd / (1 - momentum), its rate
-    once the momentum buffer has filled. L2 inside an adaptive gradient is rescaled per coordinate and is no shrinkage
-    at any common rate: 0.
-    """
-    group = group_of(optimizer, parameter)
-    rate = float(group.get("lr") or 0.0) * float(group.get("weight_decay", 0.0))
-    if _is_decoupled(optimizer, group):
-        return rate
-    if "SGD" in _kinds(optimizer):
-        return rate / (1.0 - float(group.get("momentum", 0.0)))
-    return 0.0
 
 
 def _kinds(optimizer: Optimizer) -> set[str]:

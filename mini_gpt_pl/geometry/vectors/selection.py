@@ -134,11 +134,6 @@ class Shards:
         """Empty those of this rank's parts that another rank owns."""
         return [part if own else part.reshape(-1)[:0] for part, own in zip(parts, self.owned, strict=True)]
 
-    def squares(self, values: Float[Tensor, " D"]) -> list[float]:
-        """Squared length of each parameter in a flat vector of this rank, over all ranks, in float64."""
-        parts = values.split(self.sizes)
-        return [float(v) for v in self.total(torch.stack([_dot(part, part) for part in parts]))]
-
     def total(self, partial: Tensor) -> Tensor:
         """Add up over the ranks, with one reduction for each axis that cuts: FSDP and HSDP have one."""
         summed = partial.to(self.mesh.device_type, copy=True)  # rows may be kept on the host, where NCCL cannot go
@@ -349,6 +344,11 @@ class ParameterSelection:
         parts = vector.values.split(self.sizes)
         shaped = zip(self.names, self.local_shapes, parts, strict=True)
         return {name: part.view(shape) for name, shape, part in shaped}
+
+    def squares(self, values: Float[Tensor, " D"]) -> list[float]:
+        """Squared length of each parameter in a flat vector of this rank, over all ranks, in float64."""
+        parts = values.split(self.sizes)
+        return [float(v) for v in self.total(torch.stack([_dot(part, part) for part in parts]))]
 
     def total(self, partial: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Add up over the ranks what each has found on its own coordinates; all of them must call it.

@@ -267,6 +267,79 @@ class Lookahead(Optimizer):
         return loss
 
 
+class Lion(Optimizer):
+    """Signs of a momentum, decoupled decay (arXiv 2302.06675)."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = asked(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(torch.lerp(p.grad, momentum, group["betas"][0]).sign(), alpha=group["lr"])
+                    momentum.lerp_(p.grad, 1 - group["betas"][1])
+        return loss
+
+
+class ScheduleFree(Optimizer):
+    """AdamW whose weights lie between those that step and their average (arXiv 2405.15682), decay at the former."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.0) -> None:
+        settings = {"lr": lr, "betas": (0.9, 0.99), "weight_decay": weight_decay, "eps": 1e-8, "taken": 0}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = asked(closure)
+        for group in self.param_groups:
+            group["taken"] += 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["z"], state["square"] = p.clone(), torch.zeros_like(p)
+                z, square = state["z"], state["square"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                root = (square / (1 - beta2 ** group["taken"])).sqrt() + group["eps"]
+                move = p.grad / root + group["weight_decay"] * p
+                average = (p - (1 - beta1) * z) / beta1
+                z.sub_(move, alpha=group["lr"])
+                average.lerp_(z, 1 / group["taken"])
+                p.copy_(torch.lerp(z, average, beta1))
+        return loss
+
+
+class Trusted(Optimizer):
+    """The whole step, decay included, is as long as a share of the weights (as LARS and LAMB have it)."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = asked(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    move = p.grad + group["weight_decay"] * p
+                    p.sub_(move * (group["lr"] * p.norm() / (move.norm() + 1e-12)))
+        return loss
+
+
+def asked(closure: Any) -> Any:
+    """Call a closure, if there is one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 # ------------------------------------------------------------------------------------------------------ training
 
 
