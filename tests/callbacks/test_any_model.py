@@ -91,14 +91,16 @@ def tune(folder: Path, optimizers: int = 1, steps: int = 4, resume: Path | None 
     return Trajectory.load(folder / "trajectory.safetensors")
 
 
-def test_a_frozen_first_weight_leaves_the_decay_to_the_first_trained_one(tmp_path: Path) -> None:
-    assert tune(tmp_path).survival == pytest.approx([0.95**step for step in range(5)])
+def test_a_frozen_weight_decays_not_and_a_trained_one_beside_it_does(tmp_path: Path) -> None:
+    trajectory = tune(tmp_path)
+    assert trajectory.survival_of("layers.0") == [1.0] * 5
+    assert trajectory.survival_of("layers.2") == pytest.approx([0.95**step for step in range(5)])
 
 
 def test_only_the_optimizer_of_the_recorded_weights_decays_them(tmp_path: Path) -> None:
     trajectory = tune(tmp_path, optimizers=2)
     assert trajectory.steps == [0, 1, 3]  # Lightning counts the steps of both, and these weights move at 1 and 3
-    assert trajectory.survival == pytest.approx([1.0, 0.95, 0.95**2])
+    assert trajectory.survival_of("layers.2") == pytest.approx([1.0, 0.95, 0.95**2])
 
 
 def test_a_resumed_run_of_ones_own_trainer_keeps_its_table(tmp_path: Path) -> None:

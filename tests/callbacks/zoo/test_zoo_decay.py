@@ -47,7 +47,7 @@ def noise(
             each(step, optimizer)
         closure()
         shadows.read(optimizer)
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
         shadows.step()
     pairs = zip(weights, first, strict=True)
     return shadows, [float((w.detach() * f).sum() / f.square().sum()) for w, f in pairs], optimizer
@@ -220,7 +220,7 @@ def test_twins_touch_nothing_of_training(make: Make) -> None:
             closure()
             if watched:
                 shadows.read(optimizer)
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)
             if watched:
                 shadows.step()
             schedule.step()
@@ -283,7 +283,10 @@ class TwoRates(Plain):
     def configure_optimizers(self) -> Any:
         named = dict(self.named_parameters())
         weights = [p for name, p in named.items() if "weight" in name]
-        groups = [{"params": weights, "weight_decay": 20.0}, {"params": [p for p in named.values() if p.ndim == 1]}]
+        groups: list[dict[str, Any]] = [
+            {"params": weights, "weight_decay": 20.0},
+            {"params": [p for p in named.values() if p.ndim == 1]},
+        ]
         return AdamW(groups, lr=5e-3, weight_decay=0.0)
 
 
