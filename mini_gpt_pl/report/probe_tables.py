@@ -34,9 +34,17 @@ def probe_tables(subject: Subject, beside: Beside) -> list[Table]:
 def live_probes(subject: Subject, beside: Beside) -> list[Table]:
     """What the probes logged during the run, each beside its null."""
     frame = probes_table(subject)
-    rows = [{str(column): word(text) for column, text in row.items()} for row in frame.to_dict("records")]
+    rows = [{str(column): _as_number(text) for column, text in row.items()} for row in frame.to_dict("records")]
     note = "Directions are those of the snapshots before each measurement; means over the run, in units of the null."
     return [beside.table("live_probes", "Live probes, means over the run", rows, [note])] if rows else []
+
+
+def _as_number(text: str) -> Cell:
+    """A cell of a text that may be a number."""
+    try:
+        return Cell(text, float(text))
+    except ValueError:
+        return word(text)
 
 
 def event_cell(record: Mapping[str, object]) -> Cell:

@@ -8,6 +8,7 @@ from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.comparison import geometry, grouped, overview, require_comparable, seeds, subjects_of, unique
 from mini_gpt_pl.report.families import OF_OPTIMIZER, from_scratch, names, one_beta2, one_of_each_seed
 from mini_gpt_pl.report.findings import findings
+from mini_gpt_pl.report.pooled import over_seeds
 from mini_gpt_pl.report.settings import diverged, optimizer_label
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import METRICS, Run
@@ -15,6 +16,7 @@ from mini_gpt_pl.stories.study.beta2_tables import beta2
 from mini_gpt_pl.stories.study.learning_tables import LOSS, fit_of
 from mini_gpt_pl.stories.study.optimizer_tables import optimizers, outcome
 from mini_gpt_pl.stories.study.reheat_tables import gains, reheats
+from mini_gpt_pl.stories.study.tables import run_tables
 from mini_gpt_pl.stories.switches import P_OOD
 
 _OUTCOMES = ((LOSS, "validation loss at the end", "last"), (P_OOD, "p_ood, highest", "highest"))
@@ -49,7 +51,7 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int | None = None) -> list
     for part in grouped(paths, ("seed",)):
         kept = one_of_each_seed(part)
         if len(kept) > 1:
-            tables += seeds(kept, _OUTCOMES)
+            tables += seeds(kept, _OUTCOMES) + over_seeds(kept, run_tables)
     return unique([*tables, *reheats(logged, logged, {subject: subject.label for subject in logged})])
 
 
