@@ -40,6 +40,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "calibration": ("-m", "mini_gpt_pl.report.calibration"),
     "glossary": ("-m", "mini_gpt_pl.metrics.glossary", "--markdown"),
     "place": ("-m", "docs.tools.place"),
+    "same_steps": ("-m", "docs.tools.same_steps"),
     "speed": ("-m", "benchmarks.page"),
     "scale": ("-m", "benchmarks.scale", "--show"),
     "notebooks": ("-m", "notebooks.execute"),
@@ -150,6 +151,24 @@ RECIPES: tuple[Recipe, ...] = (
         "report",
         ("runs/seeds", "runs/beta2", "runs/optimizers", "runs/reheat", "--out", "report"),
         folder="docs/replication",
+    ),
+    Recipe(
+        ("docs/replication/live/tables/*",),
+        "report",
+        ("runs/live", "--out", "live"),
+        folder="docs/replication",
+    ),
+    *(
+        Recipe(
+            (f"docs/replication/controls/tables/{name}.*",),
+            "same_steps",
+            ("runs/live", "runs/live/seed42", run, "--step", step, "--out", "controls/tables", "--name", name),
+            folder="docs/replication",
+        )
+        for name, run, step in (
+            ("builtin", "runs/builtin/seed42", "9000"),
+            ("lambda_constant", "runs/controls/lambda_constant", "6000"),
+        )
     ),
     Recipe(
         ("docs/replication/seed42/tables/*",),
