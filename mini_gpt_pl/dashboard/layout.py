@@ -167,7 +167,9 @@ class Logged:
             return panel if panel.probe in self.probes else None
         values = tuple(dict.fromkeys(self._expand(panel.values)))
         endings = [f"{value}{ending}" for value in values for ending in _NULLS]
-        held = [other for value in values if (other := beside(value, self.names)) and _is_null(other)]
+        pairs = [(value, beside(value, self.names)) for value in values]
+        # Beside a metric of another family stands a number on a scale, or with a sign, of its own.
+        held = [other for value, other in pairs if other and _is_null(other) and _family(other) == _family(value)]
         nulls = [*self._expand(panel.nulls), *held, *(name for name in endings if name in self.names)]
         shown = tuple(name for name in dict.fromkeys(nulls) if name not in values)
         return replace(panel, values=values, nulls=shown) if values else None

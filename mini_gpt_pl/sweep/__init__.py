@@ -1,4 +1,4 @@
-"""Every point of a grid file in one command, taken up wherever it stopped.
+"""Every point of a grid file in one command, which goes on wherever it stopped.
 
 `grid` reads the file and makes its points, `points` knows their run folders, `local` runs them here, `remote` hands
 them to W&B agents or a cluster, `progress` shows what happens, and `command` is the command line.

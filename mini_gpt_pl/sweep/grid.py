@@ -27,7 +27,7 @@ PROGRAM = ("-m", "mini_gpt_pl")
 """What `${program}`, which sweep files call cli.py, stands for: the command, wherever the package is installed."""
 TRAINING = ("fit", "reheat")
 
-_ABOUT = ("metric", "description", "run_cap")  # what a W&B server is told
+_ABOUT = ("metric", "description", "run_cap")  # for a W&B server
 _KEYS = ("name", "program", "method", "command", "parameters", *_ABOUT, "project", "entity")
 _NOT_GRID = ("distribution", "min", "max", "mu", "sigma", "q", "probabilities")
 _MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
@@ -120,7 +120,7 @@ def read_sweep(path: Path) -> Sweep:
         raise UserError(f"the sweep file {path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"the sweep file {path} holds no keys: it needs {', '.join(_KEYS[:5])}")
-    _known(loaded, _KEYS, path, "")
+    _check_keys(loaded, _KEYS, path, "")
     if loaded.get("method") != "grid":
         raise UserError(f"{path}: method is {loaded.get('method')!r}: only 'grid' can be run")
     if Path(str(loaded.get("program"))).name != "cli.py":
@@ -164,7 +164,7 @@ def _flatten(path: Path, given: Mapping[Any, Any], above: str) -> Iterable[tuple
         for other in _NOT_GRID:
             if other in spec:
                 raise UserError(f"{path}: {where}.{other}: a grid takes value or values only")
-        _known(spec, ("value", "values", "parameters"), path, f"{where}.")
+        _check_keys(spec, ("value", "values", "parameters"), path, f"{where}.")
         if len(spec) != 1:
             raise UserError(f"{path}: {where} needs one of value, values or parameters")
         if "parameters" in spec:
@@ -187,11 +187,11 @@ def _several(path: Path, where: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _known(given: Mapping[Any, Any], allowed: Sequence[str], path: Path, where: str) -> None:
+def _check_keys(given: Mapping[Any, Any], allowed: Sequence[str], path: Path, where: str) -> None:
     for key in given:
         if key not in allowed:
             near = get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(allowed)}"
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(allowed)}"
             raise UserError(f"{path}: unknown key {where}{key}: {hint}")
 
 
@@ -213,7 +213,7 @@ def _command(path: Path, given: Any) -> tuple[str, ...]:
         for macro in _ANY_MACRO.findall(piece):
             if macro not in _MACROS or piece != macro:
                 near = ["${args}"] if macro.startswith("${args") else get_close_matches(macro, _MACROS, n=1)
-                hint = f"did you mean {near[0]}, by itself?" if near else f"known are {', '.join(_MACROS)}"
+                hint = f"did you mean {near[0]}, by itself?" if near else f"the macros are {', '.join(_MACROS)}"
                 raise UserError(f"{path}: command: cannot use {piece!r}: {hint}")
     for macro in ("${program}", "${args}"):
         if command.count(macro) != 1:
@@ -233,7 +233,7 @@ def folder_name(text: str) -> str:
 
 
 def _key_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return the shortest ends of dotted keys that are told apart, with a hyphen; nothing for a file."""
+    """Return the shortest ends of dotted keys that differ, with a hyphen; nothing for a file."""
     names = {}
     for key in keys:
         parts = key.split(".")

@@ -158,7 +158,7 @@ def run_all(
         The points that failed.
 
     Raises:
-        KeyboardInterrupt: The sweep was interrupted or told to end; its runs have been stopped.
+        KeyboardInterrupt: The sweep was interrupted, or asked to end; its runs have been stopped.
     """
     waiting, free, going, failed = deque(runs), deque(places), list[Execution](), list[PointRun]()
     with _end_is_interrupt():

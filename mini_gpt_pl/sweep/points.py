@@ -18,6 +18,7 @@ from typing import Any, Literal
 from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.folder import OUTCOME, Run
+from mini_gpt_pl.runs.record import RECORD as RUN_RECORD
 from mini_gpt_pl.sweep.grid import Point, Sweep
 
 RECORD = "point.json"
@@ -158,7 +159,8 @@ class PointRun:
         goes_on = before is not None and self.run.checkpoints and not afresh
         (replace(before, failure=None) if before is not None and goes_on else self.wanted).write(self.folder)
         if afresh:
-            (self.folder / OUTCOME).unlink(missing_ok=True)  # or a start that fails at once would look diverged
+            for name in (OUTCOME, RUN_RECORD):  # or a start that fails at once would look ended
+                (self.folder / name).unlink(missing_ok=True)
 
     def end(self, seconds: float, failure: str | None) -> None:
         """Note how long it took and, if it failed, why."""

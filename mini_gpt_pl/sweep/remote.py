@@ -110,7 +110,7 @@ def cluster_settings(given: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
             (`partition`, `account`, `mem`, `qos`); `cluster` is `slurm` unless it says `local` or `debug`.
 
     Returns:
-        The cluster, None for the one found, and submitit's parameters.
+        The cluster, None for the one that submitit detects, and submitit's parameters.
 
     Raises:
         UserError: One is no `key=value`.

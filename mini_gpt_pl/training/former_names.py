@@ -66,9 +66,8 @@ def install() -> None:
 
 def _is_a_readers_own(name: str) -> bool:
     """Whether another package is installed under a former name; this project's own folder of callbacks is none."""
-    if name.startswith("mini_gpt_pl."):
+    if name.startswith("mini_gpt_pl.") or isinstance(sys.modules.get(name), _FormerModule):
         return False
-
     spec = find_spec(name)
     if spec is None:
         return False

@@ -29,6 +29,7 @@ from rich.console import Console
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.report import page
 from mini_gpt_pl.runs.folder import Outcome
+from mini_gpt_pl.runs.record import Record as RunRecord
 from mini_gpt_pl.sweep import command, local, main, read_sweep
 from mini_gpt_pl.sweep.grid import Sweep
 from mini_gpt_pl.sweep.local import Execution, Slot, run_all, slots, visible_devices
@@ -247,7 +248,7 @@ GOOD = {"a": {"values": [1, 2]}}
     ("change", "told"),
     [
         ({"methd": "grid"}, "unknown key methd: did you mean method"),
-        ({"early_terminate": {}}, "unknown key early_terminate: known are"),
+        ({"early_terminate": {}}, "unknown key early_terminate: the keys are"),
         ({"method": "bayes"}, "method is 'bayes': only 'grid'"),
         ({"program": "train.py"}, "program is 'train.py'"),
         ({"run_cap": 0}, "run_cap is 0"),
@@ -419,6 +420,7 @@ def test_diverged_points_run_again_when_asked(capsys: pytest.CaptureFixture[str]
 def test_a_retry_that_fails_at_once_has_not_diverged(capsys: pytest.CaptureFixture[str]) -> None:
     (run,) = behaving("fail")
     begun(run, outcome="diverged")
+    RunRecord("Model", 1, ended=6).write(run.folder)
     with pytest.raises(SystemExit):
         run_stub("--retry_diverged")
     assert run.state == "failed"
@@ -860,7 +862,8 @@ def test_a_real_sweep_broken_off_in_the_middle_ends_as_if_it_had_not(
     assert [first.state, second.state] == ["finished", "finished"]
     assert first.run.config["model"]["optimizer"]["init_args"]["lr"] == 0.003
     whole, log = second.run.metrics, first.log.read_text()
-    (second.folder / "outcome.json").unlink()
+    for record in ("outcome.json", "run.json"):
+        (second.folder / record).unlink()
     second.run.checkpoints[6].unlink()
     main(args)
     assert first.log.read_text() == log  # not run again
