@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.claims import Finding
-from mini_gpt_pl.report.families import beta2_of, from_scratch, names, optimizers_of, seeds_of
-from mini_gpt_pl.report.settings import diverged, facts, plain, progress
+from mini_gpt_pl.report.families import from_scratch, names, seeds_of
+from mini_gpt_pl.report.settings import diverged, progress
 from mini_gpt_pl.report.sheet import gap
-from mini_gpt_pl.report.statistics import direction, spearman, t_interval
+from mini_gpt_pl.report.statistics import t_interval
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import METRICS, Run
 
@@ -22,15 +22,24 @@ _FEW = 4  # names that a sentence can hold
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """Collect what can be said across runs of any task; what takes runs that are not there is left out."""
     called = names(runs)
-    scratch = [run for run in from_scratch(runs) if (run.path / METRICS).is_file()]
-    sound = {run: found for run in scratch if not diverged(run) and (found := Subject.of(run).calibrated())}
+    scratch, sound = logged(runs), sound_ones(runs)
     said: list[Finding] = []
     if sound:
         said += [_standing_out(sound, called, name) for name in _JUDGED]
-    said += [*_optimizers(scratch, sound, called), *_beta2(sound), *_seeds(sound)]
+    said += _seeds(sound)
     if lost := [f"{called[run]} (at step {progress(run)[0]:,})" for run in scratch if diverged(run)]:
         said.append(Finding("Diverged", f"{', '.join(lost)}; the sentences above leave them out.", "runs"))
     return said
+
+
+def logged(runs: Sequence[Run]) -> list[Run]:
+    """Runs from scratch that logged anything."""
+    return [run for run in from_scratch(runs) if (run.path / METRICS).is_file()]
+
+
+def sound_ones(runs: Sequence[Run]) -> dict[Run, dict[str, Calibrated]]:
+    """Those of them that neither diverged nor stood still, with their calibrated numbers."""
+    return {run: found for run in logged(runs) if not diverged(run) and (found := Subject.of(run).calibrated())}
 
 
 def _standing_out(sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str], name: str) -> Finding:
@@ -45,49 +54,14 @@ def _standing_out(sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str
         f"{side} in {len(inside)}" + (f" ({', '.join(inside)})" if 0 < len(inside) <= _FEW < len(sound) else "")
         for side, inside in sides.items()
     ]
-    span = f"{_written(min(excesses), form)} to {_written(max(excesses), form)}"
+    span = f"{written_gap(min(excesses), form)} to {written_gap(max(excesses), form)}"
     said = f"of {len(sound)} runs from scratch {', '.join(parts)}; excess {span}."
     return Finding(f"{words}, against the decaying walk", said, "runs")
 
 
-def _written(excess: float, form: str) -> str:
+def written_gap(excess: float, form: str) -> str:
+    """Write an excess."""
     return gap(excess, form).text
-
-
-def _optimizers(
-    runs: Sequence[Run], sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str]
-) -> Iterator[Finding]:
-    chosen = {called[run]: sound[run]["pc1_unit"] for run in optimizers_of(runs) if run in sound}
-    if len(chosen) < 2:
-        return
-    form = statistics()["pc1_unit"].format
-    each = [
-        f"{name} {form.format(found.value)} (decaying walk {form.format(found.decay)})"
-        for name, found in sorted(chosen.items(), key=lambda pair: -pair[1].value)
-    ]
-    most = max(chosen, key=lambda name: chosen[name].excess)
-    best = f"The excess is largest in {most}, {_written(chosen[most].excess, form)}."
-    yield Finding("PC1 by optimizer (unit rows)", f"{', '.join(each)}. {best}", "optimizers")
-
-
-def _beta2(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
-    """Whether the excess of PC1 follows beta2, over the means of runs of one value."""
-    chosen = beta2_of(list(sound))
-    values = sorted({float(facts(run)["beta2"]) for run in chosen})
-    if len(values) < 3:
-        return
-    for name in ("pc1", "pc1_unit"):
-        words, form = statistics()[name].title, statistics()[name].format
-        found = [[sound[run][name].excess for run in chosen if facts(run)["beta2"] == value] for value in values]
-        means = [math.fsum(excesses) / len(excesses) for excesses in found]
-        shown = ", ".join(
-            f"{_written(mean, form)} at {plain(value)}" for value, mean in zip(values, means, strict=True)
-        )
-        follows = {"rises": "rises with beta2 throughout", "falls": "falls with beta2 throughout"}
-        verdict = follows.get(direction(means), "neither rises nor falls with beta2 throughout")
-        rank = spearman(values, means)
-        ranked = f"rank correlation {rank:+.2f}; {len(values)} values have {math.factorial(len(values)):,} orders"
-        yield Finding(f"Excess of {words} by beta2", f"{verdict}: {shown} ({ranked}).", "beta2")
 
 
 def _seeds(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
@@ -105,7 +79,7 @@ def _seeds(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
         tried += 1
         mean, half = t_interval(excesses)
         if abs(mean) > half:
-            apart.append(f"{words} {_written(mean, form)}")
+            apart.append(f"{words} {written_gap(mean, form)}")
     said = f"{len(apart)} of {tried} excesses have a t interval over {len(chosen)} seeds that leaves out zero"
     chance = f"of {tried} such intervals about {0.05 * tried:.0f} would by chance."
     yield Finding("Over seeds", f"{said}{': ' if apart else ''}{'; '.join(apart)}; {chance}", "seeds")

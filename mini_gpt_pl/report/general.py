@@ -114,8 +114,6 @@ PATH_SECTIONS: tuple[Section[Run], ...] = (
         plates(
             RUN_FIGURES,
             gradients="|cos| of batch gradients with the backbone; isotropic noise is dotted.",
-            signed_bias="Signed projection of gradients on each block's own backbone at the replayed checkpoints, "
-            "bands of one standard deviation over batches, and its sum over those checkpoints.",
         ),
         ("gradient_alignment*", "interference*", "signed_bias*"),
     ),

@@ -1,10 +1,9 @@
-"""Figures of one run from what its probes or a replay measured: gradients, Fisher curvature, signed bias."""
+"""Figures of one run from what its probes or a replay measured: gradients and Fisher curvature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
@@ -20,10 +19,9 @@ from mini_gpt_pl.figures.plotting import (
     dots,
     legend_below,
     line,
-    palette,
 )
 from mini_gpt_pl.report.probe_tables import fisher_survey
-from mini_gpt_pl.report.subject import Subject, estimate
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 
 # Directions of the Fisher figure: key, name, colour, marker.
@@ -115,37 +113,7 @@ def fisher(run: Run) -> Figure:
     return figure
 
 
-def signed_bias(run: Run) -> Figure:
-    """Signed projection of batch gradients on each group's own v_b at replayed checkpoints, and its running sum.
-
-    Raises:
-        UserError: The run was not replayed.
-    """
-    run = Subject.of(run)
-    found = {step: record for step, record in run.replayed_at("bias").items() if record}
-    if not found:
-        raise UserError(f"the run {run.path} has no replay: replay it for the signed bias of its gradients")
-    figure = Figure(figsize=(WIDTH, 3.8))
-    left, right = figure.subplots(1, 2)
-    groups = [name for name in run.trajectory.groups if all(name in row for row in found.values())]
-    steps = list(found)
-    for name, colour in zip(groups, palette(len(groups)), strict=True):
-        mean, spread = (np.array([estimate(row[name])[k] for row in found.values()]) for k in (0, 1))
-        left.plot(steps, mean, "o-", ms=3, color=colour, label=name)
-        left.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.06, lw=0)
-        right.plot(steps, np.cumsum(mean), "o-", ms=3, color=colour)
-    for axes, label in ((left, "$b_l=\\langle g,v_b\\rangle$, mean and sd"), (right, "$B_l$, running sum")):
-        axes.axhline(0, color=NULL, lw=1.2, ls=":")
-        axes.set(xlabel="step")
-        axes.set_title(label, fontsize=9)
-    run.mark(left, right)
-    left.plot([], [], ":", color=NULL, lw=1.2, label="no bias")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
-
-
 PROBE_FIGURES: dict[str, Callable[[Run], Figure]] = {
     "gradients": gradients,
-    "signed_bias": signed_bias,
     "fisher": fisher,
 }

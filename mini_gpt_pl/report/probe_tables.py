@@ -1,7 +1,7 @@
 """Tables of one run from what its probes measured: signed bias, Fisher curvature, alignment, interference.
 
-Replayed quantities use the whole run's backbone at stored checkpoints; where a run was not replayed, what was logged
-while it ran (with the backbone of the past) stands in, and a note says so.
+Curvature and alignment are those of a replay, with the whole run's backbone at stored checkpoints; where a run was not
+replayed, what was logged while it ran, with the backbone of the past, stands in, and a note says so.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import pandas as pd
 from mini_gpt_pl.report.calibration import probes_table
 from mini_gpt_pl.report.measures import PHASES, phase_of
 from mini_gpt_pl.report.published import Beside
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, word
 from mini_gpt_pl.report.statistics import mean
 from mini_gpt_pl.report.subject import Estimate, Subject, dig, estimate
 
 _PAST = "Measured while the run went on, with the v_b of the snapshots before; the run has not been replayed."
-_HERE = word("this run")
+HERE = word("this run")
+"""Source of a row that stands beside published ones."""
 _NOTHING: Estimate = (math.nan, math.nan)
 
 
@@ -56,45 +57,7 @@ def event_cell(record: Mapping[str, object]) -> Cell:
 
 
 def signed_bias(subject: Subject, beside: Beside) -> list[Table]:
-    """Signed projection b of gradients on the backbone, per group, and its running sum B."""
-    if any(record.get("bias") for record in subject.replay.values()):
-        return [_replayed_bias(subject, beside)]
-    return _live_bias(subject, beside)
-
-
-def _replayed_bias(subject: Subject, beside: Beside) -> Table:
-    labels, form = subject.labels, "{:+.4f}"
-    rows: list[Row] = []
-    sums, chances = dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0)
-    for step, record in subject.replay.items():
-        cells = {label: estimate(dig(record, "bias", label)) for label in labels}
-        for label, (value, _) in cells.items():
-            sums[label] += 0.0 if math.isnan(value) else value
-            length = estimate(dig(record, "gradient", "combined", label, "norm"))[0]
-            chances[label] += (0.0 if math.isnan(length) else length) * subject.floor(label) / len(subject.replay)
-        row = {"step": word(f"{step:,}"), "event": event_cell(record), "source": _HERE}
-        rows.append({**row, **{label: number(value, form, spread) for label, (value, spread) in cells.items()}})
-    summed = {label: number(value, form) for label, value in sums.items()}
-    rows.append({"step": word("sum B"), "source": _HERE, **summed})
-    by_chance = {label: number(value or math.nan, "{:.4f}") for label, value in chances.items()}
-    rows.append({"step": word("|b| by chance"), "source": _HERE, **by_chance})
-    keys = [f"bias_sum/{label}" for label in labels]
-    prefixes = {f"{step:,}": f"bias/{step}" for step in beside.steps("bias")} | {"sum B": "bias_sum"}
-    for name, prefix in prefixes.items():
-        keys += [f"{prefix}/{label}" for label in labels]
-        shown = {label: beside.number(f"{prefix}/{label}", form) for label in labels}
-        if any(cell.value is not None for cell in shown.values()):
-            rows.append({"step": word(name), "source": word(beside.column), **shown})
-    notes = [
-        "b = <g, v_b> of single-batch gradients of the combined loss, the group's own whole-run v_b, a(T) > 0, mean ± "
-        "standard deviation over the same fixed batches at every checkpoint; B is its sum over these checkpoints only.",
-        "By chance: the mean |<g, w>| of one batch and a random direction w, ||g|| sqrt(2 / (pi D)), averaged over the "
-        "checkpoints. Negative b: the gradient step goes along +v_b.",
-    ]
-    return beside.table("signed_bias", "Signed gradient bias along the backbone", rows, notes, keys)
-
-
-def _live_bias(subject: Subject, beside: Beside) -> list[Table]:
+    """Signed projection b of training gradients on the past backbone, per group, and its running sum B."""
     rows: list[Row] = []
     keys = []
     for label in subject.labels:
@@ -179,7 +142,7 @@ def fisher(subject: Subject, beside: Beside) -> list[Table]:
             return number(value, form, error, "se")
 
         row = {"step": word(f"{step:,}")} | ({} if live else {"event": event_cell(subject.replay[step])})
-        row |= {"source": _HERE, **{head: at(f"q_{name}") for name, head in DIRECTIONS.items()}, "random": at("random")}
+        row |= {"source": HERE, **{head: at(f"q_{name}") for name, head in DIRECTIONS.items()}, "random": at("random")}
         row |= {"anisotropy": at("anisotropy", "{:.1f}"), "lambda_1": at("lambda_1")}
         row["|<u_1, v_b>|"] = number(abs(found.get("overlap", _NOTHING)[0]), "{:.1e}")
         rows.append(row | {"by chance": number(subject.floor(subject.trunk), "{:.1e}")})
@@ -201,28 +164,7 @@ def fisher(subject: Subject, beside: Beside) -> list[Table]:
         "u_1: leading mode of the same gradients; by chance |<u_1, v_b>| is the noise floor sqrt(2 / (pi D)).",
         _PAST if live else None,
     ]
-    table = beside.table("fisher", "Fisher curvature along the backbone", rows, notes, keys)
-    return [table, *_fisher_groups(subject)]
-
-
-def _fisher_groups(subject: Subject) -> list[Table]:
-    """Anisotropy of every group at the replayed checkpoints."""
-    rows: list[Row] = []
-    for label in subject.labels:
-        found = subject.replayed_at("fisher", label, "anisotropy")
-        cells = {
-            f"step {step:,}": number(*_spread(found.get(step))) for step in subject.replayed_at("fisher", subject.trunk)
-        }
-        if any(cell.value is not None for cell in cells.values()):
-            rows.append({"group": word(label), **cells})
-    notes = ["q(v_b) over the mean of all directions, each group with its own v_b, ± standard error; 1 by chance."]
-    title = "Fisher anisotropy along the backbone, block by block"
-    return [tabulate("fisher_blocks", title, rows, notes)] if rows else []
-
-
-def _spread(found: object) -> tuple[float, str, float, str]:
-    value, error = estimate(found)
-    return value, "{:.1f}", error, "se"
+    return [beside.table("fisher", "Fisher curvature along the backbone", rows, notes, keys)]
 
 
 # --------------------------------------------------------------------------------------------------- alignment
@@ -262,42 +204,7 @@ def gradient_alignment(subject: Subject, beside: Beside) -> list[Table]:
 
 
 def interference(subject: Subject, beside: Beside) -> list[Table]:
-    """Cosines of the gradients of the loss's parts, whole selection, beside the noise floor."""
-    rows = _replayed_interference(subject)
-    if live := not rows:
-        rows = _live_interference(subject)
-    if not rows:
-        return []
-    notes = [
-        f"Mean ± standard deviation over {'measured steps' if live else 'batches'}; floor: sqrt(2 / (pi D)) = "
-        f"{subject.floor(subject.trunk):.1e}, the mean |cos| of independent isotropic vectors, a low bar: gradients of "
-        "one batch differ from those of another by far more, as the standard deviation says.",
-    ]
-    several = live and len(_loss_pairs(subject)) > 1
-    return [
-        beside.table("interference", f"Interference of the {'tasks' if several else 'two objectives'}", rows, notes)
-    ]
-
-
-def _replayed_interference(subject: Subject) -> list[Row]:
-    """Of the two losses of a study, at the replayed checkpoints."""
-    rows: list[Row] = []
-    for step, found in subject.replayed_at("interference", subject.trunk).items():
-        value, spread = estimate(found)
-        if math.isnan(value):
-            continue
-        record = subject.replay[step]
-        row = {"steps": word(f"{step:,}"), "event": event_cell(record)}
-        row[_cosine(subject, *subject.backdrop.losses)] = number(value, "{:+.4f}", spread)
-        batches = dig(record, "settings", "batches")
-        if batches and spread > 0:
-            row["/ standard error"] = number(value / (spread / math.sqrt(batches)), "{:+.1f}")
-        rows.append(row | {"/ floor": number(abs(value) / subject.floor(subject.trunk), "{:.0f}")})
-    return rows
-
-
-def _live_interference(subject: Subject) -> list[Row]:
-    """Of every two losses that were logged, by phase."""
+    """Cosines of the gradients of every two parts of the loss, whole selection, by phase, beside the noise floor."""
     pairs = _loss_pairs(subject)
     rows: list[Row] = []
     for phase in PHASES:
@@ -306,11 +213,28 @@ def _live_interference(subject: Subject) -> list[Row]:
             cell = _of_phase(subject, subject.series(name), phase, "{:+.4f}")
             if isinstance(cell.value, float):
                 over = "/ floor" if len(pairs) == 1 else f"/ floor, {' and '.join(_words(subject, *pair))}"
-                row |= {_cosine(subject, *pair): cell}
+                row |= {cosine_head(subject, *pair): cell}
                 row |= {over: number(abs(cell.value) / subject.floor(subject.trunk), "{:.0f}")}
         if row:
             rows.append({"steps": word(phase), **row})
-    return rows
+    if not rows:
+        return []
+    title = "Interference of the tasks" if len(pairs) > 1 else "Interference of the two objectives"
+    return [beside.table("interference", title, rows, [interference_note(subject, "measured steps")])]
+
+
+def interference_note(subject: Subject, over: str) -> str:
+    """Say what an interference stands beside.
+
+    Args:
+        subject: The run.
+        over: What its mean is over.
+    """
+    return (
+        f"Mean ± standard deviation over {over}; floor: sqrt(2 / (pi D)) = {subject.floor(subject.trunk):.1e}, the "
+        "mean |cos| of independent isotropic vectors, a low bar: gradients of one batch differ from those of another "
+        "by far more, as the standard deviation says."
+    )
 
 
 def _loss_pairs(subject: Subject) -> dict[str, list[str]]:
@@ -324,5 +248,6 @@ def _words(subject: Subject, *losses: str) -> list[str]:
     return [subject.backdrop.losses.get(name, name) for name in losses]
 
 
-def _cosine(subject: Subject, *losses: str) -> str:
+def cosine_head(subject: Subject, *losses: str) -> str:
+    """Head of a column of cosines between the gradients of losses."""
     return f"cos({', '.join(f'g_{name}' for name in _words(subject, *losses))})"

@@ -26,7 +26,7 @@ from report_runs import (
 )
 
 from mini_gpt_pl.report.comparison import grouped, require_comparable
-from mini_gpt_pl.report.families import names, one_beta2
+from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.report.statistics import direction, spearman, t_interval
@@ -34,6 +34,7 @@ from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study.beside import main_run
 from mini_gpt_pl.stories.study.comparison import comparison_tables
+from mini_gpt_pl.stories.study.families import one_beta2
 from mini_gpt_pl.stories.study.optimizer_tables import common_window
 
 STEPS = [0, 200, 400, *range(600, 2001, 100), 3000, 4000]

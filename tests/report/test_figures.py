@@ -40,6 +40,7 @@ from mini_gpt_pl.report.probe_tables import fisher_survey
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study import comparison_figures as several
+from mini_gpt_pl.stories.study import families as story_families
 from mini_gpt_pl.stories.study import story_figures
 from mini_gpt_pl.stories.study.settings import lambda_change
 
@@ -313,7 +314,7 @@ def test_live_curvature_serves_where_nothing_was_replayed(run: Run) -> None:
 
 
 def test_signed_bias_and_its_sum_over_checkpoints(replayed: Run) -> None:
-    left, right = probe_figures.signed_bias(replayed).axes
+    left, right = story_figures.signed_bias(replayed).axes
     for k, name in enumerate(BLOCKS.groups, 1):
         assert list(y(line(left, name))) == [k, 2 * k]
         assert list(y(right.lines[k - 1])) == [k, 3 * k]
@@ -406,28 +407,33 @@ def test_runs_are_grouped_by_what_differs(runs: list[Run]) -> None:
     assert names_of(families.seeds_of(runs)) == ["base", "other"]
     base = runs[names_of(runs).index("base")]
     assert names_of(families.seeds_of([*runs, base])) == ["base", "other"]  # a seed that ran twice is drawn once
-    assert names_of(families.beta2_of(runs)) == ["base", "other", "low"]
+    assert names_of(story_families.beta2_of(runs)) == ["base", "other", "low"]
     # Of the three with AdamW and decay, the one with the beta2 and the seed of most.
-    assert sorted(names_of(families.optimizers_of(runs))) == ["base", "free", "sgd"]
-    assert families.seeds_of(runs[:2]) == families.optimizers_of(runs[:3]) == families.beta2_of(runs[1:3]) == []
+    assert sorted(names_of(story_families.optimizers_of(runs))) == ["base", "free", "sgd"]
+    assert (
+        families.seeds_of(runs[:2])
+        == story_families.optimizers_of(runs[:3])
+        == story_families.beta2_of(runs[1:3])
+        == []
+    )
 
 
 def test_optimizers_of_other_lengths_belong_together(runs: list[Run], tmp_path: Path) -> None:
     short = config("torch.optim.SGD", {"lr": 1e-3, "weight_decay": 0.5}, 42)
     short["trainer"]["max_steps"] = 2000
     added = write_run(tmp_path / "short", STEPS[:4], path_of(STEPS[:4]), short, learning_curve({100: (3.0, 0.1)}))
-    assert names_of(families.optimizers_of([*runs[:2], added])) == ["base", "short"]
+    assert names_of(story_families.optimizers_of([*runs[:2], added])) == ["base", "short"]
     loss = several.optimizers([*runs[:2], added]).axes[1]
     assert [list(x(part)) for part in loss.lines] == [list(CURVE), [100]]
 
 
 def test_optimizers_are_told_with_beta2_where_it_differs(runs: list[Run]) -> None:
-    assert families.optimizer_labels([runs[1], runs[3], runs[4]]) == [
+    assert story_families.optimizer_labels([runs[1], runs[3], runs[4]]) == [
         "AdamW, lr 1e-3, decay 0.5",
         "AdamW, lr 1e-3, decay 0",
         "SGD, lr 0.1, momentum 0.9, decay 0.05",
     ]
-    assert families.optimizer_labels(runs[:2]) == [
+    assert story_families.optimizer_labels(runs[:2]) == [
         "AdamW, lr 1e-3, decay 0.5, β₂ 0.8",
         "AdamW, lr 1e-3, decay 0.5, β₂ 0.95",
     ]
@@ -473,7 +479,7 @@ def test_many_runs_have_colours_and_lines_of_their_own(tmp_path: Path) -> None:
 
 def test_beta2_has_its_excess_beside_its_null(runs: list[Run]) -> None:
     left, right = several.beta2_pc1(runs).axes
-    chosen = families.beta2_of(runs)
+    chosen = story_families.beta2_of(runs)
     for name, label in (("pc1", "raw"), ("pc1_unit", "unit rows")):
         found = [calibrate_run(run)[name] for run in chosen]
         drawn = [y(part)[0] for part in left.lines if part.get_label() == f"PC1, {label}"]
@@ -501,7 +507,9 @@ def test_seeds_show_the_path_and_its_null(runs: list[Run]) -> None:
 def test_optimizers_show_the_share_beside_both_walks(runs: list[Run]) -> None:
     bars_of, *_ = several.optimizers(runs).axes
     found = [
-        calibrate_run(run, bootstrap=0)[name] for run in families.optimizers_of(runs) for name in ("pc1", "pc1_unit")
+        calibrate_run(run, bootstrap=0)[name]
+        for run in story_families.optimizers_of(runs)
+        for name in ("pc1", "pc1_unit")
     ]
     heights = np.array([part.get_height() for part in bars_of.patches if isinstance(part, Rectangle)])
     np.testing.assert_allclose(heights, np.array([100 * one.value for one in found]))

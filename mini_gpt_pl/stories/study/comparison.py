@@ -1,21 +1,20 @@
-"""Tables and sentences over several runs of stories, by what sets them apart: optimizer, beta2, seed, a reheat."""
+"""Tables over several runs of stories, by what sets them apart: optimizer, beta2, seed, a reheat."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.comparison import geometry, grouped, overview, require_comparable, seeds, subjects_of, unique
-from mini_gpt_pl.report.families import OF_OPTIMIZER, from_scratch, names, one_beta2, one_of_each_seed
-from mini_gpt_pl.report.findings import findings
+from mini_gpt_pl.report.families import from_scratch, one_of_each_seed
 from mini_gpt_pl.report.pooled import over_seeds
-from mini_gpt_pl.report.settings import diverged, optimizer_label
+from mini_gpt_pl.report.settings import optimizer_label
 from mini_gpt_pl.report.sheet import Table
-from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study.beta2_tables import beta2
-from mini_gpt_pl.stories.study.learning_tables import LOSS, fit_of
+from mini_gpt_pl.stories.study.families import OF_OPTIMIZER, one_beta2
+from mini_gpt_pl.stories.study.learning_tables import LOSS
 from mini_gpt_pl.stories.study.optimizer_tables import optimizers, outcome
-from mini_gpt_pl.stories.study.reheat_tables import gains, reheats
+from mini_gpt_pl.stories.study.reheat_tables import reheats
 from mini_gpt_pl.stories.study.tables import run_tables
 from mini_gpt_pl.stories.switches import P_OOD
 
@@ -53,20 +52,3 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int | None = None) -> list
         if len(kept) > 1:
             tables += seeds(kept, _OUTCOMES) + over_seeds(kept, run_tables)
     return unique([*tables, *reheats(logged, logged, {subject: subject.label for subject in logged})])
-
-
-def story_findings(runs: Sequence[Run]) -> list[Finding]:
-    """Collect what can be said across runs of stories."""
-    said = [*findings(runs), *_over_fitting(runs), *gains(runs)]
-    return sorted(said, key=lambda finding: finding.topic == "Diverged")  # it speaks of the sentences above it
-
-
-def _over_fitting(runs: Sequence[Run]) -> Iterator[Finding]:
-    called = names(runs)
-    sound = [run for run in from_scratch(runs) if (run.path / METRICS).is_file() and not diverged(run)]
-    fits = {called[run]: fit for run in sound if (fit := fit_of(run)) is not None}
-    over = {name: fit for name, fit in fits.items() if fit.overfits}
-    if over:
-        worst = max(over, key=lambda name: over[name].rise)
-        most = f"most in {worst}, by {over[worst].rise:.2f} nats since step {over[worst].best_step:,}"
-        yield Finding("Over-fitting", f"validation loss rose again in {len(over)} of {len(fits)} runs, {most}.", "runs")

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import BACKBONE, NULL, PC2, WIDTH, palette
 from mini_gpt_pl.report import overlays
-from mini_gpt_pl.report.families import beta2_of, from_scratch, names, optimizer_labels, optimizers_of, seeds_of
+from mini_gpt_pl.report.families import from_scratch, names, seeds_of
 from mini_gpt_pl.report.overlays import (
     LINE_HEIGHT,
     STYLES,
@@ -30,6 +30,7 @@ from mini_gpt_pl.report.overlays import (
 from mini_gpt_pl.report.settings import diverged, facts, plain
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories.study.families import beta2_of, optimizer_labels, optimizers_of
 from mini_gpt_pl.stories.study.story_figures import reheats
 
 _CURVES = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mini_gpt_pl.report.contents import Contents, Plate
 from mini_gpt_pl.report.subject import Backdrop
-from mini_gpt_pl.stories.study.comparison import comparison_tables, story_findings
+from mini_gpt_pl.stories.study.comparison import comparison_tables
+from mini_gpt_pl.stories.study.findings import story_findings
 from mini_gpt_pl.stories.study.learning_tables import LOSS, P_IN, learned
 from mini_gpt_pl.stories.study.sections import COMPARISON_SECTIONS, RUN_FIGURES, RUN_SECTIONS
 from mini_gpt_pl.stories.study.settings import lambda_change, story_facts

@@ -18,9 +18,17 @@ RUN_FIGURES: Mapping[str, Callable[[Run], Figure]] = {**general.RUN_FIGURES, **S
 
 
 def _with_own_names(section: Section[Run]) -> Section[Run]:
-    """Let a section of the core claim its tables under the names that the study gives them."""
+    """Let a section of the core claim its tables under the study's names, and show what a replay adds to it."""
     own = [table for name, (table, _) in BOOK.tables.items() if section.claims(name)]
-    return replace(section, tables=(*section.tables, *own))
+    more = _BIAS if section.anchor == "gradients" else ()
+    return replace(section, tables=(*section.tables, *own), plates=(*section.plates, *more))
+
+
+_BIAS = plates(
+    STORY_FIGURES,
+    signed_bias="Signed projection of gradients on each block's own backbone at the replayed checkpoints, bands of one "
+    "standard deviation over batches, and its sum over those checkpoints.",
+)
 
 
 RUN_SECTIONS: tuple[Section[Run], ...] = (

@@ -1,4 +1,4 @@
-"""Figures of one run of stories: its learning, the switches of its probe, logit lens, reheating."""
+"""Figures of one run of stories: its learning, signed bias, the switches of its probe, logit lens, reheating."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mini_gpt_pl.figures.plotting import (
     palette,
 )
 from mini_gpt_pl.report.settings import progress
-from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.report.subject import Subject, estimate
 from mini_gpt_pl.runs.folder import METRICS, Run
 from mini_gpt_pl.stories.study.learning_tables import fit_of
 from mini_gpt_pl.stories.study.reheat_tables import is_control, reheat_setting
@@ -62,6 +62,35 @@ def learning(run: Run) -> Figure:
     Subject.of(run).mark(right, left)
     for axes in (left, right):
         legend_below(axes, 1)
+    return figure
+
+
+def signed_bias(run: Run) -> Figure:
+    """Signed projection of batch gradients on each group's own v_b at replayed checkpoints, and its running sum.
+
+    Raises:
+        UserError: The run was not replayed.
+    """
+    run = Subject.of(run)
+    found = {step: record for step, record in run.replayed_at("bias").items() if record}
+    if not found:
+        raise UserError(f"the run {run.path} has no replay: replay it for the signed bias of its gradients")
+    figure = Figure(figsize=(WIDTH, 3.8))
+    left, right = figure.subplots(1, 2)
+    groups = [name for name in run.trajectory.groups if all(name in row for row in found.values())]
+    steps = list(found)
+    for name, colour in zip(groups, palette(len(groups)), strict=True):
+        mean, spread = (np.array([estimate(row[name])[k] for row in found.values()]) for k in (0, 1))
+        left.plot(steps, mean, "o-", ms=3, color=colour, label=name)
+        left.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.06, lw=0)
+        right.plot(steps, np.cumsum(mean), "o-", ms=3, color=colour)
+    for axes, label in ((left, "$b_l=\\langle g,v_b\\rangle$, mean and sd"), (right, "$B_l$, running sum")):
+        axes.axhline(0, color=NULL, lw=1.2, ls=":")
+        axes.set(xlabel="step")
+        axes.set_title(label, fontsize=9)
+    run.mark(left, right)
+    left.plot([], [], ":", color=NULL, lw=1.2, label="no bias")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
@@ -225,6 +254,7 @@ def _parent(record: Mapping[str, Any]) -> Run | None:
 
 STORY_FIGURES: dict[str, Callable[[Run], Figure]] = {
     "learning": learning,
+    "signed_bias": signed_bias,
     "switching": switching,
     "logit_lens": logit_lens,
     "reheating": reheating,

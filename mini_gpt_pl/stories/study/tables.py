@@ -9,6 +9,7 @@ from mini_gpt_pl.runs.folder import Run, require_reportable
 from mini_gpt_pl.stories.study.beside import main_run
 from mini_gpt_pl.stories.study.learning_tables import learning, logit_lens
 from mini_gpt_pl.stories.study.reheat_tables import reheats
+from mini_gpt_pl.stories.study.replay_tables import replay_tables
 from mini_gpt_pl.stories.study.switch_tables import switches
 
 
@@ -22,5 +23,7 @@ def run_tables(run: Run) -> list[Table]:
     subject, beside = Subject.of(run), main_run(run)
     found = (learning(subject, beside) if subject.has_metrics else []) + general_tables(subject, beside)
     if subject.moved and subject.has_metrics:
+        replayed = replay_tables(subject, beside)
+        found = [table for table in found if table.name not in {other.name for other in replayed}] + replayed
         found += logit_lens(subject, beside) + switches(subject, beside)
     return found + (reheats([subject]) if run.reheated is not None else [])
