@@ -15,7 +15,7 @@ from pathlib import Path
 from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path.nulls import Calibrated, calibrate
-from mini_gpt_pl.report.calibration import QUANTITIES
+from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.sheet import Cell, Row, Table, gap, number, tabulate, word, write_tables
 from mini_gpt_pl.report.statistics import t_interval
 from mini_gpt_pl.runs.folder import Run, runs_below
@@ -66,7 +66,8 @@ def same_steps(columns: Sequence[tuple[str, Sequence[Run]]], step: int, name: st
     for quantity in learned[columns[0][0]][0]:
         cells = {label: _cell([found[quantity] for found in learned[label]], "{:.3f}") for label, _ in columns}
         rows.append({"quantity": word(quantity), **cells})
-    for key, (words, form) in QUANTITIES.items():
+    for key, one in statistics().items():
+        words, form = one.title, one.format
         row = {"quantity": word(words)}
         for label, _ in columns:
             values = [found[key] for found in paths[label]]

@@ -85,9 +85,15 @@ def headline(run: Run) -> Headline:
 
 def _verdict(name: str, found: Calibrated) -> Verdict:
     cells = written(name, found)
-    shown = (cells[column] for column in ("measured", "decaying walk", "excess", "95 %"))
-    stands_out = not found.low <= 0 <= found.high
-    return Verdict(statistics()[name].title, *shown, stands_out=stands_out, said=conclusion(found))
+    return Verdict(
+        statistics()[name].title,
+        cells["measured"],
+        cells["decaying walk"],
+        cells["excess"],
+        cells["95 %"],
+        stands_out=not found.low <= 0 <= found.high,
+        said=conclusion(found),
+    )
 
 
 def _sentence(run: Run) -> str:

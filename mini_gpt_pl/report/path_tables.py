@@ -261,11 +261,11 @@ def growth_laws(subject: Subject, beside: Beside) -> list[Table]:
     for (lo, hi), key in inside.items():
         for name, words in (("a", "|a| ~ t^"), ("r", "||r|| ~ t^")):
             if (value := found.get(f"exponent_{name}_{lo}_{hi}")) is not None:
-                lead = {"quantity": word(f"exponent of {words}"), "steps": word(f"({lo:,}, {hi:,}]")}
-                rows.add(value, f"exponent_{name}_{key}", "{:+.2f}", **lead)
+                lead = word(f"exponent of {words}")
+                rows.add(value, f"exponent_{name}_{key}", "{:+.2f}", quantity=lead, steps=word(f"({lo:,}, {hi:,}]"))
     if (value := found.get("early_late")) is not None:
-        lead = {"quantity": word("|<v_E, v_L>|"), "steps": word(f"before and after {border:,}")}
-        rows.add(value, "early_late", "{:.3f}", **lead)
+        where = word(f"before and after {border:,}")
+        rows.add(value, "early_late", "{:.3f}", quantity=word("|<v_E, v_L>|"), steps=where)
     published = dict(inside)
     if subject.last_step == subject.length:
         published[whole] = f"0_{growth.WINDOWS[-1][1]}"
@@ -275,8 +275,8 @@ def growth_laws(subject: Subject, beside: Beside) -> list[Table]:
         for lo, hi in dict.fromkeys((whole, *inside)):
             if (value := found.get(f"correlation_{lo}_{hi}")) is not None:
                 key = f"correlation_{published[lo, hi]}" if (lo, hi) in published else ""
-                lead = {"quantity": word(f"correlation of {metric} and ||r||"), "steps": word(f"({lo:,}, {hi:,}]")}
-                rows.add(value, key, "{:+.2f}", **lead)
+                lead = word(f"correlation of {metric} and ||r||")
+                rows.add(value, key, "{:+.2f}", quantity=lead, steps=word(f"({lo:,}, {hi:,}]"))
     return rows.table(
         "growth",
         "How coordinate and residual grow",

@@ -146,10 +146,9 @@ def facts(run: Run) -> Mapping[str, Any]:
     A run of a study has the facts that the study names.
     """
     if "facts" in run.__dict__:  # a subject of a report, which has asked before
-        return run.__dict__["facts"]  # type: ignore[no-any-return]
+        return run.__dict__["facts"]
     task = tasks().get(run.task)
-    found: Mapping[str, Any] = general_facts(run) if task is None else task.report_contents.facts(run)
-    return found
+    return general_facts(run) if task is None else task.report_contents.facts(run)
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,8 @@ def test_a_configuration_of_somebodys_own_command_line_is_read(foreign: Run) -> 
     }
     (foreign.path / "config.yaml").write_text(yaml.safe_dump(config))
     shown = headline(Run(foreign.path))
-    assert shown.facts | {"model": "ViT", "optimizer": "SGD", "epochs": "5", "examples a step": "32"} == shown.facts
+    wanted = {"model": "ViT", "optimizer": "SGD", "epochs": "5", "examples a step": "32"}
+    assert {name: shown.facts[name] for name in wanted} == wanted
     assert (
         shown.sentence == "SGD, lr 0.1, momentum 0.9; ViT; seed 3; recorded up to step 400, its end is not on record."
     )
@@ -155,7 +157,10 @@ class Small(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = [{"params": self.body.parameters(), "weight_decay": 0.1}, {"params": self.head.parameters()}]
+        groups: list[dict[str, Any]] = [
+            {"params": self.body.parameters(), "weight_decay": 0.1},
+            {"params": self.head.parameters()},
+        ]
         return torch.optim.AdamW(groups, lr=torch.tensor(0.01), weight_decay=0.0)
 
 
