@@ -59,7 +59,7 @@ def run(line: str, *, verbose: bool = False) -> Any:
 
 def overview() -> str:
     """List the commands."""
-    lines = "\n".join(f"  {name:<10} {words}" for name, (_, words) in commands().items())
+    lines = "\n".join(f"  {name:<14} {words}" for name, (_, words) in commands().items())
     return f"usage: mini_gpt_pl COMMAND [OPTIONS]\n\n{lines}\n\nmini_gpt_pl COMMAND --help lists its options."
 
 

@@ -115,6 +115,21 @@ def _residues(model: str, data: str, *more_from_data: str) -> Task:
         metrics="arithmetic/metrics.yaml",
         from_data=("vocab_size", "classes", "length", "causal", *more_from_data),
         from_seed=("model.seed", "data.seed"),
+        commands={
+            "overlaps": (
+                "mini_gpt_pl.arithmetic.study.overlaps",
+                "Compare the subspaces of paths over layers and runs.",
+            ),
+            "routing": ("mini_gpt_pl.arithmetic.routing", "Ask whether a run's path steers its attention."),
+            "reconstruction": (
+                "mini_gpt_pl.arithmetic.reconstruction",
+                "Rebuild a run's final weights from few directions.",
+            ),
+            "interventions": (
+                "mini_gpt_pl.arithmetic.study.interventions",
+                "Compare the arms of an intervention over seeds.",
+            ),
+        },
     )
 
 

@@ -1,7 +1,5 @@
 r"""Whether paths of other seeds, and of other layers, run through the same subspace, beside what decay alone shares.
 
-python -m mini_gpt_pl.arithmetic.overlaps runs/grokking/* --out overlaps
-
 Compared are the first k centred principal directions of each attention matrix's path, from the snapshots of finished
 runs. All blocks of a run start from the same theta_0, and runs of one seed do: two paths that merely decay move along
 that one axis, and their subspaces overlap although nothing was learned. So beside each overlap stand that of random
@@ -16,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +22,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.arithmetic.statistics.routing import chosen_groups
-from mini_gpt_pl.command_line import CommandParser, one_line_errors
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions import subspace
 from mini_gpt_pl.geometry.directions.subspace import Basis, Block
@@ -35,7 +31,7 @@ from mini_gpt_pl.geometry.path.rebuild import recorded_selection
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, steps_in
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
-from mini_gpt_pl.runs.folder import Run, runs_below
+from mini_gpt_pl.runs.folder import Run
 
 ATTENTION = r"attn\.w_[qkvo]$"
 LAYERS = "two layers of one run"
@@ -235,29 +231,3 @@ def _largest_by_chance(ka: int, kb: int, dim: int) -> float:
     both = a + factor @ factor.transpose(0, 2, 1)
     squares = np.linalg.eigvals(np.linalg.solve(both, a)).real.max(-1)
     return float(np.quantile(np.sqrt(np.clip(squares, 0.0, 1.0)), 0.95))
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Print the table, and write it and that of all pairs where asked to."""
-    from mini_gpt_pl.arithmetic.study.overlaps import overlap_tables  # late: reports import this module
-    from mini_gpt_pl.report.sheet import write_tables
-
-    parser = CommandParser("overlaps", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "runs", type=Path, nargs="+", help="run folders of one model, with snapshots, or folders of these"
-    )
-    parser.add_argument("--k", type=int, default=2, help="directions of each path")
-    parser.add_argument("--until", type=int, help="last step that counts; that of the shortest run without it")
-    parser.add_argument("--groups", default=ATTENTION, help="which recorded groups, searched in their names")
-    parser.add_argument("--out", type=Path, help="folder for the tables, as CSV and Markdown")
-    told = parser.parse_args(args)
-    runs = [Run(path) for given in told.runs for path in runs_below(given)]
-    tables = overlap_tables(runs, told.k, told.until, told.groups)
-    if told.out is not None:
-        write_tables(tables, told.out)
-    print(tables[0].markdown())
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -1,6 +1,6 @@
 """Accuracy of a finished run rebuilt from few directions, in sample and out of sample, beside random ones.
 
-python -m mini_gpt_pl.arithmetic.reconstruction runs/grokking/multitask --other runs/grokking/second --out rebuilt.csv
+mini_gpt_pl reconstruction runs/grokking/multitask --other runs/grokking/second --out rebuilt.csv
 
 The run's recorder must have kept all weights, as in configs/grokking/multitask.yaml.
 """
@@ -21,7 +21,7 @@ from mini_gpt_pl.arithmetic.restore import recorded, restore, vectors
 from mini_gpt_pl.arithmetic.statistics import reconstruction
 from mini_gpt_pl.arithmetic.statistics.reconstruction import Rebuilt
 from mini_gpt_pl.atomic import write_text
-from mini_gpt_pl.command_line import CommandParser, one_line_errors
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import pca
 from mini_gpt_pl.geometry.vectors.selection import Vector
@@ -146,19 +146,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random directions")
     parser.add_argument("--level", type=float, default=0.98, help="share of the end's accuracy that k* keeps")
     parser.add_argument("--out", type=Path, help="CSV file for the table; k* goes into one beside it, NAME_fewest.csv")
-    told = parser.parse_args(args)
-    if told.out is not None and not told.out.parent.is_dir():
-        raise UserError(f"there is no folder {told.out.parent} to write {told.out.name} into: make it first")
-    found = rebuild(Run(told.run), None if told.other is None else Run(told.other), told.k, told.seed)
-    fewest = fewest_directions(found, told.level)
-    if told.out is not None:
-        write_text(told.out, found.to_csv(index=False))
-        write_text(told.out.with_name(f"{told.out.stem}_fewest.csv"), fewest.to_csv(index=False))
+    options = parser.parse_args(args)
+    if options.out is not None and not options.out.parent.is_dir():
+        raise UserError(f"there is no folder {options.out.parent} to write {options.out.name} into: make it first")
+    found = rebuild(Run(options.run), None if options.other is None else Run(options.other), options.k, options.seed)
+    fewest = fewest_directions(found, options.level)
+    if options.out is not None:
+        write_text(options.out, found.to_csv(index=False))
+        write_text(options.out.with_name(f"{options.out.stem}_fewest.csv"), fewest.to_csv(index=False))
     print(found.to_string(index=False, float_format="{:.4f}".format))
-    print(f"\nk*, directions from which on {told.level:.0%} of the accuracy at the end is kept; - for none of them")
+    print(f"\nk*, directions from which on {options.level:.0%} of the accuracy at the end is kept; - for none of them")
     print(fewest.astype(object).where(fewest.notna(), "-").to_string(index=False))
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

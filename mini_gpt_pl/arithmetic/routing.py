@@ -1,6 +1,6 @@
 """Whether a run's path steers its attention: changes of path scores against changes of entropy.
 
-python -m mini_gpt_pl.arithmetic.routing runs/grokking/markers --start 1000
+mini_gpt_pl routing runs/grokking/markers --start 1000
 
 The run's `AttentionProbe` and recorder have one schedule, as configs/grokking/attention.yaml gives them.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from mini_gpt_pl.arithmetic.statistics.routing import steered
-from mini_gpt_pl.command_line import CommandParser, one_line_errors
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.folder import Run
 
@@ -62,10 +62,5 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--groups", default=r"w_[qk]$", help="which recorded groups, searched in their names")
     parser.add_argument("--k", type=int, default=3, help="number of principal directions")
     parser.add_argument("--start", type=int, default=0, help="first step that counts")
-    told = parser.parse_args(args)
-    print(routing(Run(told.run), told.groups, told.k, told.start).to_string(index=False, float_format="{:.4f}".format))
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    options = parser.parse_args(args)
+    print(routing(Run(options.run), options.groups, options.k, options.start).to_string(index=False, float_format="{:.4f}".format))

@@ -12,8 +12,8 @@ import yaml
 from conftest import flat_selection, normal, one_line_error
 from torch import Tensor
 
-from mini_gpt_pl.arithmetic.overlaps import LAYERS, Angles, Overlap, main, overlaps
-from mini_gpt_pl.arithmetic.study.overlaps import overlap_sections, overlap_tables
+from mini_gpt_pl.arithmetic.overlaps import LAYERS, Angles, Overlap, overlaps
+from mini_gpt_pl.arithmetic.study.overlaps import main, overlap_sections, overlap_tables
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions import subspace
 from mini_gpt_pl.geometry.path.rows import IncrementRows

@@ -15,7 +15,6 @@ ROOMS = ("mini_gpt_pl", "callbacks")
 OPTIONAL = ("wandb", "datasets", "tiktoken", "pandas", "matplotlib", "scipy", "jinja2", "jsonargparse", "PIL")
 # Imports that stand in a function because what they load takes seconds, and most calls do without.
 LATE = {
-    "mini_gpt_pl/arithmetic/overlaps.py": 2,
     "mini_gpt_pl/report/page.py": 1,
     "mini_gpt_pl/sweep/command.py": 1,
 }

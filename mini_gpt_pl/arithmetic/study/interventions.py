@@ -1,11 +1,10 @@
 """Arms of an intervention over seeds: when runs generalised, those that did not by their cap being censored.
 
-python -m mini_gpt_pl.arithmetic.study.interventions runs/interventions/arms --out runs/interventions/tables
+mini_gpt_pl interventions runs/interventions/arms --out runs/interventions/tables
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from mini_gpt_pl.arithmetic.statistics.lifetimes import Lifetimes
 from mini_gpt_pl.arithmetic.study.intervention_claims import claims_table
 from mini_gpt_pl.arithmetic.study.intervention_runs import Delays, Ended, arms_below, ended, survival
-from mini_gpt_pl.command_line import one_line_errors
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import DISTINCT, STYLE, WIDTH, legend_below, save
 from mini_gpt_pl.report.sheet import EMPTY, Cell, Row, Table, number, tabulate, word, write_tables
@@ -146,24 +145,19 @@ def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: s
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write tables and figure of the runs below a sweep's folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("interventions", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="folder of the sweep's runs")
     parser.add_argument("--control", default="none", help="arm without intervention")
     parser.add_argument("--operation", help="of a sweep over operations: the runs of this one only")
     parser.add_argument("--milestone", default="test_90", help="what counts as having generalised")
     parser.add_argument("--draw", nargs="+", default=None, help="arms in the figure (default: the first ten)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables and the figure")
-    given = parser.parse_args(args)
-    with one_line_errors():
-        arms = arms_below(given.runs, given.operation)
-        made = tables(arms, given.control, given.milestone)
-        written = write_tables(made, given.out)
-        written += save(figure(arms, given.draw or list(arms), given.milestone), given.out, "interventions")
+    options = parser.parse_args(args)
+    arms = arms_below(options.runs, options.operation)
+    made = tables(arms, options.control, options.milestone)
+    written = write_tables(made, options.out)
+    written += save(figure(arms, options.draw or list(arms), options.milestone), options.out, "interventions")
     for table in made[:2]:
         print(table.markdown())
     for path in written:
         print(path)
-
-
-if __name__ == "__main__":
-    main()

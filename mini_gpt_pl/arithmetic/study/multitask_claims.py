@@ -16,7 +16,7 @@ from mini_gpt_pl.runs.folder import Run
 _PUBLISHED_ORDER = ("mul", "x2_y2", "add")
 _NOT_HERE = (
     "Not repeated here: ρ of 1.000, which any few directions give; the deletion of gradients, pruning and truncation. "
-    "`python -m mini_gpt_pl.arithmetic.reconstruction RUN` prints how many directions rebuild a run (published: 4 to 8 "
+    "`mini_gpt_pl reconstruction RUN` prints how many directions rebuild a run (published: 4 to 8 "
     "of the whole run's, which know its end) beside bases that do not know the end."
 )
 

@@ -1,17 +1,22 @@
-"""Tables of overlaps: do other seeds and other layers move in the same subspace, and would decay alone?"""
+"""Tables of overlaps: do other seeds and other layers move in the same subspace, and would decay alone?
+
+mini_gpt_pl overlaps runs/grokking/* --out overlaps
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from mini_gpt_pl.arithmetic.overlaps import ATTENTION, LAYERS, Overlap, overlaps
 from mini_gpt_pl.arithmetic.study.runs import DECAYING, NULLS
 from mini_gpt_pl.arithmetic.study.tables import short
+from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
-from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word, write_tables
+from mini_gpt_pl.runs.folder import Run, runs_below
 
 _SHARE, _COSINE = "{:.2%}", "{:.3f}"
 _NOTES = (
@@ -102,3 +107,21 @@ def _cells(part: Sequence[Overlap]) -> dict[str, Cell]:
 
 def _mean(values: Sequence[float], form: str, *, spread: bool = False) -> Cell:
     return number(statistics.fmean(values), form, statistics.stdev(values) if spread and len(values) > 1 else None)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Print the table of means; with `--out`, write it and the table of all pairs."""
+    parser = CommandParser("overlaps", description="Compare the subspaces of paths over layers and runs.")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="run folders of one model, with snapshots, or folders of these"
+    )
+    parser.add_argument("--k", type=int, default=2, help="directions of each path")
+    parser.add_argument("--until", type=int, help="last step that counts; that of the shortest run without it")
+    parser.add_argument("--groups", default=ATTENTION, help="which recorded groups, searched in their names")
+    parser.add_argument("--out", type=Path, help="folder for the tables, as CSV and Markdown")
+    options = parser.parse_args(args)
+    runs = [Run(path) for folder in options.runs for path in runs_below(folder)]
+    tables = overlap_tables(runs, options.k, options.until, options.groups)
+    if options.out is not None:
+        write_tables(tables, options.out)
+    print(tables[0].markdown())
