@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,9 @@ from typing_extensions import override
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.logs import log_now
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Milestone:
     of: str
     level: float
     in_a_row: int = 1
+
+    def in_series(self, accuracy: pd.Series[float]) -> int | None:
+        """Return the same as `reached`, of accuracies by step."""
+        return self.reached([int(step) for step in accuracy.index], accuracy.tolist())
 
     def reached(self, steps: Sequence[int], accuracy: Sequence[float]) -> int | None:
         """Return the step at which it was reached, None if it was not.
@@ -50,10 +57,14 @@ class Milestone:
         return None
 
 
+MEMORISED = Milestone("train_99", "train", 0.99)
+BEGUN = Milestone("test_10", "test", 0.10)
+"""Where a report lets the plateau end; it is not logged."""
+GENERALISED = Milestone("test_90", "test", 0.90)
 MILESTONES: tuple[Milestone, ...] = (
-    Milestone("train_99", "train", 0.99),
+    MEMORISED,
     Milestone("test_50", "test", 0.50),
-    Milestone("test_90", "test", 0.90),
+    GENERALISED,
     Milestone("test_95", "test", 0.95),
     Milestone("test_98", "test", 0.98),
     Milestone("test_98_thrice", "test", 0.98, in_a_row=3),

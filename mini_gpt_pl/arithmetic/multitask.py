@@ -170,6 +170,6 @@ def milestones_of(run: Run, task: str) -> dict[str, int | None]:
         series = run.series(f"eval/{milestone.of}_{task}_accuracy")
         if series.empty:
             raise UserError(f"{run.path} recorded no accuracy of a task {task!r}: give one of its data.operations")
-        return milestone.reached([int(step) for step in series.index], series.tolist())
+        return milestone.in_series(series)
 
     return {milestone.name: of(milestone) for milestone in MILESTONES}

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mini_gpt_pl.arithmetic.milestones import MILESTONES
+from mini_gpt_pl.arithmetic.milestones import MEMORISED
 from mini_gpt_pl.arithmetic.module import ResidueClassifier
 from mini_gpt_pl.arithmetic.operations import Examples
 from mini_gpt_pl.arithmetic.restore import recorded, restore, vectors
@@ -120,10 +120,8 @@ def _bases(
 def _early(run: Run) -> list[int]:
     """Snapshots at memorisation, half and nine tenths of the run: bases that do not know its end."""
     steps = run.trajectory.steps
-    memorised = next(m for m in MILESTONES if m.name == "train_99")
-    series = run.series("eval/train_accuracy")
-    at = memorised.reached([int(step) for step in series.index], series.tolist())
-    wanted = [*([] if at is None else [at]), 0.5 * steps[-1], 0.9 * steps[-1]]
+    memorised = MEMORISED.in_series(run.series("eval/train_accuracy"))
+    wanted = [*([] if memorised is None else [memorised]), 0.5 * steps[-1], 0.9 * steps[-1]]
     nearest = {max(step for step in steps if step <= max(limit, steps[1])) for limit in wanted}
     return sorted(nearest)
 

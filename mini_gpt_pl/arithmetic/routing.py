@@ -63,4 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=3, help="number of principal directions")
     parser.add_argument("--start", type=int, default=0, help="first step that counts")
     options = parser.parse_args(args)
-    print(routing(Run(options.run), options.groups, options.k, options.start).to_string(index=False, float_format="{:.4f}".format))
+    print(
+        routing(Run(options.run), options.groups, options.k, options.start).to_string(
+            index=False, float_format="{:.4f}".format
+        )
+    )

@@ -80,7 +80,15 @@ def family(folder: Path, defects: Mapping[bool, Mapping[str, Series]], seeds: in
 
 def test_milestones_and_phases_of_a_run(tmp_path: Path) -> None:
     run = one(write(tmp_path / "a", grokking(1200), VANISHING))
-    assert run.steps == {"train_99": 300, "t10": 1200, "t50": 1200, "t90": 1200, "t95": 1200, "t98": 1200, "stop": 1400}
+    assert run.steps == {
+        "train_99": 300,
+        "test_10": 1200,
+        "test_50": 1200,
+        "test_90": 1200,
+        "test_95": 1200,
+        "test_98": 1200,
+        "test_98_thrice": 1400,
+    }
     assert run.cut == Window("to the stop", 0, 1400)
     assert [(w.name, w.first, w.last) for w in run.phases[1:]] == [
         ("memorisation", 0, 300),
@@ -94,7 +102,7 @@ def test_a_run_that_only_memorises_ends_on_its_plateau(tmp_path: Path) -> None:
     run = one(write(tmp_path / "a", memorising(), VANISHING))
     assert not run.groks and run.cut.last == 2000
     assert [w.name for w in run.phases[1:]] == ["memorisation", "plateau"]
-    assert phases({"train_99": None, "t10": 100, "stop": None}, 500) == []
+    assert phases({"train_99": None, "test_10": 100, "test_98_thrice": None}, 500) == []
 
 
 def test_runs_are_compared_over_the_same_steps_whatever_their_own(tmp_path: Path) -> None:
@@ -460,7 +468,7 @@ def test_correlations_are_given_memorisation_and_the_norm(tmp_path: Path) -> Non
         frame.to_csv(run.path / "metrics.csv", index=False)
         runs.append(Run(run.path))
     row = numbers(tables(runs)["grokking_discrimination"], "clock").loc[ONSET]
-    known = [(clock_steps(run), run.steps["t90"]) for run in grokking_runs(runs)]
+    known = [(clock_steps(run), run.steps["test_90"]) for run in grokking_runs(runs)]
     columns = np.array([[c[ONSET], t90, c["train 99 %"], c["‖θ‖ halved"]] for c, t90 in known], dtype=float)
     design = np.column_stack([np.ones(8), columns[:, 2:]])
     left = columns[:, :2] - design @ np.linalg.lstsq(design, columns[:, :2], rcond=None)[0]

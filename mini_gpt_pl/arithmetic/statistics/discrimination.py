@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from scipy import stats
 
 from mini_gpt_pl.arithmetic.statistics.onset import Number, lead
 from mini_gpt_pl.errors import UserError
@@ -240,4 +241,5 @@ def sign_test(leads: Sequence[Number | None], clusters: Clusters | None = None) 
             by_unit.setdefault(name, []).append(value)
     medians = [statistics.median(values) for values in by_unit.values()]
     positive, units = sum(m > 0 for m in medians), sum(m != 0 for m in medians)
-    return SignTest(positive, units, sum(math.comb(units, k) for k in range(positive, units + 1)) / 2**units)
+    p = float(stats.binomtest(positive, units, alternative="greater").pvalue) if units else 1.0
+    return SignTest(positive, units, p)

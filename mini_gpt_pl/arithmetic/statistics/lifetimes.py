@@ -1,19 +1,18 @@
-r"""How long until it happens, when some runs are stopped before: the product-limit estimate of Kaplan and Meier (1958).
+"""How long until it happens, when some runs are stopped before: the product-limit estimate of Kaplan and Meier (1958).
 
-A run that has not generalised at its cap is not a run that never does. It is censored: it says that the time is longer
-than the cap, and no more.
+A run that has not generalised when it is stopped is not a run that never does. It is censored: it says that the time is
+longer than that, and no more.
 """
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
 
 from mini_gpt_pl.arithmetic.statistics.onset import Number
 from mini_gpt_pl.errors import UserError
@@ -21,23 +20,21 @@ from mini_gpt_pl.errors import UserError
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """Share of runs that it has not yet happened to, S(t), after each distinct time, stopped runs included.
+    """Share of runs that it has not yet happened to, S(t), after each distinct time, those of stopped runs included.
 
     Args:
         times: Ascending, in the unit given.
         surviving: S(t).
-        error: Its standard error (Greenwood 1926); NaN once nobody survives.
         low: Lower end of the interval from ln(-ln S), which stays within 0 and 1; NaN where S is 0 or 1.
         high: Its upper end.
         at_risk: Runs that were still going just before.
     """
 
-    times: Float[Tensor, " k"]
-    surviving: Float[Tensor, " k"]
-    error: Float[Tensor, " k"]
-    low: Float[Tensor, " k"]
-    high: Float[Tensor, " k"]
-    at_risk: Int[Tensor, " k"]
+    times: Float[np.ndarray, " k"]
+    surviving: Float[np.ndarray, " k"]
+    low: Float[np.ndarray, " k"]
+    high: Float[np.ndarray, " k"]
+    at_risk: Int[np.ndarray, " k"]
 
     @property
     def median(self) -> float | None:
@@ -47,12 +44,12 @@ class Lifetimes:
 
 
 def kaplan_meier(times: Sequence[Number | None], cap: Number | Sequence[Number], confidence: float = 0.95) -> Lifetimes:
-    r"""Estimate S(t) = prod over t_i <= t of (1 - d_i / n_i), with d_i events among n_i runs at risk.
+    """Estimate S(t) = prod over t_i <= t of (1 - d_i / n_i), with d_i events among n_i runs at risk.
 
     Args:
         times: When it happened in each run, None where it had not when the run was stopped.
         cap: Where runs were stopped: one for all, or one for each.
-        confidence: Of the interval, S^exp(-+ z sigma), sigma^2 = sum d_i / (n_i (n_i - d_i)) / ln(S)^2.
+        confidence: Of the interval.
 
     Raises:
         UserError: There are no runs, or not one cap for each run, or it happened after the cap.
@@ -62,19 +59,12 @@ def kaplan_meier(times: Sequence[Number | None], cap: Number | Sequence[Number],
         raise UserError(f"{len(times)} runs have {len(caps)} caps: give at least one run, and one cap for each")
     if late := [t for t, end in zip(times, caps, strict=True) if t is not None and t > end]:
         raise UserError(f"it happened at {late[0]}, after the run was stopped: give the cap that the run had")
-    ends = torch.tensor([end if t is None else t for t, end in zip(times, caps, strict=True)], dtype=torch.float64)
-    happened = torch.tensor([t is not None for t in times])
-    return _product_limit(ends, happened, NormalDist().inv_cdf((1 + confidence) / 2))
-
-
-def _product_limit(ends: Float[Tensor, " R"], happened: Bool[Tensor, " R"], z: float) -> Lifetimes:
-    distinct = ends.unique()
-    at_risk = (ends >= distinct[:, None]).sum(1)
-    events = ((ends == distinct[:, None]) & happened).sum(1)
-    surviving = (1 - events / at_risk.double()).cumprod(0)
-    spread = (events / (at_risk * (at_risk - events)).double()).cumsum(0).sqrt()
-    scale = torch.exp(z * spread / surviving.log().abs())
-    inside = (surviving > 0) & (surviving < 1)
-    low, high = (torch.where(inside, surviving**power, math.nan) for power in (scale, 1 / scale))
-    error = torch.where(surviving > 0, surviving * spread, math.nan)
-    return Lifetimes(distinct, surviving, error, low, high, at_risk)
+    ends = np.array([end if t is None else t for t, end in zip(times, caps, strict=True)], dtype=float)
+    curve = stats.ecdf(stats.CensoredData.right_censored(ends, [t is None for t in times])).sf
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the interval is undefined where S is 0 or 1
+        interval = curve.confidence_interval(confidence, method="log-log")
+    inside = (curve.probabilities > 0) & (curve.probabilities < 1)
+    low, high = (np.where(inside, end.probabilities, np.nan) for end in (interval.low, interval.high))
+    at_risk = (ends >= curve.quantiles[:, None]).sum(1)
+    return Lifetimes(curve.quantiles, curve.probabilities, low, high, at_risk)

@@ -1,4 +1,4 @@
-r"""When something begins: onset rules, generalisation steps, and leads, as functions of recorded series.
+r"""When something begins: onset rules and leads, as functions of recorded series.
 
 Every rule is a function of (steps, values) that returns an optimizer step or None for never. Values that are NaN were
 not resolved (a commutator defect below rounding): they are left out before a rule counts records, so they are neither a
@@ -14,53 +14,10 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Literal
 
 # Counts are as good as measured values.
 Number = int | float
 Rule = Callable[[Sequence[int], Sequence[Number]], int | None]
-
-
-def first_reaching(
-    steps: Sequence[int],
-    values: Sequence[Number],
-    level: Number,
-    consecutive: int = 1,
-    report: Literal["first", "last"] = "last",
-) -> int | None:
-    """Step at which a series is at or above a level in consecutive records.
-
-    Args:
-        steps: Optimizer step of each record.
-        values: The series.
-        level: To be reached.
-        consecutive: Length of the run of records.
-        report: Its first record, when it began, or its last, when it is known and a run can be stopped.
-    """
-    return _first_run(*_resolved(steps, values), lambda value: value >= level, consecutive, report)
-
-
-def first_below(
-    steps: Sequence[int],
-    values: Sequence[Number],
-    level: Number,
-    consecutive: int = 1,
-    report: Literal["first", "last"] = "last",
-) -> int | None:
-    """Step at which a series is below a level in consecutive records; arguments as in `first_reaching`."""
-    return _first_run(*_resolved(steps, values), lambda value: value < level, consecutive, report)
-
-
-# ---------------------------------------------------------------------------------------------- generalisation
-
-# The four "grok steps" in use, level and number of consecutive evaluations of test accuracy. The paper's table and its
-# lead times take t90, a spectral script t95, the multi-seed runs t98, and "stop" ends a run.
-GROK_STEPS: Mapping[str, tuple[float, int]] = {"t90": (0.90, 1), "t95": (0.95, 1), "t98": (0.98, 1), "stop": (0.98, 3)}
-
-
-def grok_steps(steps: Sequence[int], accuracy: Sequence[Number]) -> dict[str, int | None]:
-    """Every definition of `GROK_STEPS` for one series of test accuracies; "stop" is the third evaluation of three."""
-    return {name: first_reaching(steps, accuracy, level, run) for name, (level, run) in GROK_STEPS.items()}
 
 
 # ------------------------------------------------------------------------------------------------- onset rules
@@ -97,7 +54,7 @@ def threefold(steps: Sequence[int], defects: Sequence[Number]) -> int | None:
     if not values:
         return None
     bar = 3.0 * statistics.median(values[: max(1, int(0.3 * len(values)))])
-    return _first_run(kept, values, lambda value: value > bar, 3, "first")
+    return _first_run(kept, values, lambda value: value > bar, 3)
 
 
 def three_sigma(steps: Sequence[int], defects: Sequence[Number]) -> int | None:
@@ -109,12 +66,7 @@ def three_sigma(steps: Sequence[int], defects: Sequence[Number]) -> int | None:
     if len(values) < 12:
         return None
     bar = statistics.fmean(values[:10]) + 3.0 * statistics.pstdev(values[:10])
-    return _first_run(kept[10:], values[10:], lambda value: value > bar, 2, "first")
-
-
-def negative_curvature(steps: Sequence[int], lowest: Sequence[Number]) -> int | None:
-    """First of three records in a row whose lowest Hessian eigenvalue is below -0.01 (arXiv 2602.18523)."""
-    return first_below(steps, lowest, -0.01, 3, "first")
+    return _first_run(kept[10:], values[10:], lambda value: value > bar, 2)
 
 
 # Rules for a commutator defect. A report on several runs shows them side by side.
@@ -149,21 +101,17 @@ def lead(onset: Number | None, generalised: Number | None, horizon: Number | Non
 
 
 def _resolved(steps: Sequence[int], values: Sequence[Number]) -> tuple[list[int], list[Number]]:
-    """Records whose value is known."""
+    """Leave out records whose value is NaN."""
     kept = [(step, value) for step, value in zip(steps, values, strict=True) if not math.isnan(value)]
     return [step for step, _ in kept], [value for _, value in kept]
 
 
 def _first_run(
-    steps: Sequence[int],
-    values: Sequence[Number],
-    hit: Callable[[Number], bool],
-    consecutive: int,
-    report: Literal["first", "last"],
+    steps: Sequence[int], values: Sequence[Number], hit: Callable[[Number], bool], consecutive: int
 ) -> int | None:
-    """Step of the first run of `consecutive` records that hit."""
+    """First step of the first `consecutive` records in a row that hit."""
     for hits, records in groupby(zip(steps, values, strict=True), key=lambda record: hit(record[1])):
         run = [step for step, _ in records]
         if hits and len(run) >= consecutive:
-            return run[0] if report == "first" else run[consecutive - 1]
+            return run[0]
     return None

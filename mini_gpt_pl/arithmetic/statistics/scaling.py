@@ -68,28 +68,3 @@ def _fit(points: Sequence[tuple[Number, Number, Number]]) -> PowerLaw | None:
     if len({x for x, _, _ in points}) < 2:
         return None
     return power_law([x for x, _, _ in points], [float(y) for _, y, _ in points], 0, math.inf)
-
-
-def shifted_slope(total: Number, offset: Number) -> float:
-    r"""Local log-log slope of total - offset against total, T / (T - c).
-
-    A lead is T - c for a generalisation step T and an onset c. Where the onset is a constant the slope exceeds 1, the
-    more the shorter the run: an exponent above 1 that no dynamics has made.
-
-    Raises:
-        UserError: The offset is not smaller than the total.
-    """
-    if not 0 <= offset < total:
-        raise UserError(f"an onset at {offset} does not lie between 0 and {total}: there is no lead to take a slope of")
-    return total / (total - offset)
-
-
-def shifted_chord(low: Number, high: Number, offset: Number) -> float:
-    r"""Log-log slope of the line between two totals for a constant offset, ln((T_2 - c) / (T_1 - c)) / ln(T_2 / T_1).
-
-    Raises:
-        UserError: The offset is not smaller than the totals, or they are equal.
-    """
-    if low == high or not 0 <= offset < min(low, high):
-        raise UserError(f"the onset {offset} must lie before both of two different steps, got {low} and {high}")
-    return math.log((high - offset) / (low - offset)) / math.log(high / low)

@@ -306,7 +306,7 @@ def _fired(runs: Sequence[GrokkingRun]) -> str:
 
 def _lead_of_memory(run: GrokkingRun) -> float | None:
     """Steps from 99 % of the training set to t90, the lead of the placebo."""
-    first, last = run.steps["train_99"], run.steps["t90"]
+    first, last = run.steps["train_99"], run.steps["test_90"]
     return None if first is None or last is None else last - first
 
 

@@ -55,7 +55,8 @@ def clock_steps(run: GrokkingRun) -> dict[str, int | None]:
 
 def _fallen_to(share: float) -> onset.Rule:
     def rule(steps: Sequence[int], values: Sequence[onset.Number]) -> int | None:
-        return onset.first_below(steps, values, share * values[0]) if values else None
+        fallen = (step for step, value in zip(steps, values, strict=True) if value < share * values[0])
+        return next(fallen, None)
 
     return rule
 
@@ -87,7 +88,7 @@ def sign_of(runs: Sequence[GrokkingRun]) -> tuple[SignTest, int, int] | None:
     chosen = sides(runs, DO_NOT)[0]
     if not chosen:
         return None
-    found = leads([clock_steps(run)[ONSET] for run in chosen], [run.steps["t90"] for run in chosen])
+    found = leads([clock_steps(run)[ONSET] for run in chosen], [run.steps["test_90"] for run in chosen])
     return sign_test(found, [run.unit for run in chosen]), sum(value > 0 for value in found), len(found)
 
 
@@ -175,7 +176,7 @@ def _of_rate(runs: Sequence[GrokkingRun], rate: float) -> list[Row]:
     if not known:
         return []
     struck = {name: [clock_steps(run)[name] for run in chosen] for name in clock_steps(known[0])}
-    clocks = compare_clocks(struck, [run.steps["t90"] for run in chosen], given=GIVEN) if chosen else {}
+    clocks = compare_clocks(struck, [run.steps["test_90"] for run in chosen], given=GIVEN) if chosen else {}
     rows: list[Row] = []
     for name, of_chosen in struck.items():
         cells = {"lr": word(plain(rate)), "clock": word(name), "runs that generalise": word(_range(of_chosen))}

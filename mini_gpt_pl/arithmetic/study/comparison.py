@@ -13,6 +13,7 @@ from mini_gpt_pl.arithmetic.study.groups import distinct, group_cells, groups_of
 from mini_gpt_pl.arithmetic.study.onsets import onsets, rates, rules
 from mini_gpt_pl.arithmetic.study.published import PC1, PC1_NO_DECAY, PC1_NOTE
 from mini_gpt_pl.arithmetic.study.runs import (
+    COLUMNS,
     DECAYING,
     NULLS,
     NULLS_NOTE,
@@ -63,7 +64,7 @@ def overview(runs: Sequence[GrokkingRun]) -> Table:
             {
                 "run": word(run.label),
                 **run_cells(run, runs),
-                **{"train 99 %" if name == "train_99" else name: reached(run, name) for name in _SHOWN},
+                **{COLUMNS[name]: reached(run, name) for name in COLUMNS if name != "test_95"},
                 "steps": number(run.last, _STEP),
                 **{f"{name} accuracy at the end": number(s.iloc[-1], _SHARE) for name, s in ends.items()},
                 "‖θ‖ at the end": number(run.run.last("eval/weight_norm"), "{:.1f}"),
@@ -71,9 +72,6 @@ def overview(runs: Sequence[GrokkingRun]) -> Table:
         )
     note = "t50, t90, t98: first evaluation with that test accuracy; stop: the third in a row with 98 %."
     return tabulate("grokking_runs", "The runs", rows, [note, repeated_note(runs)])
-
-
-_SHOWN = ("train_99", "t50", "t90", "t98", "stop")
 
 
 # ------------------------------------------------------------------------------------------------------- paths

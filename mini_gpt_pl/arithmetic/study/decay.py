@@ -43,7 +43,7 @@ def decay_families(runs: Sequence[Run]) -> list[list[GrokkingRun]]:
 
 
 def _row(part: Sequence[GrokkingRun]) -> Row:
-    reached = [step for run in part if (step := run.steps["t90"]) is not None]
+    reached = [step for run in part if (step := run.steps["test_90"]) is not None]
     first = part[0]
     spread = f"{min(reached):,} to {max(reached):,}" if reached else "never"
     waited = median([step * first.rate * first.decay for step in reached]) if first.decay else math.nan
@@ -85,7 +85,7 @@ def fits(runs: Sequence[GrokkingRun]) -> Fits:
         UserError: There are fewer than four decays.
     """
     decayed = [run for run in runs if run.decay]
-    known = [(run.decay, step) for run in decayed if (step := run.steps["t90"]) is not None]
+    known = [(run.decay, step) for run in decayed if (step := run.steps["test_90"]) is not None]
     decays, steps = (np.array([pair[k] for pair in known], dtype=float) for k in (0, 1))
     exponent = -scaling(decays.tolist(), steps.tolist(), decays.tolist()).whole.exponent
     logs, ones = np.log(steps), np.ones_like(steps)

@@ -62,7 +62,7 @@ def change_at_grok(run: GrokkingRun) -> Change | None:
     if len(values) < 4:
         return None
     baseline = max(float(values.iloc[:3].median()), 0.1)
-    t90 = run.steps["t90"]
+    t90 = run.steps["test_90"]
     early = values if t90 is None else values[values.index < t90]
     late = values[values.index >= t90] if t90 is not None else values[:0]
     around = {window.name: window for window in run.phases[1:]}
@@ -86,7 +86,7 @@ def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
         if change is None:
             continue
         paper = published_onsets(run)
-        cells: dict[str, Cell] = {**run_cells(run, runs), "t90": reached(run, "t90")}
+        cells: dict[str, Cell] = {**run_cells(run, runs), "t90": reached(run, "test_90")}
         cells |= {"D, baseline": number(change.baseline, "{:.2f}")}
         cells["largest D before, × baseline"] = number(change.before, "{:.0f}")
         cells["largest D after, × baseline"] = number(change.after, "{:.0f}")

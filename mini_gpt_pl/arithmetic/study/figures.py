@@ -97,7 +97,7 @@ def growing_pc1(run: Run) -> Figure:
 
 
 def _milestones(axes: Axes, run: GrokkingRun) -> None:
-    for name in ("train_99", "t90", "stop"):
+    for name in ("train_99", "test_90", "test_98_thrice"):
         if (step := run.steps[name]) is not None:
             axes.axvline(step, color=NULL, lw=0.6, ls=":")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mini_gpt_pl.arithmetic.statistics.onset import first_reaching
+from mini_gpt_pl.arithmetic.milestones import GENERALISED, MEMORISED
 from mini_gpt_pl.arithmetic.study.runs import TEST, TRAIN
 from mini_gpt_pl.runs.folder import METRICS, Run
 
@@ -27,13 +27,11 @@ def markers(run: Run) -> dict[int, str]:
 def moments(run: Run) -> dict[str, int | None]:
     """Steps by name, None for one that was not reached; the first and the last record are added by `recorded_at`."""
     if markers(run):
-        return {f"90 % with m = {m}": _reached(run, name, 0.90) for m, name in markers(run).items()}
-    return {"99 % of the training set": _reached(run, TRAIN, 0.99), "90 % of the test set": _reached(run, TEST, 0.90)}
-
-
-def _reached(run: Run, name: str, level: float) -> int | None:
-    series = run.series(name)
-    return first_reaching([int(step) for step in series.index], series.tolist(), level)
+        return {f"90 % with m = {m}": GENERALISED.in_series(run.series(name)) for m, name in markers(run).items()}
+    return {
+        "99 % of the training set": MEMORISED.in_series(run.series(TRAIN)),
+        "90 % of the test set": GENERALISED.in_series(run.series(TEST)),
+    }
 
 
 def recorded_at(run: Run, metric: str) -> dict[int, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mini_gpt_pl.arithmetic.multitask import milestones_of
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, Window, median
+from mini_gpt_pl.arithmetic.study.runs import COLUMNS, GrokkingRun, Window, median
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.settings import facts, plain
@@ -14,14 +14,6 @@ from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 from mini_gpt_pl.runs.folder import METRICS, Run
 
 _SHARE, _STEP = "{:.1%}", "{:,.0f}"
-_SHOWN = {
-    "train_99": "train 99 %",
-    "test_50": "t50",
-    "test_90": "t90",
-    "test_95": "t95",
-    "test_98": "t98",
-    "test_98_thrice": "stop",
-}
 
 
 def tasks_of(run: Run) -> tuple[str, ...]:
@@ -43,7 +35,7 @@ def _milestones(run: Run) -> Table:
     rows: list[Row] = []
     for task in tasks_of(run):
         row: dict[str, Cell] = {"task": word(task)}
-        row |= {_SHOWN[name]: _step(step) for name, step in milestones_of(run, task).items()}
+        row |= {COLUMNS[name]: _step(step) for name, step in milestones_of(run, task).items()}
         row["training accuracy at the end"] = number(run.last(f"eval/train_{task}_accuracy"), _SHARE)
         row["test accuracy at the end"] = number(run.last(f"eval/test_{task}_accuracy"), _SHARE)
         rows.append(row)
@@ -161,4 +153,4 @@ def t90_of(run: Run) -> int | None:
     """
     if not tasks_of(run):
         raise UserError(f"{run.path} has no tasks that were evaluated apart")
-    return GrokkingRun(run, run.path.name).steps["t90"]
+    return GrokkingRun(run, run.path.name).steps["test_90"]

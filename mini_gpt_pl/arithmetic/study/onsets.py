@@ -28,16 +28,16 @@ def onsets(runs: Sequence[GrokkingRun]) -> Table:
         onset = clock_steps(run)[ONSET]
         paper = published_onsets(run)
         published = {} if paper is None else _by_column(paper)
-        lead = leads([onset], [run.steps["t90"]])
+        lead = leads([onset], [run.steps["test_90"]])
         rows.append(
             {
                 **run_cells(run, runs),
                 "onset": _step(onset),
                 "onset, paper": spread(published.get("onset", ()), _STEP),
                 "train 99 %": reached(run, "train_99"),
-                "t90": reached(run, "t90"),
+                "t90": reached(run, "test_90"),
                 "t90, paper": spread(published.get("t90", ()), _STEP),
-                "stop": reached(run, "stop"),
+                "stop": reached(run, "test_98_thrice"),
                 "stop, paper": spread(published.get("stop", ()), _STEP),
                 "lead": number(lead[0] if lead and math.isfinite(lead[0]) else None, _STEP),
                 "lead, paper": spread(published.get("lead", ()), _STEP),
@@ -66,7 +66,7 @@ def _by_column(paper: Onsets) -> dict[str, Sequence[float]]:
 
 
 def _lead_of(run: GrokkingRun, name: str) -> float | None:
-    step, t90 = run.steps[name], run.steps["t90"]
+    step, t90 = run.steps[name], run.steps["test_90"]
     return None if step is None or t90 is None else t90 - step
 
 
@@ -86,7 +86,7 @@ def rules(runs: Sequence[GrokkingRun]) -> Table:
         if defects.empty:
             continue
         cells = run_cells(run, runs)
-        steps, t90, stop = [int(step) for step in defects.index], run.steps["t90"], run.steps["stop"]
+        steps, t90, stop = [int(step) for step in defects.index], run.steps["test_90"], run.steps["test_98_thrice"]
         for name, rule in onset_rules.RULES.items():
             found = rule(steps, defects.tolist())
             ahead = None if stop is None else onset_rules.lead(found, t90, stop)
@@ -133,7 +133,7 @@ def rates(runs: Sequence[GrokkingRun]) -> Table:
 def _rate_cells(runs: Sequence[GrokkingRun]) -> dict[str, Cell]:
     """Means over some runs of one rate, and the ranges of their onsets and largest defects."""
     struck = [clock_steps(run)[ONSET] for run in runs]
-    t90 = [run.steps["t90"] for run in runs]
+    t90 = [run.steps["test_90"] for run in runs]
     generalised = [step for step in t90 if step is not None]
     lead = [value for value in leads(struck, t90) if math.isfinite(value)]
     known = [step for step in struck if step is not None]
@@ -173,11 +173,11 @@ def _published(paper: Rate, *, groks: bool) -> dict[str, Cell]:
 
 def _power_law(runs: Sequence[GrokkingRun]) -> str:
     """Say what a log-log fit of lead against generalisation gives, or why there is none."""
-    pairs = [(run, lead) for run in runs for lead in leads([clock_steps(run)[ONSET]], [run.steps["t90"]])]
+    pairs = [(run, lead) for run in runs for lead in leads([clock_steps(run)[ONSET]], [run.steps["test_90"]])]
     ahead = [(run, lead) for run, lead in pairs if lead > 0]
     try:
         fit = scaling(
-            [run.steps["t90"] or 0 for run, _ in ahead], [lead for _, lead in ahead], [r.rate for r, _ in ahead]
+            [run.steps["test_90"] or 0 for run, _ in ahead], [lead for _, lead in ahead], [r.rate for r, _ in ahead]
         )
     except UserError as error:
         return f"No power law: {error}."

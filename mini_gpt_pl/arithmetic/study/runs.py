@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import pandas as pd
 import torch
 
-from mini_gpt_pl.arithmetic.statistics import onset
+from mini_gpt_pl.arithmetic.milestones import BEGUN, MEMORISED, MILESTONES
 from mini_gpt_pl.arithmetic.study.published import SETTING
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import innovations, nulls, resampled, windows
@@ -26,6 +26,15 @@ from mini_gpt_pl.runs.folder import METRICS, TRAJECTORY, Run
 TEST, TRAIN, LOSS = "eval/test_accuracy", "eval/train_accuracy", "eval/train_loss"
 _PERMUTATIONS = 20
 _FEWEST = 4  # snapshots: the PC1 of two increments is arithmetic
+COLUMNS: Mapping[str, str] = {
+    "train_99": "train 99 %",
+    "test_50": "t50",
+    "test_90": "t90",
+    "test_95": "t95",
+    "test_98": "t98",
+    "test_98_thrice": "stop",
+}
+"""Column of each milestone."""
 NULLS: Mapping[str, str] = {
     "walk": "walk",
     "decaying_walk": "decay, ‖d‖",
@@ -197,25 +206,21 @@ class GrokkingRun:
 
     @cached_property
     def steps(self) -> dict[str, int | None]:
-        """When it memorised (train_99), began to generalise (t10), and the grok step by every definition."""
-        found = {"train_99": self._reached(TRAIN, 0.99), "t10": self._reached(TEST, 0.10)}
-        found |= {"t50": self._reached(TEST, 0.50)}
-        test = self.series(TEST)
-        return found | onset.grok_steps([int(s) for s in test.index], test.tolist())
-
-    def _reached(self, name: str, level: float) -> int | None:
-        series = self.series(name)
-        return onset.first_reaching([int(s) for s in series.index], series.tolist(), level)
+        """When it memorised (train_99), began to generalise (test_10), and the grok step by every definition."""
+        listed = (MEMORISED, BEGUN, *MILESTONES[1:])
+        return {
+            milestone.name: milestone.in_series(self.series(f"eval/{milestone.of}_accuracy")) for milestone in listed
+        }
 
     @property
     def groks(self) -> bool:
         """Whether it reached 90 % of the test set."""
-        return self.steps["t90"] is not None
+        return self.steps["test_90"] is not None
 
     @property
     def cut(self) -> Window:
         """From the start to the stop of the original study, three evaluations with 98 %, or to the end."""
-        return Window("to the stop", 0, min(self.steps["stop"] or self.last, self.last))
+        return Window("to the stop", 0, min(self.steps["test_98_thrice"] or self.last, self.last))
 
     @property
     def phases(self) -> list[Window]:
@@ -295,7 +300,7 @@ def phases(steps: Mapping[str, int | None], last: int) -> list[Window]:
     The plateau lies between 99 % of the training set and 10 % of the test set, the transition between that and the
     third evaluation in a row with 98 %.
     """
-    memorised, begun, stop = (steps[name] for name in ("train_99", "t10", "stop"))
+    memorised, begun, stop = (steps[name] for name in ("train_99", "test_10", "test_98_thrice"))
     if memorised is None:
         return []
     begun = last if begun is None else max(begun, memorised)
@@ -321,7 +326,7 @@ def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
     found = [Window("all runs alike", 0, last)]
     if reference := [run.steps for run in runs if run.groks and run.decay]:
         middle: dict[str, int | None] = {}
-        for name in ("train_99", "t10", "stop"):
+        for name in ("train_99", "test_10", "test_98_thrice"):
             reached = [steps[name] for steps in reference]
             known = [last if step is None else min(step, last) for step in reached]
             middle[name] = int(statistics.median_low(known))
@@ -360,7 +365,7 @@ def generalised(run: Run) -> tuple[str, ...]:
     """When a run memorised and generalised, in a sentence for the head of its report; nothing for any other run."""
     said = []
     for one in grokking_runs([run]):
-        memorised, t90, end = one.steps["train_99"], one.steps["t90"], one.series(TEST)
+        memorised, t90, end = one.steps["train_99"], one.steps["test_90"], one.series(TEST)
         said.append(
             f"99 % of the training set {_reached(memorised)}, 90 % of the test set {_reached(t90)}; the last "
             f"evaluation, at step {int(end.index[-1]):,}, has {end.iloc[-1]:.1%}."

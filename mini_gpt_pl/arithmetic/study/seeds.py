@@ -58,7 +58,7 @@ class Fall:
 
 def excess_at_stop(run: GrokkingRun) -> Excess | None:
     """Find how far PC1 lies from its null; None without a stop or with too short a path."""
-    found = run.path(run.cut) if run.steps["stop"] is not None else {}
+    found = run.path(run.cut) if run.steps["test_98_thrice"] is not None else {}
     over = {label: of["pc1_centred"]["measured"] - of["pc1_centred"]["innovation_walk"] for label, of in found.items()}
     whole = over.pop(run.run.trunk, math.nan)
     if not over:
@@ -69,7 +69,7 @@ def excess_at_stop(run: GrokkingRun) -> Excess | None:
 
 def fall_of_c(run: GrokkingRun) -> Fall | None:
     """Find how far c falls; None without t90 or with fewer than three records before it or none behind it."""
-    c, t90 = run.commutator("c").dropna(), run.steps["t90"]
+    c, t90 = run.commutator("c").dropna(), run.steps["test_90"]
     if t90 is None:
         return None
     before, behind = c[c.index < t90].iloc[-3:], c[(c.index >= t90) & (c.index <= t90 + _BEHIND)]
@@ -92,7 +92,7 @@ def seed_by_seed(runs: Sequence[GrokkingRun]) -> Table:
     known = [(run, excess_at_stop(run), fall_of_c(run)) for run in runs]
     known = [(run, excess, fall) for run, excess, fall in known if excess is not None or fall is not None]
     for run, excess, fall in known:
-        cells = {**run_cells(run, runs), "t90": reached(run, "t90"), "stop": reached(run, "stop")}
+        cells = {**run_cells(run, runs), "t90": reached(run, "test_90"), "stop": reached(run, "test_98_thrice")}
         if excess is not None:
             cells["all, over ‖e‖"] = gap(excess.whole, _SHARE)
             shown = gap(excess.furthest, _SHARE)

@@ -22,12 +22,12 @@ from mini_gpt_pl.runs.folder import Run
 
 MILESTONES = {
     "train_99": "99 % of the training set",
-    "t10": "10 % of the test set",
-    "t50": "50 % of the test set",
-    "t90": "90 % of the test set (the paper's grok step)",
-    "t95": "95 %",
-    "t98": "98 %",
-    "stop": "98 % in the third evaluation in a row (the original's stop)",
+    "test_10": "10 % of the test set",
+    "test_50": "50 % of the test set",
+    "test_90": "90 % of the test set (the paper's grok step)",
+    "test_95": "95 %",
+    "test_98": "98 %",
+    "test_98_thrice": "98 % in the third evaluation in a row (the original's stop)",
 }
 WINDOWS_NOTE = (
     "A share says first of all where a path was cut: snapshots counts those of the window. Windows of fewer than four "
