@@ -18,8 +18,8 @@ from mini_gpt_pl.arithmetic.study.markers import marker_runs, marker_table
 from mini_gpt_pl.arithmetic.study.moments import moments, recorded_at
 from mini_gpt_pl.arithmetic.study.ranks import rank_tables
 from mini_gpt_pl.arithmetic.study.sections import (
-    GROKKING_COMPARISON_SECTIONS,
-    GROKKING_RUN_SECTIONS,
+    COMPARISON_SECTIONS,
+    RUN_SECTIONS,
     more_of_run,
     more_of_runs,
 )
@@ -223,5 +223,5 @@ def test_every_table_has_a_section(tmp_path: Path) -> None:
     assert {"grokking_fourier", "grokking_attention", "grokking_markers", "grokking_ranks"} <= set(of_run)
     over = [table.name for table in more_of_runs(runs)]
     assert {"grokking_fourier_runs", "grokking_markers_runs"} <= set(over)
-    assert not claimed(GROKKING_RUN_SECTIONS, of_run).get(MORE[0])
-    assert not claimed(GROKKING_COMPARISON_SECTIONS, over).get(MORE[0])
+    assert not claimed(RUN_SECTIONS, of_run).get(MORE[0])
+    assert not claimed(COMPARISON_SECTIONS, over).get(MORE[0])

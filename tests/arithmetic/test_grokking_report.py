@@ -31,16 +31,17 @@ from rich.console import Console
 from docs.tools import place
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.arithmetic.study import claims as grokking_claims
-from mini_gpt_pl.arithmetic.study.claims import Claim, claims
+from mini_gpt_pl.arithmetic.study.claims import claims
 from mini_gpt_pl.arithmetic.study.clocks import ONSET, clock_steps, separation
-from mini_gpt_pl.arithmetic.study.comparison import grokking_comparison, overview
+from mini_gpt_pl.arithmetic.study.comparison import comparison_tables, overview
 from mini_gpt_pl.arithmetic.study.defects import defect_at_grok, last_defects
 from mini_gpt_pl.arithmetic.study.groups import distinct, groups_of
 from mini_gpt_pl.arithmetic.study.onsets import onsets
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, Window, common_windows, grokking_runs, phases
+from mini_gpt_pl.arithmetic.study.runs import Phase, ResidueRun, common_windows, phases, residue_runs
 from mini_gpt_pl.arithmetic.study.seeds import excess_at_stop, fall_of_c, seed_by_seed
-from mini_gpt_pl.arithmetic.study.tables import grokking_tables, short
+from mini_gpt_pl.arithmetic.study.tables import run_tables, short
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report.claims import Claim
 from mini_gpt_pl.report.comparison import require_comparable
 from mini_gpt_pl.report.page import write_report
 from mini_gpt_pl.report.progress import Steps
@@ -51,13 +52,13 @@ from mini_gpt_pl.runs.folder import Run
 VANISHING = commutator(rises(1200, 8.0, 400.0), rises(1200, 1.0, 0.01))
 
 
-def one(run: Run) -> GrokkingRun:
-    (found,) = grokking_runs([run])
+def one(run: Run) -> ResidueRun:
+    (found,) = residue_runs([run])
     return found
 
 
 def tables(runs: list[Run]) -> dict[str, Table]:
-    return {table.name: table for table in grokking_comparison(runs)}
+    return {table.name: table for table in comparison_tables(runs)}
 
 
 def family(folder: Path, defects: Mapping[bool, Mapping[str, Series]], seeds: int = 3) -> list[Run]:
@@ -89,7 +90,7 @@ def test_milestones_and_phases_of_a_run(tmp_path: Path) -> None:
         "test_98": 1200,
         "test_98_thrice": 1400,
     }
-    assert run.cut == Window("to the stop", 0, 1400)
+    assert run.cut == Phase("to the stop", 0, 1400)
     assert [(w.name, w.first, w.last) for w in run.phases[1:]] == [
         ("memorisation", 0, 300),
         ("plateau", 300, 1200),
@@ -106,7 +107,7 @@ def test_a_run_that_only_memorises_ends_on_its_plateau(tmp_path: Path) -> None:
 
 
 def test_runs_are_compared_over_the_same_steps_whatever_their_own(tmp_path: Path) -> None:
-    runs = grokking_runs(family(tmp_path, {True: VANISHING, False: VANISHING}))
+    runs = residue_runs(family(tmp_path, {True: VANISHING, False: VANISHING}))
     found = {w.name: (w.first, w.last) for w in common_windows(runs)}
     assert found == {
         "all runs alike": (0, 2000),
@@ -116,16 +117,16 @@ def test_runs_are_compared_over_the_same_steps_whatever_their_own(tmp_path: Path
         "after": (1600, 2000),
     }
     window = common_windows(runs)[0]
-    assert {len(run.window(window)) for run in runs} == {len(STEPS)}
-    table = tables([run.run for run in runs])["grokking_pc1_windows"]
+    assert {len(run.within(window)) for run in runs} == {len(STEPS)}
+    table = tables(runs)["grokking_pc1_windows"]
     # A window of three snapshots has no PC1 worth the name, and is left out.
     assert set(table.frame["window"]) == {w.words for w in common_windows(runs) if w.name != "transition"}
 
 
 def test_runs_of_other_cadences_are_thinned_to_the_snapshots_that_all_have(tmp_path: Path) -> None:
     often, rarely = (write(tmp_path / str(k), memorising(), {}, config(seed=k), every=k) for k in (1, 2))
-    (window, *_) = common_windows(grokking_runs([often, rarely]))
-    paths = [run.window(window) for run in grokking_runs([often, rarely])]
+    (window, *_) = common_windows(residue_runs([often, rarely]))
+    paths = [run.within(window) for run in residue_runs([often, rarely])]
     assert [path.steps for path in paths] == [list(STEPS[::2])] * 2
     found = tables([often, rarely])
     assert list(found["grokking_pc1_published"].frame["snapshots"].unique()) == ["11 to 21"]
@@ -141,9 +142,9 @@ def test_runs_of_other_cadences_are_thinned_to_the_snapshots_that_all_have(tmp_p
 
 def test_seeds_of_a_setting_differ_in_nothing_else_and_count_once(tmp_path: Path) -> None:
     told = [config(seed=1), config(seed=2), config(seed=3, batch_size=64), config(seed=1)]
-    runs = grokking_runs([write(tmp_path / str(k), grokking(1200), VANISHING, c) for k, c in enumerate(told)])
+    runs = residue_runs([write(tmp_path / str(k), grokking(1200), VANISHING, c) for k, c in enumerate(told)])
     assert [[run.seed for run in group] for group in groups_of(distinct(runs))] == [[1, 2], [3]]
-    found = tables([run.run for run in runs])
+    found = tables(runs)
     assert "not counted again: 3." in found["grokking_runs"].notes[1]
     rows = found["grokking_pc1_published"].frame.drop_duplicates("else")
     assert rows[["else", "seeds"]].to_numpy().tolist() == [
@@ -159,11 +160,11 @@ def test_of_several_commutators_the_one_within_a_task_is_reported_and_named(tmp_
         told["trainer"]["callbacks"].append(probe)
     values = {f"{name}/{k}": v for name in ("add_mul", "mul_mul") for k, v in VANISHING.items()}
     run = one(write(tmp_path / "a", grokking(1200), values, told))
-    assert (run.names, run.name) == (("add_mul", "mul_mul"), "mul_mul")
+    assert (run.commutators, run.reported) == (("add_mul", "mul_mul"), "mul_mul")
     note = "The commutator is mul_mul; a also measured add_mul, which this does not show."
     for name in ("grokking_onsets", "grokking_discrimination", "grokking_last_defect"):
-        assert note in tables([run.run])[name].notes, name
-    assert note in {table.name: table for table in grokking_tables(run.run)}["grokking_defect"].notes
+        assert note in tables([run])[name].notes, name
+    assert note in {table.name: table for table in run_tables(run)}["grokking_defect"].notes
 
 
 # --------------------------------------------------------------------------------------------------- the paths
@@ -185,7 +186,7 @@ def decaying(weights: np.ndarray, share: float) -> np.ndarray:
 
 def test_pc1_and_its_null_are_those_of_the_weights_themselves(tmp_path: Path) -> None:
     run = write(tmp_path / "a", grokking(1200), VANISHING)
-    found = {table.name: table for table in grokking_tables(run)}["grokking_pc1"]
+    found = {table.name: table for table in run_tables(run)}["grokking_pc1"]
     cells = numbers(found, "window", "weights")
     weights = weights_of(42, 1.0).numpy()
     for window, rows in (("to the stop, 0 to 1,400", slice(0, 15)), ("plateau, 300 to 1,200", slice(3, 13))):
@@ -200,7 +201,7 @@ def test_pc1_and_its_null_are_those_of_the_weights_themselves(tmp_path: Path) ->
 
 def test_tangential_and_whole_persistence_stand_side_by_side(tmp_path: Path) -> None:
     run = write(tmp_path / "a", grokking(1200), VANISHING)
-    found = {table.name: table for table in grokking_tables(run)}["grokking_persistence"]
+    found = {table.name: table for table in run_tables(run)}["grokking_persistence"]
     row = numbers(found, "window", "weights").loc["to the stop, 0 to 1,400", "attention"]
     theta, share = weights_of(42, 1.0).numpy()[:15], KEPT**100
     steps = theta[1:] - share * theta[:-1]
@@ -349,7 +350,7 @@ def test_an_onset_in_every_run_is_no_warning_and_one_in_the_right_runs_is(tmp_pa
     told = judged(everywhere)["Early warning"]
     assert told.reading.startswith("**no warning**") and "in 6 of 6" in told.here
     assert "also comes in 6 of 6 runs that do not" in told.null
-    split = separation(grokking_runs(right), ONSET)
+    split = separation(residue_runs(right), ONSET)
     assert split is not None and (split.auc, split.units) == (1.0, 4)
     # Four operations cannot have p < 0.05, however well they are told apart.
     assert split.p > 0.05 and judged(right)["Early warning"].reading.startswith("**undecided**: 4 operations")
@@ -425,7 +426,7 @@ def test_clocks_are_compared_within_one_learning_rate(tmp_path: Path) -> None:
     assert found["lr"].tolist() == ["1e-3", "1e-2"]
     assert found["AUC, operations that do not"].tolist() == [0.5, 0.5]
     assert found["runs that generalise"].tolist() == ["1,000 to 1,000 (1 of 1)", "500 to 500 (1 of 1)"]
-    assert len({run.unit for run in grokking_runs(runs)}) == 4
+    assert len({run.unit for run in residue_runs(runs)}) == 4
 
 
 def test_every_rule_of_onset_stands_side_by_side(tmp_path: Path) -> None:
@@ -439,7 +440,7 @@ def test_every_rule_of_onset_stands_side_by_side(tmp_path: Path) -> None:
 
 def test_initial_weights_have_the_direction_of_unit_rows_and_where_the_path_ends(tmp_path: Path) -> None:
     run = write(tmp_path / "a", grokking(1200), VANISHING)
-    found = {table.name: table for table in grokking_tables(run)}
+    found = {table.name: table for table in run_tables(run)}
     row = numbers(found["grokking_theta0"], "window", "weights").loc[("to the stop, 0 to 1,400", "L0 K")]
     own = weights_of(42, 1.0).numpy()[:15, 20:40]
     drifts = own[1:] - own[0]
@@ -468,7 +469,7 @@ def test_correlations_are_given_memorisation_and_the_norm(tmp_path: Path) -> Non
         frame.to_csv(run.path / "metrics.csv", index=False)
         runs.append(Run(run.path))
     row = numbers(tables(runs)["grokking_discrimination"], "clock").loc[ONSET]
-    known = [(clock_steps(run), run.steps["test_90"]) for run in grokking_runs(runs)]
+    known = [(clock_steps(run), run.steps["test_90"]) for run in residue_runs(runs)]
     columns = np.array([[c[ONSET], t90, c["train 99 %"], c["‖θ‖ halved"]] for c, t90 in known], dtype=float)
     design = np.column_stack([np.ones(8), columns[:, 2:]])
     left = columns[:, :2] - design @ np.linalg.lstsq(design, columns[:, :2], rcond=None)[0]
@@ -562,7 +563,7 @@ def test_runs_of_other_tasks_and_moduli_are_reported_apart(tmp_path: Path) -> No
 def test_a_run_without_evaluations_has_no_table_of_these(tmp_path: Path) -> None:
     run = write(tmp_path / "a", grokking(1200), {})
     (run.path / "metrics.csv").write_text("step,train/loss\n1,4.0\n")
-    assert grokking_tables(Run(run.path)) == [] and grokking_comparison([Run(run.path)]) == []
+    assert run_tables(Run(run.path)) == [] and comparison_tables([Run(run.path)]) == []
 
 
 def test_an_arm_of_an_intervention_is_no_seed_of_its_baseline(tmp_path: Path) -> None:
@@ -574,9 +575,9 @@ def test_an_arm_of_an_intervention_is_no_seed_of_its_baseline(tmp_path: Path) ->
         told = config()
         told["trainer"]["callbacks"].append({"class_path": name, "init_args": {"run": "other"}})
         (run.path / "config.yaml").write_text(yaml.safe_dump(told))
-    known = grokking_runs([Run(run.path) for run in (baseline, arm, tied)])
+    known = residue_runs([Run(run.path) for run in (baseline, arm, tied)])
     assert [run.operation for run in known] == ["add", "add, tied norm"]
-    assert len(grokking_runs([Run(arm.path)])) == 1  # alone it has its own report
+    assert len(residue_runs([Run(arm.path)])) == 1  # alone it has its own report
 
 
 def test_a_table_of_all_runs_names_what_was_never_reached(tmp_path: Path) -> None:
@@ -643,7 +644,7 @@ def test_the_page_has_the_tables_that_the_kept_runs_give_again() -> None:
 
 def test_the_studys_configuration_is_repeated_and_its_tables_are_those_of_the_kept_runs() -> None:
     folders = [KEPT_RUNS / "runs/grokking_paper", KEPT_RUNS / "runs/grokking_nodecay"]
-    runs = grokking_runs([Run(path) for folder in folders for path in sorted(folder.iterdir())])
+    runs = residue_runs([Run(path) for folder in folders for path in sorted(folder.iterdir())])
     assert len(runs) == 18 and not any(run.differs for run in runs)
     assert [run.groks for run in runs if run.is_free] == [False] * 3
     assert {run.operation for run in runs if run.groks} == {"add", "sub", "mul", "x2_y2"}
@@ -654,7 +655,7 @@ def test_the_studys_configuration_is_repeated_and_its_tables_are_those_of_the_ke
 
 
 def test_kept_runs_hold_what_the_smallest_configuration_promises() -> None:
-    runs = grokking_runs([Run(path) for path in sorted((KEPT_RUNS / "runs/grokking").iterdir())])
+    runs = residue_runs([Run(path) for path in sorted((KEPT_RUNS / "runs/grokking").iterdir())])
     assert [run.groks for run in runs if run.operation == "add" and run.decay] == [True] * 3
     assert not any(run.groks for run in runs if run.operation == "x3_xy" or not run.decay)
     for run in runs:
@@ -697,7 +698,7 @@ def test_where_c_is_not_known_around_the_grok_step_nothing_is_said_of_it(tmp_pat
 
 def test_pc1_over_its_null_is_of_the_path_to_the_stop(tmp_path: Path) -> None:
     run = one(write(tmp_path / "a", grokking(1200), {}))
-    excess, path = excess_at_stop(run), run.path(Window("to the stop", 0, 1400))
+    excess, path = excess_at_stop(run), run.numbers(Phase("to the stop", 0, 1400))
     assert excess is not None
     over = {label: of["pc1_centred"]["measured"] - of["pc1_centred"]["innovation_walk"] for label, of in path.items()}
     assert excess.whole == over.pop("attention")
@@ -712,7 +713,7 @@ def test_the_table_run_by_run_counts_what_holds(tmp_path: Path) -> None:
         write(tmp_path / "2", grokking(1200), level, config(seed=2)),
         write(tmp_path / "3", memorising(), level, config(seed=3)),
     ]
-    table = seed_by_seed(grokking_runs(runs))
+    table = seed_by_seed(residue_runs(runs))
     assert table.frame["seed"].tolist() == ["1", "2"]  # nothing to say of the third
     assert table.frame["falls by"].tolist() == ["5.0", "1.0"]
     assert (

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from mini_gpt_pl import main as cli
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, grokking_runs
+from mini_gpt_pl.arithmetic.study.runs import ResidueRun, residue_runs
 from mini_gpt_pl.arithmetic.study.seeds import excess_at_stop, fall_of_c
 from mini_gpt_pl.geometry.path import centred, innovations, nulls, windows
 from mini_gpt_pl.runs.folder import Outcome, Run
@@ -77,8 +77,8 @@ def test_seeds_share_neither_weights_nor_split(grokked: dict[int, Run]) -> None:
     assert not torch.equal(grams[0], grams[1]) and not torch.equal(grams[1], grams[2])
 
 
-def found_of(run: Run) -> GrokkingRun:
-    (found,) = grokking_runs([run])
+def found_of(run: Run) -> ResidueRun:
+    (found,) = residue_runs([run])
     return found
 
 

@@ -16,8 +16,8 @@ from mini_gpt_pl.arithmetic.study.decay import decay_families, decay_table, fits
 from mini_gpt_pl.arithmetic.study.multitask import commutators_of, multitask_tables, order_of, tasks_of, tasks_table
 from mini_gpt_pl.arithmetic.study.multitask_claims import multitask_claims
 from mini_gpt_pl.arithmetic.study.sections import (
-    GROKKING_COMPARISON_SECTIONS,
-    GROKKING_RUN_SECTIONS,
+    COMPARISON_SECTIONS,
+    RUN_SECTIONS,
     more_of_run,
     more_of_runs,
 )
@@ -197,8 +197,8 @@ def test_every_table_has_a_section(tmp_path: Path) -> None:
     assert "grokking_tasks" in of_run and {"grokking_multitask_claims", "grokking_tasks_runs", "grokking_decay"} <= set(
         over
     )
-    assert not claimed(GROKKING_RUN_SECTIONS, of_run).get(MORE[0])
-    assert not claimed(GROKKING_COMPARISON_SECTIONS, over).get(MORE[0])
+    assert not claimed(RUN_SECTIONS, of_run).get(MORE[0])
+    assert not claimed(COMPARISON_SECTIONS, over).get(MORE[0])
 
 
 # ------------------------------------------------------------------------------------------------------- preset

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 
@@ -28,9 +27,10 @@ from mini_gpt_pl.arithmetic.study.commutators import inside
 from mini_gpt_pl.arithmetic.study.defects import change_at_grok
 from mini_gpt_pl.arithmetic.study.groups import distinct
 from mini_gpt_pl.arithmetic.study.published import NOT_REPEATED
-from mini_gpt_pl.arithmetic.study.runs import DECAYING, GrokkingRun, Window, common_windows, grokking_runs, median
-from mini_gpt_pl.report.claims import Finding
-from mini_gpt_pl.report.sheet import Table, tabulate, word
+from mini_gpt_pl.arithmetic.study.runs import DECAYING, Phase, ResidueRun, common_windows, median, residue_runs
+from mini_gpt_pl.report import claims as core
+from mini_gpt_pl.report.claims import Claim, Finding
+from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
 
 # A share within this of a null is not told apart from it: seeds of one setting differ by as much.
@@ -39,51 +39,25 @@ _MORE_THAN_HALF = 0.6  # of the records above a null that less than half are abo
 _TELLS_APART = 0.75  # an AUC up to here is no warning, whatever its p
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A published claim and what became of it.
-
-    Args:
-        said: By the studies.
-        here: The same number of these runs.
-        null: What chance, decay or a control gives.
-        reading: What follows.
-        anchor: Section that shows it.
-        topic: In a few words.
-    """
-
-    said: str
-    here: str
-    null: str
-    reading: str
-    anchor: str
-    topic: str
-
-
 def claims(runs: Sequence[Run]) -> list[Claim]:
     """Judge every claim that the runs allow."""
-    known = distinct(grokking_runs(runs))
-    found = [judge(known) for judge in _CLAIMS]
-    return [claim for claim in found if claim is not None]
+    known = distinct(residue_runs(runs))
+    return [claim for judge in _CLAIMS if (claim := judge(known)) is not None]
 
 
 def claims_table(runs: Sequence[Run]) -> Table:
     """The claims as a table."""
-    rows = [
-        {"the studies say": word(c.said), "here": word(c.here), "null": word(c.null), "reading": word(c.reading)}
-        for c in claims(runs)
-    ]
     note = (
         f"All cells are computed. A PC1 counts as above or below a null from {100 * _MARGIN:.0f} points on. Decay, ‖d‖ "
         "and ‖e‖: the two decaying walks, which keep the lengths of increments and of innovations."
     )
     title = "What the studies say, and what these runs say"
-    return tabulate("grokking_claims", title, rows, [note, NOT_REPEATED])
+    return core.claims_table("grokking_claims", title, claims(runs), [note, NOT_REPEATED])
 
 
-def grokking_findings(runs: Sequence[Run]) -> list[Finding]:
+def findings(runs: Sequence[Run]) -> list[Finding]:
     """The claims as sentences for the head of a report."""
-    return [Finding(c.topic, f"{c.reading} Here {c.here}; {c.null}.", c.anchor) for c in claims(runs)]
+    return [claim.finding for claim in claims(runs)]
 
 
 def _share(value: float) -> str:
@@ -106,12 +80,12 @@ def _points(values: Sequence[float]) -> str:
 # ------------------------------------------------------------------------------------------------------- paths
 
 
-def _cells(runs: Sequence[GrokkingRun], window: Window | None = None) -> list[dict[str, float]]:
+def _cells(runs: Sequence[ResidueRun], window: Phase | None = None) -> list[dict[str, float]]:
     """Centred PC1 of every matrix of every run, measured and of every null; to each run's stop without a window."""
     found = []
     for run in runs:
-        path = run.path(window or run.cut)
-        found += [dict(numbers["pc1_centred"]) for label, numbers in path.items() if label != run.run.trunk]
+        path = run.numbers(window or run.cut)
+        found += [dict(numbers["pc1_centred"]) for label, numbers in path.items() if label != run.trunk]
     return found
 
 
@@ -127,7 +101,7 @@ def _sides(cells: Sequence[dict[str, float]]) -> tuple[int, int]:
     return both, neither
 
 
-def _pc1(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _pc1(runs: Sequence[ResidueRun]) -> Claim | None:
     chosen = [run for run in runs if run.groks and run.decay]
     cells = _cells(chosen)
     if not cells:
@@ -149,7 +123,7 @@ def _pc1(runs: Sequence[GrokkingRun]) -> Claim | None:
     )
 
 
-def _contrast(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _contrast(runs: Sequence[ResidueRun]) -> Claim | None:
     window = common_windows(runs)[0] if runs else None
     decayed = [run for run in runs if run.decay]
     sides = [_cells([run for run in decayed if run.groks is kind], window) for kind in (True, False)]
@@ -175,7 +149,7 @@ def _contrast(runs: Sequence[GrokkingRun]) -> Claim | None:
     )
 
 
-def _no_decay(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _no_decay(runs: Sequence[ResidueRun]) -> Claim | None:
     window = common_windows(runs)[0] if runs else None
     sides = ([run for run in runs if run.is_free], [run for run in runs if run.groks and run.decay])
     free, grokked = (_cells(side, window) for side in sides)
@@ -203,15 +177,13 @@ def _no_decay(runs: Sequence[GrokkingRun]) -> Claim | None:
     )
 
 
-def _motion(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _motion(runs: Sequence[ResidueRun]) -> Claim | None:
     """What is evidence of a drift: nothing that the studies report."""
-    chosen = [run for run in runs if run.groks and run.decay and run.run.trunk in run.path(run.cut)]
+    chosen = [run for run in runs if run.groks and run.decay and run.trunk in run.numbers(run.cut)]
     if not chosen:
         return None
-    whole, across = (
-        [run.correlation(run.cut, run.run.trunk, tangential=side) for run in chosen] for side in (False, True)
-    )
-    shuffled = [run.path(run.cut)[run.run.trunk]["autocorrelation_tangential"]["permuted"] for run in chosen]
+    whole, across = ([run.correlation(run.cut, run.trunk, tangential=side) for run in chosen] for side in (False, True))
+    shuffled = [run.numbers(run.cut)[run.trunk]["autocorrelation_tangential"]["permuted"] for run in chosen]
     sure = sum(one.value - 2 * one.error > null for one, null in zip(across, shuffled, strict=True))
     return Claim(
         "(not reported) successive steps agree once decay is taken out",
@@ -228,7 +200,7 @@ def _motion(runs: Sequence[GrokkingRun]) -> Claim | None:
 # ------------------------------------------------------------------------------------------------- commutators
 
 
-def _explodes(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _explodes(runs: Sequence[ResidueRun]) -> Claim | None:
     changes = [(run, change) for run in runs if run.decay and (change := change_at_grok(run)) is not None]
     grokked = [change for run, change in changes if run.groks]
     others = [change.before for run, change in changes if not run.groks]
@@ -263,7 +235,7 @@ def _jump(gradient: float, c: float, defect: float) -> str:
     return "**does not reproduce**: D is no larger behind the stop."
 
 
-def _warns(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _warns(runs: Sequence[ResidueRun]) -> Claim | None:
     rate = rate_of(runs)
     runs = [run for run in runs if run.rate == rate]
     found = sign_of(runs)
@@ -292,7 +264,7 @@ def _area(split: Discrimination | None) -> str:
     return f"; AUC {split.auc:.2f} ({p})"
 
 
-def _fired(runs: Sequence[GrokkingRun]) -> str:
+def _fired(runs: Sequence[ResidueRun]) -> str:
     """Say in how many runs of each kind that do not generalise the onset comes."""
     words = {DO_NOT: "runs that do not generalise", "no decay": "without decay"}
     told = []
@@ -304,7 +276,7 @@ def _fired(runs: Sequence[GrokkingRun]) -> str:
     return f"it also comes in {' and '.join(told)}" if told else "all runs generalise"
 
 
-def _lead_of_memory(run: GrokkingRun) -> float | None:
+def _lead_of_memory(run: ResidueRun) -> float | None:
     """Steps from 99 % of the training set to t90, the lead of the placebo."""
     first, last = run.steps["train_99"], run.steps["test_90"]
     return None if first is None or last is None else last - first
@@ -323,7 +295,7 @@ def _warning(split: Discrimination | None) -> str:
     return f"**undecided**: {split.units} operations are too few to tell."
 
 
-def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _orthogonal(runs: Sequence[ResidueRun]) -> Claim | None:
     values = {
         name: [v for run in runs if run.decay for v in inside(run.commutator(f"on_path{name}"), run.cut).tolist()]
         for name in ("", "_isotropic", "_ratio", "_below")
@@ -347,13 +319,13 @@ def _orthogonal(runs: Sequence[GrokkingRun]) -> Claim | None:
     )
 
 
-def _over_isotropic(run: GrokkingRun) -> pd.Series:
+def _over_isotropic(run: ResidueRun) -> pd.Series:
     """Length inside the path's subspace over that of isotropic vectors, record by record."""
     value, null = (run.commutator(f"on_path{name}") for name in ("", "_isotropic"))
     return inside((value / null).dropna(), run.cut)
 
 
-def _aligned(runs: Sequence[GrokkingRun]) -> Claim | None:
+def _aligned(runs: Sequence[ResidueRun]) -> Claim | None:
     ratios = []
     for run in runs:
         value, null = (run.commutator(name) for name in ("alignment_rms", "alignment_flip"))
@@ -373,8 +345,8 @@ def _aligned(runs: Sequence[GrokkingRun]) -> Claim | None:
     )
 
 
-def _zeros(runs: Sequence[GrokkingRun]) -> Claim | None:
-    chosen = [run for run in runs if run.is_free and run.name]
+def _zeros(runs: Sequence[ResidueRun]) -> Claim | None:
+    chosen = [run for run in runs if run.is_free and run.reported]
     if not chosen:
         return None
     defects = [v for run in chosen for v in run.commutator("defect").tolist()]
@@ -395,7 +367,7 @@ def _zeros(runs: Sequence[GrokkingRun]) -> Claim | None:
     )
 
 
-_CLAIMS: tuple[Callable[[Sequence[GrokkingRun]], Claim | None], ...] = (
+_CLAIMS: tuple[Callable[[Sequence[ResidueRun]], Claim | None], ...] = (
     _pc1,
     _contrast,
     _no_decay,

@@ -20,7 +20,7 @@ from mini_gpt_pl.arithmetic.statistics.discrimination import (
 )
 from mini_gpt_pl.arithmetic.study.groups import commutator_note
 from mini_gpt_pl.arithmetic.study.published import SETTING
-from mini_gpt_pl.arithmetic.study.runs import LOSS, GrokkingRun
+from mini_gpt_pl.arithmetic.study.runs import LOSS, ResidueRun
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
@@ -33,7 +33,7 @@ GIVEN = (PLACEBO, NORM)
 _tenfold = partial(onset.tenfold, above=0.0)
 
 
-def clock_steps(run: GrokkingRun) -> dict[str, int | None]:
+def clock_steps(run: ResidueRun) -> dict[str, int | None]:
     """When each clock struck in a run: one rule on every series of a commutator, and things that merely change early.
 
     The rule, fixed beforehand, is the paper's: above ten times the median of the first three records. Weights and
@@ -71,7 +71,7 @@ def leads(onsets: Sequence[int | None], generalised: Sequence[int | None]) -> li
     return [value for early, late in pairs if (value := onset.lead(early, late)) is not None]
 
 
-def sign(runs: Sequence[GrokkingRun]) -> str | None:
+def sign(runs: Sequence[ResidueRun]) -> str | None:
     """The sign test of the leads over units, in a sentence; None without a run that generalises."""
     found = sign_of(runs)
     if found is None:
@@ -83,7 +83,7 @@ def sign(runs: Sequence[GrokkingRun]) -> str | None:
     )
 
 
-def sign_of(runs: Sequence[GrokkingRun]) -> tuple[SignTest, int, int] | None:
+def sign_of(runs: Sequence[ResidueRun]) -> tuple[SignTest, int, int] | None:
     """Sign test over units, runs with a positive lead, and all that generalise; None if there are none."""
     chosen = sides(runs, DO_NOT)[0]
     if not chosen:
@@ -93,14 +93,14 @@ def sign_of(runs: Sequence[GrokkingRun]) -> tuple[SignTest, int, int] | None:
 
 
 DO_NOT = "operations that do not"
-OTHERS: Mapping[str, Callable[[GrokkingRun], bool]] = {
+OTHERS: Mapping[str, Callable[[ResidueRun], bool]] = {
     DO_NOT: lambda run: bool(run.decay),
     "no decay": lambda run: run.is_free,
 }
 """Kinds of runs that do not generalise. Without decay nothing shrinks, so these say other things than operations."""
 
 
-def rate_of(runs: Sequence[GrokkingRun]) -> float | None:
+def rate_of(runs: Sequence[ResidueRun]) -> float | None:
     """Learning rate of most runs with a commutator that generalise, the paper's if it is one; None without any.
 
     Steps of several rates are not to be compared.
@@ -109,19 +109,17 @@ def rate_of(runs: Sequence[GrokkingRun]) -> float | None:
     return max(rates, key=lambda rate: (rate == SETTING["learning rate"], rates.count(rate)), default=None)
 
 
-def sides(runs: Sequence[GrokkingRun], others: str) -> tuple[list[GrokkingRun], list[GrokkingRun]]:
+def sides(runs: Sequence[ResidueRun], others: str) -> tuple[list[ResidueRun], list[ResidueRun]]:
     """Runs with a commutator that generalise under decay, and those of one kind of `OTHERS`.
 
     Runs whose norm is tied to another run's are that run over again, and in neither.
     """
-    measured = [run for run in runs if run.name and not run.is_tied]
+    measured = [run for run in runs if run.reported and not run.is_tied]
     chosen = [run for run in measured if run.groks and run.decay]
     return chosen, [run for run in measured if not run.groks and OTHERS[others](run)]
 
 
-def separation(
-    runs: Sequence[GrokkingRun], clock: str, others: str = "operations that do not"
-) -> Discrimination | None:
+def separation(runs: Sequence[ResidueRun], clock: str, others: str = "operations that do not") -> Discrimination | None:
     """How well a clock tells runs that generalise from one kind of runs that do not; None where there are not both.
 
     Units are operation, decay and learning rate. Where seeds of one did and did not generalise, labels cannot be
@@ -137,7 +135,7 @@ def separation(
     return auc(times[0], times[1], units)
 
 
-def mixed_note(runs: Sequence[GrokkingRun]) -> str | None:
+def mixed_note(runs: Sequence[ResidueRun]) -> str | None:
     """Name the units of which some seeds generalise and others do not; None if there are none."""
     chosen, others = sides(runs, DO_NOT)
     both = sorted({run.unit for run in chosen} & {run.unit for run in others})
@@ -149,9 +147,9 @@ def mixed_note(runs: Sequence[GrokkingRun]) -> str | None:
     )
 
 
-def discrimination(runs: Sequence[GrokkingRun]) -> Table:
+def discrimination(runs: Sequence[ResidueRun]) -> Table:
     """Every clock, rate by rate: where it strikes, whether it tells the kinds apart, and whether it knows when."""
-    rates = sorted({run.rate for run in runs if run.name and not run.is_tied})
+    rates = sorted({run.rate for run in runs if run.reported and not run.is_tied})
     rows = [row for rate in rates for row in _of_rate([run for run in runs if run.rate == rate], rate)]
     notes = [
         "First and last step at which a clock strikes, and in how many runs. 10 ×: above ten times the median of the "
@@ -168,7 +166,7 @@ def discrimination(runs: Sequence[GrokkingRun]) -> Table:
     return tabulate("grokking_discrimination", "Does an onset tell which runs generalise, and when?", rows, notes)
 
 
-def _of_rate(runs: Sequence[GrokkingRun], rate: float) -> list[Row]:
+def _of_rate(runs: Sequence[ResidueRun], rate: float) -> list[Row]:
     """Rows of the runs of one learning rate: steps of several rates are not to be compared."""
     kinds = {others: sides(runs, others)[1] for others in OTHERS}
     chosen = sides(runs, DO_NOT)[0]
@@ -186,7 +184,7 @@ def _of_rate(runs: Sequence[GrokkingRun], rate: float) -> list[Row]:
     return rows
 
 
-def _apart(runs: Sequence[GrokkingRun], clock: str, others: str, struck: Steps) -> dict[str, Cell]:
+def _apart(runs: Sequence[ResidueRun], clock: str, others: str, struck: Steps) -> dict[str, Cell]:
     split = separation(runs, clock, others)
     return {
         others: word(_range(struck)),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from mini_gpt_pl.arithmetic.study.groups import commutator_note
-from mini_gpt_pl.arithmetic.study.runs import TEST, TRAIN, GrokkingRun, Window, median
+from mini_gpt_pl.arithmetic.study.runs import TEST, TRAIN, Phase, ResidueRun, median
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
 GRADIENTS_NOTE = (
@@ -29,7 +29,7 @@ _DEFECT = {
 }
 
 
-def defect(run: GrokkingRun) -> Table:
+def defect(run: ResidueRun) -> Table:
     """The commutator defect beside the gradient's length, and the forms of it without 1/‖g‖, step by step."""
     rows: list[Row] = []
     steps = run.commutator("norm_a").index
@@ -57,7 +57,7 @@ def value_at(series: pd.Series[float], step: int) -> float:
     return float(until.iloc[-1]) if len(until) else math.nan
 
 
-def phase_at(run: GrokkingRun, step: int) -> str:
+def phase_at(run: ResidueRun, step: int) -> str:
     """Phase of a run that a step lies in."""
     own = run.phases[1:]
     return next((window.name for window in own if step <= window.last), own[-1].name if own else "-")
@@ -76,7 +76,7 @@ BASES = {
 }
 
 
-def projections(run: GrokkingRun) -> Table:
+def projections(run: ResidueRun) -> Table:
     """How much of the bracket lies in each subspace, by phase, beside random directions of the same blocks."""
     rows: list[Row] = []
     for window in run.phases[1:] or [run.cut]:
@@ -96,7 +96,7 @@ def projections(run: GrokkingRun) -> Table:
     return tabulate("grokking_projections", "Where the commutator points", rows, notes)
 
 
-def projected(run: GrokkingRun, basis: str, window: Window) -> dict[str, Cell]:
+def projected(run: ResidueRun, basis: str, window: Phase) -> dict[str, Cell]:
     """Medians over a window of what one basis holds, and of its nulls."""
     value, null, isotropic, ratio, below = (
         median(inside(run.commutator(f"on_{basis}{suffix}"), window).tolist())
@@ -112,7 +112,7 @@ def projected(run: GrokkingRun, basis: str, window: Window) -> dict[str, Cell]:
     }
 
 
-def _alignment_row(run: GrokkingRun, window: Window) -> Sequence[Row]:
+def _alignment_row(run: ResidueRun, window: Phase) -> Sequence[Row]:
     value, null, signed = (
         median(inside(run.commutator(name), window).tolist())
         for name in ("alignment_rms", "alignment_flip", "alignment")
@@ -125,6 +125,6 @@ def _alignment_row(run: GrokkingRun, window: Window) -> Sequence[Row]:
     return [{"window": word(window.words), "basis": word("the last increment"), **cells}]
 
 
-def inside(series: pd.Series[float], window: Window) -> pd.Series[float]:
+def inside(series: pd.Series[float], window: Phase) -> pd.Series[float]:
     """The records of a window, its first step left out, which belongs to the window before; not that of the start."""
     return series[(series.index > window.first) & (series.index <= window.last)]

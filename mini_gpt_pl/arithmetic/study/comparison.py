@@ -19,11 +19,11 @@ from mini_gpt_pl.arithmetic.study.runs import (
     NULLS_NOTE,
     TEST,
     TRAIN,
-    GrokkingRun,
-    Window,
+    Phase,
+    ResidueRun,
     common_windows,
-    grokking_runs,
     reached,
+    residue_runs,
 )
 from mini_gpt_pl.arithmetic.study.seeds import seed_by_seed
 from mini_gpt_pl.arithmetic.study.tables import short
@@ -34,9 +34,9 @@ _SHARE, _COSINE, _STEP = "{:.1%}", "{:+.3f}", "{:,.0f}"
 _MATRICES = ("Q", "K", "V", "O")
 
 
-def grokking_comparison(runs: Sequence[Run]) -> list[Table]:
+def comparison_tables(runs: Sequence[Run]) -> list[Table]:
     """Make every table that runs of the second task allow; none for runs of another task."""
-    everything = grokking_runs(runs)
+    everything = residue_runs(runs)
     known = distinct(everything)
     if not known:
         return []
@@ -55,7 +55,7 @@ def grokking_comparison(runs: Sequence[Run]) -> list[Table]:
     return [table for table in tables if not table.frame.empty]
 
 
-def overview(runs: Sequence[GrokkingRun]) -> Table:
+def overview(runs: Sequence[ResidueRun]) -> Table:
     """All runs: what they were, when they memorised and generalised, and what they ended at."""
     rows: list[Row] = []
     for run in runs:
@@ -65,9 +65,9 @@ def overview(runs: Sequence[GrokkingRun]) -> Table:
                 "run": word(run.label),
                 **run_cells(run, runs),
                 **{COLUMNS[name]: reached(run, name) for name in COLUMNS if name != "test_95"},
-                "steps": number(run.last, _STEP),
+                "steps": number(run.last_step, _STEP),
                 **{f"{name} accuracy at the end": number(s.iloc[-1], _SHARE) for name, s in ends.items()},
-                "‖θ‖ at the end": number(run.run.last("eval/weight_norm"), "{:.1f}"),
+                "‖θ‖ at the end": number(run.last("eval/weight_norm"), "{:.1f}"),
             }
         )
     note = "t50, t90, t98: first evaluation with that test accuracy; stop: the third in a row with 98 %."
@@ -77,13 +77,13 @@ def overview(runs: Sequence[GrokkingRun]) -> Table:
 # ------------------------------------------------------------------------------------------------------- paths
 
 
-def pc1(runs: Sequence[GrokkingRun]) -> Table:
+def pc1(runs: Sequence[ResidueRun]) -> Table:
     """Centred PC1 of every matrix from the start to the stop, mean over seeds, beside the paper's and every null."""
     title = "Centred PC1 to the stop, by operation and matrix"
     return _pc1_table("grokking_pc1_published", title, runs, None, published=True)
 
 
-def fixed_windows(runs: Sequence[GrokkingRun]) -> Table:
+def fixed_windows(runs: Sequence[ResidueRun]) -> Table:
     """The same over the same steps for all runs: the medians of the phases of those that generalise."""
     title = "Centred PC1 over the same steps for all runs"
     parts = [_pc1_table("", title, runs, window, published=False) for window in common_windows(runs)]
@@ -95,10 +95,10 @@ def _joined(name: str, title: str, parts: Sequence[Table]) -> Table:
     return tabulate(name, title, [row for part in parts for row in part.rows], notes)
 
 
-def _pc1_table(name: str, title: str, runs: Sequence[GrokkingRun], window: Window | None, *, published: bool) -> Table:
+def _pc1_table(name: str, title: str, runs: Sequence[ResidueRun], window: Phase | None, *, published: bool) -> Table:
     rows: list[Row] = []
     for group in groups_of(runs):
-        of_seed = [run.path(window or run.cut) for run in group]
+        of_seed = [run.numbers(window or run.cut) for run in group]
         # A seed whose window is too short has no numbers; the others do.
         for label in dict.fromkeys(label for path in of_seed for label in path):
             found = [path[label]["pc1_centred"] for path in of_seed if label in path]
@@ -120,9 +120,9 @@ def _pc1_table(name: str, title: str, runs: Sequence[GrokkingRun], window: Windo
     return tabulate(name, title, rows, notes)
 
 
-def _snapshots(group: Sequence[GrokkingRun], window: Window | None) -> str:
+def _snapshots(group: Sequence[ResidueRun], window: Phase | None) -> str:
     """How many of them a PC1 is of, over the seeds."""
-    counts = [len(run.window(window or run.cut)) for run in group if run.path(window or run.cut)]
+    counts = [len(run.within(window or run.cut)) for run in group if run.numbers(window or run.cut)]
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
@@ -134,7 +134,7 @@ _WINDOWS_NOTE = (
 )
 
 
-def _paper_pc1(run: GrokkingRun, label: str) -> float:
+def _paper_pc1(run: ResidueRun, label: str) -> float:
     """Published value of a matrix such as `L0 Q`; NaN where there is none."""
     layer, _, matrix = label.partition(" ")
     if matrix not in _MATRICES or not run.repeats:
@@ -155,24 +155,24 @@ def _mean_gap(values: Sequence[float]) -> Cell:
     return cell if math.isnan(spread) else Cell(f"{cell.text} ± {100 * spread:.1f}", cell.value, {"sd": spread})
 
 
-def persistence(runs: Sequence[GrokkingRun]) -> Table:
+def persistence(runs: Sequence[ResidueRun]) -> Table:
     """Correlations at lag 1 of the whole of the recorded weights, in the same windows for all runs, mean over seeds."""
     rows: list[Row] = []
     for window in common_windows(runs):
         for group in groups_of(runs):
-            whole = [run for run in group if run.run.trunk in run.path(window)]
+            whole = [run for run in group if run.trunk in run.numbers(window)]
             if not whole:
                 continue
             cells = {"window": word(window.words), **group_cells(group, runs)}
-            increments = [run.path(window)[run.run.trunk]["autocorrelation"] for run in whole]
+            increments = [run.numbers(window)[run.trunk]["autocorrelation"] for run in whole]
             cells["increments"] = number(statistics.fmean(one["measured"] for one in increments), _COSINE)
             for null in DECAYING:
                 value = statistics.fmean(one[null] for one in increments)
                 cells[f"increments: {NULLS[null]}"] = number(value, _COSINE)
             for column, side in (("innovations", False), ("tangential", True)):
-                values = [run.correlation(window, run.run.trunk, tangential=side).value for run in whole]
+                values = [run.correlation(window, run.trunk, tangential=side).value for run in whole]
                 cells[column] = number(statistics.fmean(values), _COSINE, _sd(values))
-            shuffled = [run.path(window)[run.run.trunk]["autocorrelation_tangential"]["permuted"] for run in whole]
+            shuffled = [run.numbers(window)[run.trunk]["autocorrelation_tangential"]["permuted"] for run in whole]
             cells["tangential, permuted"] = number(statistics.fmean(shuffled), _COSINE)
             rows.append(cells)
     notes = [

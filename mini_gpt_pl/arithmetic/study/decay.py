@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mini_gpt_pl.arithmetic.statistics.scaling import scaling
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, grokking_runs, median
+from mini_gpt_pl.arithmetic.study.runs import ResidueRun, median, residue_runs
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
@@ -33,16 +33,16 @@ def decay_table(runs: Sequence[Run]) -> list[Table]:
     return [tabulate("grokking_decay", title, rows, notes)] if rows else []
 
 
-def decay_families(runs: Sequence[Run]) -> list[list[GrokkingRun]]:
+def decay_families(runs: Sequence[Run]) -> list[list[ResidueRun]]:
     """Runs that differ in their decay and seed only, where there are two positive decays."""
-    found: dict[tuple[object, ...], list[GrokkingRun]] = {}
-    for run in grokking_runs(runs):
-        data = {k: v for k, v in (run.run.settings.get("data") or {}).items() if k not in ("seed", "split_seed")}
+    found: dict[tuple[object, ...], list[ResidueRun]] = {}
+    for run in residue_runs(runs):
+        data = {k: v for k, v in (run.settings.get("data") or {}).items() if k not in ("seed", "split_seed")}
         found.setdefault((run.operation, run.rate, repr(data)), []).append(run)
     return [family for family in found.values() if len({run.decay for run in family if run.decay}) > 1]
 
 
-def _row(part: Sequence[GrokkingRun]) -> Row:
+def _row(part: Sequence[ResidueRun]) -> Row:
     reached = [step for run in part if (step := run.steps["test_90"]) is not None]
     first = part[0]
     spread = f"{min(reached):,} to {max(reached):,}" if reached else "never"
@@ -56,7 +56,7 @@ def _row(part: Sequence[GrokkingRun]) -> Row:
         "t90, median": number(median([float(step) for step in reached]), "{:,.0f}"),
         "t90": word(spread),
         "in decay times": number(waited, "{:.2f}"),
-        "steps": number(min(run.last for run in part), "{:,.0f}"),
+        "steps": number(min(run.last_step for run in part), "{:,.0f}"),
     }
 
 
@@ -75,7 +75,7 @@ class Fits:
     censored: int
 
 
-def fits(runs: Sequence[GrokkingRun]) -> Fits:
+def fits(runs: Sequence[ResidueRun]) -> Fits:
     """Fit the three forms of arXiv 2602.18523 to the runs that generalise.
 
     Args:
@@ -102,7 +102,7 @@ def fits(runs: Sequence[GrokkingRun]) -> Fits:
     return Fits(exponent, errors, len(decayed) - len(known))
 
 
-def fits_in_words(runs: Sequence[GrokkingRun]) -> str:
+def fits_in_words(runs: Sequence[ResidueRun]) -> str:
     """What the fits give, or why there are none."""
     try:
         found = fits(runs)

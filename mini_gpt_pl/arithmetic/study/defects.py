@@ -24,7 +24,7 @@ from mini_gpt_pl.arithmetic.study.published import (
     ONSET_NOTE,
     PROJECTION_NOTE,
 )
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, median, reached
+from mini_gpt_pl.arithmetic.study.runs import ResidueRun, median, reached
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 
 _STEP = "{:,.0f}"
@@ -56,7 +56,7 @@ class Change:
     c_theta2: float
 
 
-def change_at_grok(run: GrokkingRun) -> Change | None:
+def change_at_grok(run: ResidueRun) -> Change | None:
     """Compare the defect before and after a run generalises; None without a commutator probe."""
     values = run.commutator("defect")
     if len(values) < 4:
@@ -78,7 +78,7 @@ def change_at_grok(run: GrokkingRun) -> Change | None:
     return Change(baseline, before, after, *ratios)
 
 
-def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
+def defect_at_grok(runs: Sequence[ResidueRun]) -> Table:
     """Before and after generalisation: the defect over its baseline, and what else changes there."""
     rows: list[Row] = []
     for run in runs:
@@ -110,7 +110,7 @@ def defect_at_grok(runs: Sequence[GrokkingRun]) -> Table:
     return tabulate("grokking_defect_change", "What jumps when a run generalises: the defect, or 1/‖g‖?", rows, notes)
 
 
-def last_defects(runs: Sequence[GrokkingRun]) -> Table:
+def last_defects(runs: Sequence[ResidueRun]) -> Table:
     """Defect at the end of every run, with the gradient's length and the form without it, beside the paper's."""
     rows: list[Row] = []
     for run in runs:
@@ -119,7 +119,7 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
         known = LAST_DEFECT.get(run.operation, ()) if run.repeats and run.decay else ()
         step = int(run.commutator("norm_a").index[-1])
         cells: dict[str, Cell] = {**run_cells(run, runs), "step": number(step, _STEP)}
-        cells["D"] = number(run.run.last(f"commutator/{run.name}/defect"), "{:.4g}")
+        cells["D"] = number(run.last(f"commutator/{run.reported}/defect"), "{:.4g}")
         cells["D, paper"] = spread(known, "{:.4g}")
         for column, name, form in (
             ("‖g‖", "norm_a", "{:.2g}"),
@@ -130,7 +130,7 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
             ("relative", "relative", "{:.2f}"),
             ("float32 signal", "float32_signal", "{:.2g}"),
         ):
-            cells[column] = number(run.run.last(f"commutator/{run.name}/{name}"), form)
+            cells[column] = number(run.last(f"commutator/{run.reported}/{name}"), form)
         resolved = run.commutator("resolved")
         cells["records unresolved"] = number(float((resolved < 1).mean()), "{:.0%}")
         cells["float32 below noise"] = number(float((run.commutator("float32_signal") < 1).mean()), "{:.0%}")
@@ -147,7 +147,7 @@ def last_defects(runs: Sequence[GrokkingRun]) -> Table:
     return tabulate("grokking_last_defect", "Defect at the end of each run", rows, notes)
 
 
-def projections(runs: Sequence[GrokkingRun]) -> Table:
+def projections(runs: Sequence[ResidueRun]) -> Table:
     """Share of the bracket inside subspaces by operation and phase, medians over seeds, beside the paper's ratios."""
     rows: list[Row] = []
     for group in groups_of(runs):
@@ -168,7 +168,7 @@ def projections(runs: Sequence[GrokkingRun]) -> Table:
     return tabulate("grokking_projections_runs", "Where the commutator points", rows, notes)
 
 
-def _projection(group: Sequence[GrokkingRun], phase: str, basis: str) -> dict[str, Cell] | None:
+def _projection(group: Sequence[ResidueRun], phase: str, basis: str) -> dict[str, Cell] | None:
     found = []
     for run in group:
         window = next((window for window in run.phases[1:] if window.name == phase), None)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mini_gpt_pl.arithmetic.study.runs import NULLS, TEST, TRAIN, GrokkingRun, grokking_runs
+from mini_gpt_pl.arithmetic.study.runs import NULLS, TEST, TRAIN, ResidueRun, residue_runs
 from mini_gpt_pl.arithmetic.study.tables import short
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import BACKBONE, DISTINCT, GREY, NULL, PC2, RESIDUAL, SWITCH, WIDTH, line
@@ -28,8 +28,8 @@ _MARKERS = {
 }
 
 
-def _only(run: Run) -> GrokkingRun:
-    found = grokking_runs([run])
+def _only(run: Run) -> ResidueRun:
+    found = residue_runs([run])
     if not found:
         raise UserError(f"the run {run.path} was not evaluated on a training and a test set")
     return found[0]
@@ -42,13 +42,13 @@ def learning(run: Run) -> Figure:
         UserError: It is no run of the second task.
     """
     one = _only(run)
-    figure = Figure(figsize=(WIDTH, 4.6 if one.name else 2.6))
-    axes = figure.subplots(2 if one.name else 1, 1, sharex=True, squeeze=False)[:, 0]
+    figure = Figure(figsize=(WIDTH, 4.6 if one.reported else 2.6))
+    axes = figure.subplots(2 if one.reported else 1, 1, sharex=True, squeeze=False)[:, 0]
     line(axes[0], one.series(TRAIN), "training accuracy", GREY)
     line(axes[0], one.series(TEST), "test accuracy", BACKBONE)
     weights = one.series("eval/weight_norm")
     line(axes[0], weights / weights.iloc[0], "‖θ‖ / ‖θ₀‖", SWITCH, ls="--")
-    if one.name:
+    if one.reported:
         for name, label, colour in _SERIES:
             line(axes[1], one.commutator(name), label, colour)
         axes[1].set_yscale("log")
@@ -96,7 +96,7 @@ def growing_pc1(run: Run) -> Figure:
     return figure
 
 
-def _milestones(axes: Axes, run: GrokkingRun) -> None:
+def _milestones(axes: Axes, run: ResidueRun) -> None:
     for name in ("train_99", "test_90", "test_98_thrice"):
         if (step := run.steps[name]) is not None:
             axes.axvline(step, color=NULL, lw=0.6, ls=":")
@@ -109,14 +109,14 @@ def pc1(run: Run) -> Figure:
         UserError: No window holds enough snapshots.
     """
     one = _only(run)
-    shown = [window for window in one.phases if one.path(window)]
+    shown = [window for window in one.phases if one.numbers(window)]
     if not shown:
         raise UserError(f"the run {run.path} has too few snapshots")
-    labels = list(one.path(shown[0]))
+    labels = list(one.numbers(shown[0]))
     figure = Figure(figsize=(WIDTH, 0.9 + 0.26 * len(labels) * ((len(shown) + 1) // 2)))
     grid = figure.subplots((len(shown) + 1) // 2, 2, sharey=True, squeeze=False).flatten()
     for axes, window in zip(grid, shown, strict=False):
-        _points(axes, {label: found["pc1_centred"] for label, found in one.path(window).items()}, labels)
+        _points(axes, {label: found["pc1_centred"] for label, found in one.numbers(window).items()}, labels)
         axes.set_title(window.words, fontsize=9)
     for spare in grid[len(shown) :]:
         spare.set_visible(False)
@@ -144,11 +144,11 @@ def curves(runs: Sequence[Run]) -> Figure:
     Raises:
         UserError: None of them is of the second task.
     """
-    known = grokking_runs(runs)
+    known = residue_runs(runs)
     if not known:
         raise UserError("none of the runs was evaluated on a training and a test set")
     units = list(dict.fromkeys(run.operation for run in known))
-    panels: tuple[tuple[str, Callable[[GrokkingRun], object]], ...] = (
+    panels: tuple[tuple[str, Callable[[ResidueRun], object]], ...] = (
         ("test accuracy", lambda run: run.series(TEST)),
         ("D", lambda run: run.commutator("defect")),
         ("‖g‖", lambda run: run.commutator("norm_a")),
@@ -172,9 +172,9 @@ def curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-GROKKING_FIGURES: Mapping[str, Callable[[Run], Figure]] = {
+FIGURES: Mapping[str, Callable[[Run], Figure]] = {
     "grokking_learning": learning,
     "grokking_pc1": pc1,
     "grokking_growing_pc1": growing_pc1,
 }
-GROKKING_COMPARISON_FIGURES: Mapping[str, Callable[[Sequence[Run]], Figure]] = {"grokking_curves": curves}
+COMPARISON_FIGURES: Mapping[str, Callable[[Sequence[Run]], Figure]] = {"grokking_curves": curves}

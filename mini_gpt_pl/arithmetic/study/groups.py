@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mini_gpt_pl.arithmetic.study.published import ONSETS, ONSETS_NO_DECAY, Onsets
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun
+from mini_gpt_pl.arithmetic.study.runs import ResidueRun
 from mini_gpt_pl.report.published import listed
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Cell, number, word
@@ -15,38 +15,38 @@ _LENGTH = ("steps", "steps a snapshot")
 """Facts that say how long and how often a run was recorded, rather than how it goes."""
 
 
-def _setting(run: GrokkingRun, *free: str) -> str:
+def _setting(run: ResidueRun, *free: str) -> str:
     """What decides how a run goes, but for some facts, as one string."""
     fixed = {key: value for key, value in run.facts.items() if key not in free}
     return repr((run.operation, fixed))
 
 
-def groups_of(runs: Sequence[GrokkingRun]) -> list[list[GrokkingRun]]:
+def groups_of(runs: Sequence[ResidueRun]) -> list[list[ResidueRun]]:
     """Gather runs that agree in all facts but the seed, in the order in which they were given."""
-    found: dict[str, list[GrokkingRun]] = {}
+    found: dict[str, list[ResidueRun]] = {}
     for run in runs:
         found.setdefault(_setting(run, "seed"), []).append(run)
     return list(found.values())
 
 
-def distinct(runs: Sequence[GrokkingRun]) -> list[GrokkingRun]:
+def distinct(runs: Sequence[ResidueRun]) -> list[ResidueRun]:
     """Keep one run of each setting and seed, the longest: the same run once more is no second draw."""
-    kept: dict[str, GrokkingRun] = {}
+    kept: dict[str, ResidueRun] = {}
     for k, run in enumerate(runs):
         key = _setting(run, *_LENGTH) if run.seed is not None else str(k)
-        if key not in kept or (bool(run.name), run.last) > (bool(kept[key].name), kept[key].last):
+        if key not in kept or (bool(run.reported), run.last_step) > (bool(kept[key].reported), kept[key].last_step):
             kept[key] = run
     return [run for run in runs if any(run is other for other in kept.values())]
 
 
-def repeated_note(runs: Sequence[GrokkingRun]) -> str | None:
+def repeated_note(runs: Sequence[ResidueRun]) -> str | None:
     """Name the runs that `distinct` leaves out; None if there are none."""
     kept = distinct(runs)
     twice = [run.label for run in runs if not any(run is other for other in kept)]
     return f"Of one setting and seed as a longer run, and not counted again: {', '.join(twice)}." if twice else None
 
 
-def group_cells(group: Sequence[GrokkingRun], runs: Sequence[GrokkingRun]) -> dict[str, Cell]:
+def group_cells(group: Sequence[ResidueRun], runs: Sequence[ResidueRun]) -> dict[str, Cell]:
     """What the runs of a group have in common.
 
     Args:
@@ -65,7 +65,7 @@ def group_cells(group: Sequence[GrokkingRun], runs: Sequence[GrokkingRun]) -> di
     }
 
 
-def run_cells(run: GrokkingRun, runs: Sequence[GrokkingRun]) -> dict[str, Cell]:
+def run_cells(run: ResidueRun, runs: Sequence[ResidueRun]) -> dict[str, Cell]:
     """What a single run was; see `group_cells`."""
     cells = group_cells([run], runs)
     del cells["seeds"]
@@ -81,14 +81,14 @@ def spread(values: Sequence[float], form: str) -> Cell:
     return Cell(low if low == high else f"{low} to {high}", None, ends)
 
 
-def published_onsets(run: GrokkingRun) -> Onsets | None:
+def published_onsets(run: ResidueRun) -> Onsets | None:
     """What is published of the onsets of a run's operation; None for a run that does not repeat the paper's."""
     if not run.repeats:
         return None
     return (ONSETS_NO_DECAY if run.is_free else ONSETS).get(run.operation)
 
 
-def setting_note(runs: Sequence[GrokkingRun]) -> str | None:
+def setting_note(runs: Sequence[ResidueRun]) -> str | None:
     """Say why there are no published numbers beside runs that do not repeat the paper's."""
     other = next((run for run in runs if run.differs), None)
     if other is None:
@@ -98,10 +98,10 @@ def setting_note(runs: Sequence[GrokkingRun]) -> str | None:
     )
 
 
-def commutator_note(runs: Sequence[GrokkingRun]) -> str | None:
+def commutator_note(runs: Sequence[ResidueRun]) -> str | None:
     """Say which commutator a table shows where runs have several."""
-    several = next((run for run in runs if len(run.names) > 1), None)
+    several = next((run for run in runs if len(run.commutators) > 1), None)
     if several is None:
         return None
-    others = ", ".join(name for name in several.names if name != several.name)
-    return f"The commutator is {several.name}; {several.label} also measured {others}, which this does not show."
+    others = ", ".join(name for name in several.commutators if name != several.reported)
+    return f"The commutator is {several.reported}; {several.label} also measured {others}, which this does not show."

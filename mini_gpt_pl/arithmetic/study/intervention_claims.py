@@ -9,7 +9,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from mini_gpt_pl.arithmetic.study.intervention_runs import Delays, Ended
-from mini_gpt_pl.report.sheet import Row, Table, tabulate, word
+from mini_gpt_pl.report import claims as core
+from mini_gpt_pl.report.claims import Claim
+from mini_gpt_pl.report.sheet import Table
 
 Arms = Mapping[str, Sequence[Ended]]
 # Below this training accuracy a run no longer knows what it was trained on, whatever it does on the test set.
@@ -26,13 +28,15 @@ def claims_table(arms: Arms, control: str = "none") -> Table:
         arms: Runs that have ended, by arm.
         control: Name of the arm without intervention.
     """
-    rows = [row for judge in _CLAIMS if (row := judge(_Bench(arms, control))) is not None]
+    claims = [judge(_Bench(arms, control)) for judge in _CLAIMS]
     notes = (
         "Delays: median over seeds against the run of the same seed without intervention, and their range; s is the "
         f"suppressed part. Later: by more than {_EVALUATION} steps in more than {_MOST:.0%} of the seeds that both "
         f"arms have. Forgotten: a training accuracy below {_FORGOTTEN:.0%} after 99 % had been reached.",
     )
-    return tabulate("intervention_claims", "Interventions: what the study says, and what these runs say", rows, notes)
+    title = "Interventions: what the study says, and what these runs say"
+    columns = ("the study says", "here", "beside", "reading")
+    return core.claims_table("intervention_claims", title, claims, notes, columns)
 
 
 class _Bench:
@@ -77,12 +81,7 @@ class _Bench:
         )
 
 
-def _row(said: str, here: str, beside: str, reading: str) -> Row:
-    cells = {"the study says": said, "here": here, "beside": beside, "reading": reading}
-    return {name: word(text) for name, text in cells.items()}
-
-
-def _dose(bench: _Bench) -> Row | None:
+def _dose(bench: _Bench) -> Claim | None:
     """A gradient whose orthogonal part is suppressed is, to Adam, one whose parallel part is amplified."""
     doses = ("pca_s025", "pca_s050", "pca_s075")
     if not bench.has(*doses, "amplify_s075", "scale_s075"):
@@ -95,7 +94,7 @@ def _dose(bench: _Bench) -> Row | None:
         reading = "**partly amplification**: amplifying alone delays too, but less."
     else:
         reading = "**amplification**: the same delay comes with nothing suppressed; Adam takes the common factor out."
-    return _row(
+    return Claim(
         "Suppressing the gradient across the path delays grokking, +34, +300 and +800 steps at s = 0.25, 0.5, 0.75",
         bench.told(*doses),
         f"parallel part × 4, nothing suppressed: {bench.delays('amplify_s075')}; everything × 0.25: "
@@ -104,7 +103,7 @@ def _dose(bench: _Bench) -> Row | None:
     )
 
 
-def _specific(bench: _Bench) -> Row | None:
+def _specific(bench: _Bench) -> Claim | None:
     matched = ("blocks_s075", "rank_one_s075", "theta0_s075", "other_s075")
     if not bench.has("pca_s075", "isotropic_s075", *matched):
         return None
@@ -117,7 +116,7 @@ def _specific(bench: _Bench) -> Row | None:
     else:
         longer = f"longer than with {', '.join(beaten)}" if beaten else "longer than with none of them"
         reading = f"**not of this path**: the delay is {longer}, no longer than with {', '.join(equal)}."
-    return _row(
+    return Claim(
         "It is the subspace: random directions as many delay by less than 50 steps",
         f"path {bench.delays('pca_s075')}; isotropic {bench.delays('isotropic_s075')}",
         bench.told(*matched, "past_s075"),
@@ -125,7 +124,7 @@ def _specific(bench: _Bench) -> Row | None:
     )
 
 
-def _confined(bench: _Bench) -> Row | None:
+def _confined(bench: _Bench) -> Claim | None:
     """At s = 1 all weights outside the span have no gradient, and decay goes on."""
     if not bench.has("pca_s100", "decay_off_s100"):
         return None
@@ -140,7 +139,7 @@ def _confined(bench: _Bench) -> Row | None:
         reading = "**reproduces**: nothing generalises, and the training set is still known."
     if bench.has("inside_s100") and not bench.fails("inside_s100"):
         reading += " Confined within the attention matrices alone, every run generalises."
-    return _row(
+    return Claim(
         "Orthogonal flow is necessary: at s = 1, 0 of 12 runs grok",
         bench.fates("pca_s100"),
         bench.fates("decay_off_s100", "decay_span_s100", "decay_off", "inside_s100", "isotropic_s100", "blocks_s100"),
@@ -148,7 +147,7 @@ def _confined(bench: _Bench) -> Row | None:
     )
 
 
-def _along(bench: _Bench) -> Row | None:
+def _along(bench: _Bench) -> Claim | None:
     arms = ("remove", "update_remove")
     if not bench.has(*arms, "blocks_remove"):
         return None
@@ -166,7 +165,7 @@ def _along(bench: _Bench) -> Row | None:
         earlier = [name for name in arms if bench.later(bench.control, name)]
         when = f"earlier with {', '.join(earlier)}" if earlier else "no later"
         reading = f"**does not stand**: every run generalises without it, and {when}."
-    return _row(
+    return Claim(
         "Motion along the path is necessary (not tested)",
         f"without the parallel part of the gradient {bench.delays('remove')}, of the update "
         f"{bench.delays('update_remove')}",
@@ -175,7 +174,7 @@ def _along(bench: _Bench) -> Row | None:
     )
 
 
-def _kicks(bench: _Bench) -> Row | None:
+def _kicks(bench: _Bench) -> Claim | None:
     pairs = [(n, f"{n}_random") for n in ("kick", "sustained_050", "sustained_100", "sustained_200", "sustained_500")]
     pairs = [pair for pair in pairs if bench.has(*pair)]
     if not pairs:
@@ -184,7 +183,7 @@ def _kicks(bench: _Bench) -> Row | None:
     reading = "**stands**: at one length the direction does not matter."
     if differ:
         reading = f"**does not stand**: the commutator's direction and random ones differ for {', '.join(differ)}."
-    return _row(
+    return Claim(
         "Kicks along the commutator and along random directions do alike: 27 of 27 grok, at about 3,200",
         bench.told(*(one for one, _ in pairs)),
         bench.told(*(random for _, random in pairs), "noise"),
@@ -192,7 +191,7 @@ def _kicks(bench: _Bench) -> Row | None:
     )
 
 
-def _update(bench: _Bench) -> Row | None:
+def _update(bench: _Bench) -> Claim | None:
     if not bench.has("update_s075", "update_scale_s075"):
         return None
     if not bench.later("update_s075", bench.control):
@@ -204,7 +203,7 @@ def _update(bench: _Bench) -> Row | None:
     confined = "update_s100_decay_span"
     if bench.has(confined) and not bench.reached(confined) and bench.accuracy(confined) >= _FORGOTTEN:
         reading += " Confined to the path, decay included, no run generalises, and the training set is still known."
-    return _row(
+    return Claim(
         "(not tested) the update in place of the gradient, which Adam cannot undo",
         bench.told("update_s075", "update_s100", "update_s100_decay_span"),
         bench.told("update_scale_s075"),
@@ -212,4 +211,4 @@ def _update(bench: _Bench) -> Row | None:
     )
 
 
-_CLAIMS: tuple[Callable[[_Bench], Row | None], ...] = (_dose, _specific, _confined, _along, _kicks, _update)
+_CLAIMS: tuple[Callable[[_Bench], Claim | None], ...] = (_dose, _specific, _confined, _along, _kicks, _update)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mini_gpt_pl.arithmetic.multitask import milestones_of
-from mini_gpt_pl.arithmetic.study.runs import COLUMNS, GrokkingRun, Window, median
+from mini_gpt_pl.arithmetic.study.runs import COLUMNS, Phase, ResidueRun, median
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.settings import facts, plain
@@ -75,7 +75,7 @@ _NUMBERS = {
 
 def _commutators(run: Run) -> Table:
     probes = commutators_of(run)
-    one = GrokkingRun(run, run.path.name)
+    one = ResidueRun.of(run)
     rows: list[Row] = []
     for window in one.phases[1:] or [one.cut]:
         scaled = {pair: _middle(run, name, "c", window) for pair, name in probes.items()}
@@ -95,7 +95,7 @@ def _commutators(run: Run) -> Table:
     return tabulate("grokking_cross_task", "Commutators across tasks", rows, [note])
 
 
-def _middle(run: Run, probe: str, metric: str, window: Window) -> float:
+def _middle(run: Run, probe: str, metric: str, window: Phase) -> float:
     """Median over the records of a window, its first step left out."""
     series = run.series(f"commutator/{probe}/{metric}")
     return median(series[(series.index > window.first) & (series.index <= window.last)].tolist())
@@ -153,4 +153,4 @@ def t90_of(run: Run) -> int | None:
     """
     if not tasks_of(run):
         raise UserError(f"{run.path} has no tasks that were evaluated apart")
-    return GrokkingRun(run, run.path.name).steps["test_90"]
+    return ResidueRun.of(run).steps["test_90"]

@@ -9,8 +9,9 @@ from mini_gpt_pl.arithmetic.statistics import onset
 from mini_gpt_pl.arithmetic.study.decay import decay_families, fits
 from mini_gpt_pl.arithmetic.study.multitask import commutators_of, milestones_of, order_of, same_tasks, t90_of, tasks_of
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report.claims import Claim, claims_table
 from mini_gpt_pl.report.settings import facts
-from mini_gpt_pl.report.sheet import Row, Table, tabulate, word
+from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
 
 _PUBLISHED_ORDER = ("mul", "x2_y2", "add")
@@ -23,22 +24,18 @@ _NOT_HERE = (
 
 def multitask_claims(runs: Sequence[Run]) -> list[Table]:
     """Judge every statement that runs with several tasks allow; nothing for others."""
-    known = same_tasks(runs)
-    rows = [row for judge in _CLAIMS if known and (row := judge(known)) is not None]
+    family = same_tasks(runs)
+    claims = [claim for judge in _CLAIMS if family and (claim := judge(family)) is not None]
     title = "What the study of several tasks says, and what these runs say"
-    return [tabulate("grokking_multitask_claims", title, rows, [_NOT_HERE])] if rows else []
-
-
-def _claim(said: str, here: str, null: str, reading: str) -> Row:
-    cells = {"the study says": said, "here": here, "null": null, "reading": reading}
-    return {column: word(text) for column, text in cells.items()}
+    columns = ("the study says", "here", "null", "reading")
+    return [claims_table("grokking_multitask_claims", title, claims, [_NOT_HERE], columns)] if claims else []
 
 
 def _is_free(run: Run) -> bool:
     return not facts(run)["weight decay"]
 
 
-def _order(runs: Sequence[Run]) -> Row | None:
+def _order(runs: Sequence[Run]) -> Claim | None:
     wanted = [task for task in _PUBLISHED_ORDER if task in tasks_of(runs[0])]
     orders = [[task for task in order if task in wanted] for run in runs if (order := order_of(run)) is not None]
     if len(wanted) < 2 or not orders:
@@ -46,7 +43,7 @@ def _order(runs: Sequence[Run]) -> Row | None:
     same = sum(order == wanted for order in orders)
     chance = 1 / math.factorial(len(wanted))
     verdict = "reproduces" if same == len(orders) else "does not reproduce" if same <= chance * len(orders) else "mixed"
-    return _claim(
+    return Claim(
         "mul generalises first, then x2_y2, then add",
         f"{', '.join(wanted)} in {same} of {len(orders)} runs in which all tasks generalise, one after the other",
         f"any order: {chance:.0%} of the runs",
@@ -54,7 +51,7 @@ def _order(runs: Sequence[Run]) -> Row | None:
     )
 
 
-def _no_decay(runs: Sequence[Run]) -> Row | None:
+def _no_decay(runs: Sequence[Run]) -> Claim | None:
     free, decayed = ([run for run in runs if _is_free(run) is kind] for kind in (True, False))
     if not free or not decayed:
         return None
@@ -62,7 +59,7 @@ def _no_decay(runs: Sequence[Run]) -> Row | None:
     late = sum((step := t90_of(run)) is not None and step <= until for run in decayed)
     groks = sum(t90_of(run) is not None for run in free)
     verdict = "does not reproduce" if groks else "reproduces" if late else "undecided"
-    return _claim(
+    return Claim(
         "Without weight decay no run generalises",
         f"{groks} of {len(free)} runs without it, in {until:,} steps or more",
         f"{late} of {len(decayed)} runs with it in the same steps",
@@ -70,7 +67,7 @@ def _no_decay(runs: Sequence[Run]) -> Row | None:
     )
 
 
-def _onset(runs: Sequence[Run]) -> Row | None:
+def _onset(runs: Sequence[Run]) -> Claim | None:
     """Whether the defect across tasks crosses its threshold before all tasks generalise, beside memorisation."""
     leads: list[bool] = []
     placebo: list[bool] = []
@@ -89,7 +86,7 @@ def _onset(runs: Sequence[Run]) -> Row | None:
     every = all(leads)
     null = f"99 % of the training set comes first in {sum(placebo)} of {len(placebo)}"
     reading = "**no warning**: so does anything early" if every and all(placebo) else "**mixed**"
-    return _claim(
+    return Claim(
         "The onset of the defect comes before generalisation in 42 of 42 conditions",
         f"across tasks in {sum(leads)} of {len(leads)} runs that generalise",
         null,
@@ -97,7 +94,7 @@ def _onset(runs: Sequence[Run]) -> Row | None:
     )
 
 
-def _decay(runs: Sequence[Run]) -> Row | None:
+def _decay(runs: Sequence[Run]) -> Claim | None:
     for family in decay_families(runs):
         try:
             found = fits(family)
@@ -105,7 +102,7 @@ def _decay(runs: Sequence[Run]) -> Row | None:
             continue
         best = min(found.errors, key=lambda name: found.errors[name])
         verdict = "the null" if abs(found.exponent - 1) < 0.2 else "not the null"
-        return _claim(
+        return Claim(
             "Generalisation comes later with less decay, as a power of it, an exponential, or a / w + c",
             f"t90 goes as decay^{-found.exponent:+.2f}; {best} fits best, to {found.errors[best]:.0%}",
             "decay^-1: a step count in units of 1 / (lr × decay)",
@@ -114,4 +111,4 @@ def _decay(runs: Sequence[Run]) -> Row | None:
     return None
 
 
-_CLAIMS: tuple[Callable[[Sequence[Run]], Row | None], ...] = (_order, _onset, _no_decay, _decay)
+_CLAIMS: tuple[Callable[[Sequence[Run]], Claim | None], ...] = (_order, _onset, _no_decay, _decay)

@@ -11,7 +11,7 @@ from mini_gpt_pl.arithmetic.statistics.scaling import scaling
 from mini_gpt_pl.arithmetic.study.clocks import ONSET, clock_steps, leads, sign
 from mini_gpt_pl.arithmetic.study.groups import commutator_note, published_onsets, run_cells, setting_note, spread
 from mini_gpt_pl.arithmetic.study.published import ONSET_NOTE, RATES, RATES_NOTE, Onsets, Rate
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, reached
+from mini_gpt_pl.arithmetic.study.runs import ResidueRun, reached
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
@@ -19,11 +19,11 @@ from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
 _STEP = "{:,.0f}"
 
 
-def onsets(runs: Sequence[GrokkingRun]) -> Table:
+def onsets(runs: Sequence[ResidueRun]) -> Table:
     """Onset by the paper's rule, generalisation and lead of every run, beside the range of the paper's three seeds."""
     rows: list[Row] = []
     for run in runs:
-        if not run.name:
+        if not run.reported:
             continue
         onset = clock_steps(run)[ONSET]
         paper = published_onsets(run)
@@ -65,7 +65,7 @@ def _by_column(paper: Onsets) -> dict[str, Sequence[float]]:
     return {"onset": paper.onset, "t90": paper.t90, "stop": paper.stop, "lead": lead}
 
 
-def _lead_of(run: GrokkingRun, name: str) -> float | None:
+def _lead_of(run: ResidueRun, name: str) -> float | None:
     step, t90 = run.steps[name], run.steps["test_90"]
     return None if step is None or t90 is None else t90 - step
 
@@ -78,7 +78,7 @@ _RULES = {
 }
 
 
-def rules(runs: Sequence[GrokkingRun]) -> Table:
+def rules(runs: Sequence[ResidueRun]) -> Table:
     """Onset of D by every rule of the studies, side by side, and the lead of each over the step of the stop."""
     rows: list[Row] = []
     for run in runs:
@@ -104,13 +104,13 @@ def rules(runs: Sequence[GrokkingRun]) -> Table:
     return tabulate("grokking_onset_rules", "Onset of the defect by every rule", rows, notes)
 
 
-def rates(runs: Sequence[GrokkingRun]) -> Table:
+def rates(runs: Sequence[ResidueRun]) -> Table:
     """Onset, generalisation and largest defect by learning rate and operation; for runs of several rates.
 
     Published are means over the four operations that generalise, and ranges of the two that do not: they stand beside
     the rows of all such operations.
     """
-    measured = [run for run in runs if run.decay and run.name]
+    measured = [run for run in runs if run.decay and run.reported]
     found = sorted({run.rate for run in measured})
     rows: list[Row] = []
     for rate in found if len(found) > 1 else []:
@@ -130,7 +130,7 @@ def rates(runs: Sequence[GrokkingRun]) -> Table:
     return tabulate("grokking_rates", "Onset and generalisation by learning rate", rows, notes)
 
 
-def _rate_cells(runs: Sequence[GrokkingRun]) -> dict[str, Cell]:
+def _rate_cells(runs: Sequence[ResidueRun]) -> dict[str, Cell]:
     """Means over some runs of one rate, and the ranges of their onsets and largest defects."""
     struck = [clock_steps(run)[ONSET] for run in runs]
     t90 = [run.steps["test_90"] for run in runs]
@@ -171,7 +171,7 @@ def _published(paper: Rate, *, groks: bool) -> dict[str, Cell]:
     }
 
 
-def _power_law(runs: Sequence[GrokkingRun]) -> str:
+def _power_law(runs: Sequence[ResidueRun]) -> str:
     """Say what a log-log fit of lead against generalisation gives, or why there is none."""
     pairs = [(run, lead) for run in runs for lead in leads([clock_steps(run)[ONSET]], [run.steps["test_90"]])]
     ahead = [(run, lead) for run, lead in pairs if lead > 0]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.arithmetic.study.moments import markers, moments
-from mini_gpt_pl.arithmetic.study.runs import DECAYING, NULLS, NULLS_NOTE, GrokkingRun, Window
+from mini_gpt_pl.arithmetic.study.runs import DECAYING, NULLS, NULLS_NOTE, Phase, ResidueRun
 from mini_gpt_pl.arithmetic.study.tables import short
 from mini_gpt_pl.geometry.path import centred, innovations, nulls, windows
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
@@ -34,7 +34,7 @@ def rank_tables(run: Run) -> list[Table]:
 
 
 def _ranks(run: Run) -> Table:
-    path = GrokkingRun(run, run.path.name).path(Window("whole run", 0, run.trajectory.steps[-1]))
+    path = ResidueRun.of(run).path(Phase("whole run", 0, run.trajectory.steps[-1]))
     rows: list[Row] = []
     for label, found in path.items():
         row: dict[str, Cell] = {"weights": word(short(label))}

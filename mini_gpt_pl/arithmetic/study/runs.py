@@ -1,8 +1,9 @@
-"""Runs of the second task as its report reads them: when they memorised and generalised, and their path in windows."""
+"""Runs of residues as their report reads them: when they memorised and generalised, and their path in windows."""
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,10 @@ from functools import cached_property, lru_cache
 
 import pandas as pd
 import torch
+from typing_extensions import override
 
 from mini_gpt_pl.arithmetic.milestones import BEGUN, MEMORISED, MILESTONES
+from mini_gpt_pl.arithmetic.operations import OPERATIONS
 from mini_gpt_pl.arithmetic.study.published import SETTING
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import innovations, nulls, resampled, windows
@@ -19,9 +22,10 @@ from mini_gpt_pl.geometry.path.centred import centred_statistics
 from mini_gpt_pl.geometry.path.innovations import Correlation
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.settings import differences, facts, plain
+from mini_gpt_pl.report.settings import differences, plain
 from mini_gpt_pl.report.sheet import Cell, number, word
-from mini_gpt_pl.runs.folder import METRICS, TRAJECTORY, Run
+from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 
 TEST, TRAIN, LOSS = "eval/test_accuracy", "eval/train_accuracy", "eval/train_loss"
 _PERMUTATIONS = 20
@@ -58,7 +62,7 @@ Numbers = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Window:
+class Phase:
     """A stretch of steps.
 
     Args:
@@ -80,33 +84,19 @@ class Window:
 
 
 @dataclass(frozen=True)
-class GrokkingRun:
-    """A run of the second task.
-
-    Args:
-        run: Its folder.
-        label: What it is called.
-    """
-
-    run: Run
-    label: str
-    _paths: dict[Window, dict[str, Numbers]] = field(default_factory=dict, compare=False, repr=False)
-
-    @cached_property
-    def facts(self) -> Mapping[str, object]:
-        """What decides how it goes; see `settings.facts`."""
-        return facts(self.run)
+class ResidueRun(Subject):
+    """A run of residues; see `report.subject.Subject`."""
 
     @property
     def operation(self) -> str:
         """The operation, or what else it learned; apart where the length of the weights was held to another run's."""
-        name = str(self.facts["operation"] or self.run.task)
+        name = str(self.facts["operation"] or self.task)
         return f"{name}, tied norm" if self.is_tied else name
 
     @cached_property
     def is_tied(self) -> bool:
         """Whether its weights were held to the length that another run's had: neither decayed nor free of it."""
-        return bool(self.run.callback_settings("TiedNorm"))
+        return bool(self.callback_settings("TiedNorm"))
 
     @property
     def is_free(self) -> bool:
@@ -116,23 +106,23 @@ class GrokkingRun:
     @property
     def was_disturbed(self) -> bool:
         """Whether something changed its gradients, updates or weights on the way."""
-        return any(self.run.callback_settings(name) for name in ("SubspaceIntervention", "Kick"))
+        return any(self.callback_settings(name) for name in ("SubspaceIntervention", "Kick"))
 
     @property
     def decay(self) -> float:
         """Weight decay."""
-        return float(self.facts["weight decay"] or 0.0)  # type: ignore[arg-type]
+        return float(self.facts["weight decay"] or 0.0)
 
     @property
     def rate(self) -> float:
         """Learning rate."""
-        return float(self.facts["learning rate"] or math.nan)  # type: ignore[arg-type]
+        return float(self.facts["learning rate"] or math.nan)
 
     @property
     def seed(self) -> int | None:
         """Of weights, split and batches."""
-        found = self.facts["seed"]
-        return None if found is None else int(found)  # type: ignore[call-overload]
+        seed = self.facts["seed"]
+        return None if seed is None else int(seed)
 
     @property
     def unit(self) -> str:
@@ -144,42 +134,35 @@ class GrokkingRun:
         """The operation, and whether it is a control."""
         return f"{self.operation}, no decay" if self.is_free else self.operation
 
-    @property
-    def last(self) -> int:
-        """Step of the last snapshot."""
-        return self.run.trajectory.steps[-1]
-
+    @override
     def series(self, name: str) -> pd.Series[float]:
-        """Metric by step; empty if it never was logged."""
-        return self.run.series(name) if (self.run.path / METRICS).is_file() else pd.Series(dtype=float)
+        return super().series(name) if self.has_metrics else pd.Series(dtype=float)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Of all commutators that were measured: a run of several tasks has them within tasks and across."""
-        if not (self.run.path / METRICS).is_file():
-            return ()
-        found = [str(c) for c in self.run.metrics.columns if str(c).endswith("/defect") and str(c).count("/") == 2]
-        return tuple(name.split("/")[1] for name in found)
+    def commutators(self) -> tuple[str, ...]:
+        """Names of all commutators that were measured: a run of several tasks has them within tasks and across."""
+        columns = map(str, self.metrics.columns) if self.has_metrics else ()
+        return tuple(match[1] for column in columns if (match := re.fullmatch("[^/]+/([^/]+)/defect", column)))
 
     @cached_property
-    def name(self) -> str:
-        """Of the commutator that is reported; empty if none was measured.
+    def reported(self) -> str:
+        """Name of the commutator that is reported; empty if none was measured.
 
         Of several that of the training loss, else the first of one task (one loss for both batches), else the first.
         """
-        told = {
-            probe.get("name", "all"): probe.get("losses") for probe in self.run.callback_settings("CommutatorProbe")
+        losses_of = {
+            probe.get("name", "all"): probe.get("losses") for probe in self.callback_settings("CommutatorProbe")
         }
 
         def rank(name: str) -> int:
-            losses = told.get(name)
+            losses = losses_of.get(name)
             return 0 if losses is None else 1 + (losses[0] != losses[1])
 
-        return min(self.names, key=rank, default="")
+        return min(self.commutators, key=rank, default="")
 
     def commutator(self, name: str) -> pd.Series[float]:
         """Number of the commutator probe by step; empty without one."""
-        return self.series(f"commutator/{self.name}/{name}")
+        return self.series(f"commutator/{self.reported}/{name}")
 
     @cached_property
     def differs(self) -> tuple[str, ...]:
@@ -190,12 +173,12 @@ class GrokkingRun:
         free = ["learning rate"]
         if not self.decay or self.rate != SETTING["learning rate"]:
             free.append("steps a snapshot")
-        found = differences(self.facts, SETTING, free)
+        differing = differences(self.facts, SETTING, free)
         if self.decay not in (0.0, 1.0):
-            found.append(f"weight decay {plain(self.decay)} instead of 1")
+            differing.append(f"weight decay {plain(self.decay)} instead of 1")
         if self.is_tied:
-            found.append("norm tied to another run's instead of free")
-        return tuple(found)
+            differing.append("norm tied to another run's instead of free")
+        return tuple(differing)
 
     @property
     def repeats(self) -> bool:
@@ -218,52 +201,45 @@ class GrokkingRun:
         return self.steps["test_90"] is not None
 
     @property
-    def cut(self) -> Window:
+    def cut(self) -> Phase:
         """From the start to the stop of the original study, three evaluations with 98 %, or to the end."""
-        return Window("to the stop", 0, min(self.steps["test_98_thrice"] or self.last, self.last))
+        return Phase("to the stop", 0, min(self.steps["test_98_thrice"] or self.last_step, self.last_step))
 
     @property
-    def phases(self) -> list[Window]:
+    def phases(self) -> list[Phase]:
         """The run to its stop, then in its own phases."""
-        return [self.cut, *phases(self.steps, self.last)]
+        return [self.cut, *phases(self.steps, self.last_step)]
 
     # ------------------------------------------------------------------------------------------------ path
 
-    def window(self, window: Window) -> Trajectory:
-        """Its path in a window.
+    def within(self, phase: Phase) -> Trajectory:
+        """Its path in a phase.
 
         Raises:
-            UserError: The window holds fewer than three snapshots.
+            UserError: The phase holds fewer than three snapshots.
         """
-        return windows.window(self.run.trajectory, window.first, window.last, steps=window.steps)
+        return windows.window(self.trajectory, phase.first, phase.last, steps=phase.steps)
 
-    def path(self, window: Window) -> dict[str, Numbers]:
-        """Numbers of each group and of the whole in a window, beside their nulls; empty with under four snapshots."""
-        if window not in self._paths:
-            self._paths[window] = self._described(window)
-        return self._paths[window]
-
-    def _described(self, window: Window) -> dict[str, Numbers]:
+    def numbers(self, phase: Phase) -> dict[str, Numbers]:
+        """Numbers of each group and of the whole in a phase, beside their nulls; empty with under four snapshots."""
         try:
-            trajectory = self.window(window)
+            trajectory = self.within(phase)
         except UserError:
             return {}
         if len(trajectory) < _FEWEST:
             return {}
-        labels = (*trajectory.groups, self.run.trunk)
         grams = torch.cat([trajectory.grams, trajectory.gram()[None]])
         moved = grams.diagonal(dim1=1, dim2=2)[:, 1:].sum(1) > 0
-        labels = tuple(label for label, moves in zip(labels, moved.tolist(), strict=True) if moves)
+        labels = [label for label, moves in zip((*trajectory.groups, self.trunk), moved, strict=True) if moves]
         if not labels:
             return {}
-        kept = grams[moved].contiguous()
-        described = _numbers(kept.numpy().tobytes(), len(labels), tuple(trajectory.survival))
+        described = _described(grams[moved].contiguous().numpy().tobytes(), len(labels), tuple(trajectory.survival))
         return dict(zip(labels, described, strict=True))
 
-    def correlation(self, window: Window, label: str, *, tangential: bool) -> Correlation:
-        """Correlation of successive innovations of a group, or of the whole, in a window."""
-        trajectory = self.window(window)
-        group = None if label == self.run.trunk else label
+    def correlation(self, phase: Phase, label: str, *, tangential: bool) -> Correlation:
+        """Correlation of successive innovations of a group, or of the whole, in a phase."""
+        trajectory = self.within(phase)
+        group = None if label == self.trunk else label
         return innovations.correlation(
             trajectory.gram(group), trajectory.survival, trajectory.dim_of(group), tangential=tangential
         )
@@ -271,7 +247,7 @@ class GrokkingRun:
 
 # Tables, claims and figures of one report ask for the same paths; fifteen runs have 90 windows.
 @lru_cache(maxsize=512)
-def _numbers(content: bytes, count: int, survival: tuple[float, ...]) -> list[Numbers]:
+def _described(content: bytes, count: int, survival: tuple[float, ...]) -> list[Numbers]:
     """Statistics of several paths of one decay, given as the bytes of their Grams, and of each of their nulls."""
     grams = torch.frombuffer(bytearray(content), dtype=torch.float64).view(count, len(survival), len(survival))
     paths = [
@@ -282,11 +258,11 @@ def _numbers(content: bytes, count: int, survival: tuple[float, ...]) -> list[Nu
         innovations.autoregressive_walk(grams, survival),
         *[resampled.permuted(gram, _PERMUTATIONS) for gram in grams],
     ]
-    found = centred_statistics(torch.cat(paths), survival)
+    statistics_of = centred_statistics(torch.cat(paths), survival)
     described: list[Numbers] = []
     for k in range(count):
         one: dict[str, dict[str, float]] = {}
-        for name, values in found.items():
+        for name, values in statistics_of.items():
             closed = values[: 5 * count].view(5, count)[:, k].tolist()
             drawn = values[5 * count :].view(count, _PERMUTATIONS)[k]
             one[name] = dict(zip(("measured", *NULLS), [*closed, float(drawn.nanquantile(0.5))], strict=True))
@@ -294,7 +270,7 @@ def _numbers(content: bytes, count: int, survival: tuple[float, ...]) -> list[Nu
     return described
 
 
-def phases(steps: Mapping[str, int | None], last: int) -> list[Window]:
+def phases(steps: Mapping[str, int | None], last: int) -> list[Phase]:
     """Memorisation, plateau, transition and what comes after; those that a run does not have are left out.
 
     The plateau lies between 99 % of the training set and 10 % of the test set, the transition between that and the
@@ -306,24 +282,24 @@ def phases(steps: Mapping[str, int | None], last: int) -> list[Window]:
     begun = last if begun is None else max(begun, memorised)
     ended = last if stop is None else max(stop, begun)
     found = [
-        Window("memorisation", 0, memorised),
-        Window("plateau", memorised, begun),
-        Window("transition", begun, ended),
-        Window("after", ended, last),
+        Phase("memorisation", 0, memorised),
+        Phase("plateau", memorised, begun),
+        Phase("transition", begun, ended),
+        Phase("after", ended, last),
     ]
     return [window for window in found if window.last > window.first]
 
 
-def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
+def common_windows(runs: Sequence[ResidueRun]) -> list[Phase]:
     """The same steps for all runs: as far as the shortest goes, and the median phases of those that generalise.
 
     Only snapshots that all runs have count, so that a run recorded more often is thinned: a PC1 depends on the number
     of snapshots.
     """
-    recorded = [run.run.trajectory.steps for run in runs]
+    recorded = [run.trajectory.steps for run in runs]
     shared = tuple(sorted(set(recorded[0]).intersection(*recorded[1:])))
     last = shared[-1] if shared else 0
-    found = [Window("all runs alike", 0, last)]
+    found = [Phase("all runs alike", 0, last)]
     if reference := [run.steps for run in runs if run.groks and run.decay]:
         middle: dict[str, int | None] = {}
         for name in ("train_99", "test_10", "test_98_thrice"):
@@ -334,18 +310,18 @@ def common_windows(runs: Sequence[GrokkingRun]) -> list[Window]:
     return [replace(window, steps=shared) for window in found]
 
 
-def grokking_runs(runs: Sequence[Run]) -> list[GrokkingRun]:
+def residue_runs(runs: Sequence[Run]) -> list[ResidueRun]:
     """Runs that recorded a path and were evaluated on both sets, by operation, decay and seed.
 
     Of several, those that were intervened in are left out: an arm is no seed of its baseline.
     """
     called = names(runs)
-    found = [GrokkingRun(run, called[run]) for run in runs if (run.path / TRAJECTORY).is_file()]
-    known = [run for run in found if len(run.series(TEST)) and len(run.series(TRAIN))]
-    known = [run for run in known if len(runs) == 1 or not run.was_disturbed]
-    order = {name: k for k, name in enumerate(("add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy"))}
+    recorded = [ResidueRun.of(run, called[run]) for run in runs if (run.path / TRAJECTORY).is_file()]
+    evaluated = [run for run in recorded if len(run.series(TEST)) and len(run.series(TRAIN))]
+    order = {name: k for k, name in enumerate(OPERATIONS)}
     return sorted(
-        known, key=lambda run: (-run.decay, order.get(run.operation, 9), run.operation, run.rate, run.seed or 0)
+        (run for run in evaluated if len(runs) == 1 or not run.was_disturbed),
+        key=lambda run: (-run.decay, order.get(run.operation, 9), run.operation, run.rate, run.seed or 0),
     )
 
 
@@ -355,7 +331,7 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(known) if known else math.nan
 
 
-def reached(run: GrokkingRun, name: str) -> Cell:
+def reached(run: ResidueRun, name: str) -> Cell:
     """Step of a milestone, in words where it was never reached."""
     step = run.steps[name]
     return word("never") if step is None else number(step, "{:,.0f}")
@@ -364,7 +340,7 @@ def reached(run: GrokkingRun, name: str) -> Cell:
 def generalised(run: Run) -> tuple[str, ...]:
     """When a run memorised and generalised, in a sentence for the head of its report; nothing for any other run."""
     said = []
-    for one in grokking_runs([run]):
+    for one in residue_runs([run]):
         memorised, t90, end = one.steps["train_99"], one.steps["test_90"], one.series(TEST)
         said.append(
             f"99 % of the training set {_reached(memorised)}, 90 % of the test set {_reached(t90)}; the last "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mini_gpt_pl.arithmetic.study.attention import attention_tables
 from mini_gpt_pl.arithmetic.study.decay import decay_table
-from mini_gpt_pl.arithmetic.study.figures import GROKKING_COMPARISON_FIGURES, GROKKING_FIGURES
+from mini_gpt_pl.arithmetic.study.figures import COMPARISON_FIGURES, FIGURES
 from mini_gpt_pl.arithmetic.study.fourier import fourier_runs, fourier_table
 from mini_gpt_pl.arithmetic.study.markers import marker_runs, marker_table
 from mini_gpt_pl.arithmetic.study.multitask import multitask_tables, tasks_table
@@ -44,14 +44,14 @@ def more_of_runs(runs: Sequence[Run]) -> list[Table]:
     return found + overlap_sections(runs) + fourier_runs(runs)
 
 
-GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
+RUN_SECTIONS: tuple[Section[Run], ...] = (
     Section(
         "generalisation",
         "Memorisation and generalisation",
         "When the training set was learned and when the test set followed; the studies call four different steps the "
         "grok step.",
         plates(
-            GROKKING_FIGURES,
+            FIGURES,
             grokking_learning="Accuracies and ‖θ‖; below, the defect D, the gradient's length and the forms of the "
             "defect without it. Dotted: where the phases end.",
         ),
@@ -63,7 +63,7 @@ GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
         "Centred PCA of each attention matrix, as published, over the run to its stop and over each phase, beside five "
         "nulls; an excess names the null that it is over.",
         plates(
-            GROKKING_FIGURES,
+            FIGURES,
             grokking_pc1="Centred PC1 of every matrix (filled) beside its nulls.",
             grokking_growing_pc1="Centred PC1 of the path so far against the step at which it is cut, and of its "
             "nulls cut there. Dotted: 99 % of the training set, 90 % of the test set, and the stop.",
@@ -105,7 +105,7 @@ GROKKING_RUN_SECTIONS: tuple[Section[Run], ...] = (
     *PATH_SECTIONS,
 )
 
-GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
+COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
     Section(
         "claims",
         "What the studies say",
@@ -118,7 +118,7 @@ GROKKING_COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = (
         "The runs side by side",
         "When each run memorised and generalised, how far its PC1 then lies from decay, and its commutators.",
         plates(
-            GROKKING_COMPARISON_FIGURES,
+            COMPARISON_FIGURES,
             grokking_curves="By operation; runs without weight decay are dashed. D has 1/‖g‖ in it, c has not.",
         ),
         ("grokking_runs", "grokking_seeds", "grokking_markers*"),

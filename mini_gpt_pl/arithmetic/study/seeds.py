@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mini_gpt_pl.arithmetic.study.groups import commutator_note, run_cells
-from mini_gpt_pl.arithmetic.study.runs import GrokkingRun, median, reached
+from mini_gpt_pl.arithmetic.study.runs import ResidueRun, median, reached
 from mini_gpt_pl.arithmetic.study.tables import short
 from mini_gpt_pl.report.sheet import Cell, Row, Table, gap, number, tabulate
 
@@ -56,18 +56,18 @@ class Fall:
         return _ratio(self.level, self.floor)
 
 
-def excess_at_stop(run: GrokkingRun) -> Excess | None:
+def excess_at_stop(run: ResidueRun) -> Excess | None:
     """Find how far PC1 lies from its null; None without a stop or with too short a path."""
-    found = run.path(run.cut) if run.steps["test_98_thrice"] is not None else {}
+    found = run.numbers(run.cut) if run.steps["test_98_thrice"] is not None else {}
     over = {label: of["pc1_centred"]["measured"] - of["pc1_centred"]["innovation_walk"] for label, of in found.items()}
-    whole = over.pop(run.run.trunk, math.nan)
+    whole = over.pop(run.trunk, math.nan)
     if not over:
         return None
     group = max(over, key=lambda label: abs(over[label]))
     return Excess(whole, over[group], group)
 
 
-def fall_of_c(run: GrokkingRun) -> Fall | None:
+def fall_of_c(run: ResidueRun) -> Fall | None:
     """Find how far c falls; None without t90 or with fewer than three records before it or none behind it."""
     c, t90 = run.commutator("c").dropna(), run.steps["test_90"]
     if t90 is None:
@@ -86,7 +86,7 @@ def _ratio(before: float, behind: float) -> float:
     return before / behind
 
 
-def seed_by_seed(runs: Sequence[GrokkingRun]) -> Table:
+def seed_by_seed(runs: Sequence[ResidueRun]) -> Table:
     """Each run that generalises: PC1 over its null at the stop, and c before and behind t90."""
     rows: list[Row] = []
     known = [(run, excess_at_stop(run), fall_of_c(run)) for run in runs]

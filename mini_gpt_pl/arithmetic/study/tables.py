@@ -11,9 +11,9 @@ from mini_gpt_pl.arithmetic.study.runs import (
     NULLS_NOTE,
     TEST,
     TRAIN,
-    GrokkingRun,
     Numbers,
-    grokking_runs,
+    ResidueRun,
+    residue_runs,
 )
 from mini_gpt_pl.geometry.path import innovations, nulls, pca, resampled
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
@@ -37,9 +37,9 @@ _SHARE, _COSINE, _COUNT, _STEP = "{:.1%}", "{:+.3f}", "{:.0f}", "{:,.0f}"
 _DRAWS = 100
 
 
-def grokking_tables(run: Run) -> list[Table]:
+def run_tables(run: Run) -> list[Table]:
     """Make every table of one run that its data allow; none if it is of another task or was not evaluated."""
-    found = grokking_runs([run])
+    found = residue_runs([run])
     if not found:
         return []
     one = found[0]
@@ -48,7 +48,7 @@ def grokking_tables(run: Run) -> list[Table]:
     return [table for table in tables if not table.frame.empty]
 
 
-def milestones(run: GrokkingRun) -> Table:
+def milestones(run: ResidueRun) -> Table:
     """Steps at which the run got somewhere, with accuracies and ‖θ‖ there, and what it ended at."""
     rows = [_at(MILESTONES[name], step, run) for name, step in run.steps.items()]
     rows.append(_at("end", int(run.series(TEST).index[-1]), run))
@@ -56,7 +56,7 @@ def milestones(run: GrokkingRun) -> Table:
     return tabulate("grokking_milestones", "Memorisation and generalisation", rows, [note])
 
 
-def _at(words: str, step: int | None, run: GrokkingRun) -> Row:
+def _at(words: str, step: int | None, run: ResidueRun) -> Row:
     if step is None:
         return {"milestone": word(words), "step": word("never")}
     shown = {"training accuracy": TRAIN, "test accuracy": TEST}
@@ -77,12 +77,12 @@ def against(found: Numbers, name: str, form: str) -> dict[str, Cell]:
     return cells | excess
 
 
-def pc1(run: GrokkingRun) -> Table:
+def pc1(run: ResidueRun) -> Table:
     """Centred PC1 of every matrix to the stop and in each phase, beside every null."""
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.path(window).items():
-            snapshots = number(float(len(run.window(window))), _COUNT)
+        for label, found in run.numbers(window).items():
+            snapshots = number(float(len(run.within(window))), _COUNT)
             rows.append(
                 {"window": word(window.words), "weights": word(short(label)), "snapshots": snapshots}
                 | against(found, "pc1_centred", _SHARE)
@@ -98,12 +98,12 @@ def short(label: str) -> str:
     return label
 
 
-def quantiles(run: GrokkingRun) -> Table:
+def quantiles(run: ResidueRun) -> Table:
     """Where the numbers of the path to the stop lie among draws of each null in as many dimensions as the weights."""
     rows: list[Row] = []
-    for label in run.path(run.cut):
-        trajectory = run.window(run.cut)
-        group = None if label == run.run.trunk else label
+    for label in run.numbers(run.cut):
+        trajectory = run.within(run.cut)
+        group = None if label == run.trunk else label
         dim = trajectory.dim_of(group)
         found = resampled.place(trajectory.gram(group), trajectory.survival, dim, _DRAWS)
         for name, (words, form) in {"pc1_centred": ("centred PC1", _SHARE), **_COMPONENTS}.items():
@@ -143,7 +143,7 @@ _INITIAL = {
 }
 
 
-def components(run: GrokkingRun) -> Table:
+def components(run: ResidueRun) -> Table:
     """Uncentred PC1, numbers of components, and PC1 with the axis θ₀ projected out, to the stop and by phase."""
     note = (
         "k90, k95, k99: components that hold 90, 95 and 99 % of the centred spread. Without θ₀: that axis projected "
@@ -151,14 +151,14 @@ def components(run: GrokkingRun) -> Table:
     )
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.path(window).items():
+        for label, found in run.numbers(window).items():
             for name, (words, form) in _COMPONENTS.items():
                 head = {"window": word(window.words), "weights": word(short(label)), "number": word(words)}
                 rows.append(head | against(found, name, form))
     return tabulate("grokking_components", "Numbers of components, and PC1 in other ways", rows, [note, NULLS_NOTE])
 
 
-def initial_weights(run: GrokkingRun) -> Table:
+def initial_weights(run: ResidueRun) -> Table:
     """How much of the path is the weights that it starts from, to the stop and by phase."""
     note = (
         "θ₀: the weights that the window starts from, θ those that it ends at; decay alone leaves cos(θ, θ₀) = 1. v₁: "
@@ -169,13 +169,13 @@ def initial_weights(run: GrokkingRun) -> Table:
     return tabulate("grokking_theta0", "How much of the path is the initial weights", rows, [note, NULLS_NOTE])
 
 
-def _beside_decay(run: GrokkingRun) -> list[Row]:
+def _beside_decay(run: ResidueRun) -> list[Row]:
     """How much of every window and group is theta_0, beside the two nulls that decay."""
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.path(window).items():
+        for label, found in run.numbers(window).items():
             cells: dict[str, Cell] = {"window": word(window.words), "weights": word(short(label))}
-            cells |= _ends(run.window(window), None if label == run.run.trunk else label)
+            cells |= _ends(run.within(window), None if label == run.trunk else label)
             for name, (column, form) in _INITIAL.items():
                 cells[column] = number(found[name]["measured"], form)
                 for null in DECAYING:
@@ -202,11 +202,11 @@ def _ends(path: Trajectory, group: str | None) -> dict[str, Cell]:
     return cells | {f"cos(θ, θ₀): {NULLS[null]}": number(cosines[null], _COSINE) for null in DECAYING}
 
 
-def persistence(run: GrokkingRun) -> Table:
+def persistence(run: ResidueRun) -> Table:
     """Correlation of increments and of innovations at lag 1, with the tangential part beside it."""
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.path(window).items():
+        for label, found in run.numbers(window).items():
             whole, across = (run.correlation(window, label, tangential=side) for side in (False, True))
             increments = found["autocorrelation"]
             rows.append(
