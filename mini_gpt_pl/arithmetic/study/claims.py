@@ -26,7 +26,7 @@ from mini_gpt_pl.arithmetic.study.clocks import (
 from mini_gpt_pl.arithmetic.study.commutators import inside
 from mini_gpt_pl.arithmetic.study.defects import change_at_grok
 from mini_gpt_pl.arithmetic.study.groups import distinct
-from mini_gpt_pl.arithmetic.study.published import NOT_REPEATED
+from mini_gpt_pl.arithmetic.study.published import NOTES
 from mini_gpt_pl.arithmetic.study.runs import DECAYING, Phase, ResidueRun, common_windows, median, residue_runs
 from mini_gpt_pl.report import claims as core
 from mini_gpt_pl.report.claims import Claim, Finding
@@ -52,7 +52,7 @@ def claims_table(runs: Sequence[Run]) -> Table:
         "and ‖e‖: the two decaying walks, which keep the lengths of increments and of innovations."
     )
     title = "What the studies say, and what these runs say"
-    return core.claims_table("grokking_claims", title, claims(runs), [note, NOT_REPEATED])
+    return core.claims_table("grokking_claims", title, claims(runs), [note, NOTES["not_repeated"]])
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:

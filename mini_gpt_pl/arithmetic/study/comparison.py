@@ -11,7 +11,7 @@ from mini_gpt_pl.arithmetic.study.clocks import discrimination
 from mini_gpt_pl.arithmetic.study.defects import defect_at_grok, last_defects, projections
 from mini_gpt_pl.arithmetic.study.groups import distinct, group_cells, groups_of, repeated_note, run_cells, setting_note
 from mini_gpt_pl.arithmetic.study.onsets import onsets, rates, rules
-from mini_gpt_pl.arithmetic.study.published import PC1, PC1_NO_DECAY, PC1_NOTE
+from mini_gpt_pl.arithmetic.study.published import NOTES, PC1, PC1_NO_DECAY
 from mini_gpt_pl.arithmetic.study.runs import (
     COLUMNS,
     DECAYING,
@@ -115,7 +115,7 @@ def _pc1_table(name: str, title: str, runs: Sequence[ResidueRun], window: Phase 
                 excess = [a - b for a, b in zip(values["measured"], values[null], strict=True)]
                 cells[f"excess, {NULLS[null].split()[-1]}"] = _mean_gap(excess)
             rows.append(cells)
-    said = f"Mean over the seeds ± their standard deviation. {PC1_NOTE}" if published else _WINDOWS_NOTE
+    said = f"Mean over the seeds ± their standard deviation. {NOTES['pc1']}" if published else _WINDOWS_NOTE
     notes = [said, NULLS_NOTE, setting_note(runs) if published else None]
     return tabulate(name, title, rows, notes)
 
@@ -139,10 +139,11 @@ def _paper_pc1(run: ResidueRun, label: str) -> float:
     layer, _, matrix = label.partition(" ")
     if matrix not in _MATRICES or not run.repeats:
         return math.nan
-    key = (int(layer[1:]), run.operation)
+    index = int(layer[1:])
     if not run.decay:
-        return PC1_NO_DECAY.get(key, math.nan)
-    return PC1[key][_MATRICES.index(matrix)] if key in PC1 else math.nan
+        return PC1_NO_DECAY.get(index, {}).get(run.operation, math.nan)
+    shares = PC1.get(index, {}).get(run.operation)
+    return math.nan if shares is None else shares[_MATRICES.index(matrix)]
 
 
 def _sd(values: Sequence[float]) -> float:

@@ -18,11 +18,9 @@ from mini_gpt_pl.arithmetic.study.groups import (
 )
 from mini_gpt_pl.arithmetic.study.published import (
     LAST_DEFECT,
-    LAST_DEFECT_NOTE,
+    NOTES,
     ON_PATH,
     ON_SINGULAR,
-    ONSET_NOTE,
-    PROJECTION_NOTE,
 )
 from mini_gpt_pl.arithmetic.study.runs import ResidueRun, median, reached
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
@@ -85,12 +83,11 @@ def defect_at_grok(runs: Sequence[ResidueRun]) -> Table:
         change = change_at_grok(run)
         if change is None:
             continue
-        paper = published_onsets(run)
         cells: dict[str, Cell] = {**run_cells(run, runs), "t90": reached(run, "test_90")}
         cells |= {"D, baseline": number(change.baseline, "{:.2f}")}
         cells["largest D before, × baseline"] = number(change.before, "{:.0f}")
         cells["largest D after, × baseline"] = number(change.after, "{:.0f}")
-        cells["paper, whole run"] = spread(() if paper is None else paper.ratio, "{:,.0f}")
+        cells["paper, whole run"] = spread(published_onsets(run).get("ratio", ()), "{:,.0f}")
         for column, value in (
             ("D", change.defect),
             ("‖g‖", change.gradient),
@@ -103,7 +100,7 @@ def defect_at_grok(runs: Sequence[ResidueRun]) -> Table:
         "Baseline: median of the first three defects, in float64. Before and after t90; a run without one is all "
         "before. After / before: median of the records behind the stop over the median of those between 99 % of the "
         "training set and 10 % of the test set.",
-        ONSET_NOTE,
+        NOTES["onset"],
         commutator_note(runs),
         setting_note(runs),
     ]
@@ -139,8 +136,8 @@ def last_defects(runs: Sequence[ResidueRun]) -> Table:
         "Unresolved: share of the records in which some bracket was below rounding in float64. Below noise: share in "
         "which a difference of float32 weights would have been.",
         GRADIENTS_NOTE,
-        LAST_DEFECT_NOTE,
-        ONSET_NOTE,
+        NOTES["last_defect"],
+        NOTES["onset"],
         commutator_note(runs),
         setting_note(runs),
     ]
@@ -161,7 +158,7 @@ def projections(runs: Sequence[ResidueRun]) -> Table:
         "Length of the bracket inside the subspace over that of random directions: isotropic in all weights (as "
         "published), and inside the same matrices, which is the matched null; medians over records and seeds. Above: "
         "share of the matched random subspaces that hold less, 0.5 by chance.",
-        PROJECTION_NOTE,
+        NOTES["projection"],
         commutator_note(runs),
         setting_note(runs),
     ]

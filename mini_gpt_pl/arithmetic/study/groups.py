@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from mini_gpt_pl.arithmetic.study.published import ONSETS, ONSETS_NO_DECAY, Onsets
+from mini_gpt_pl.arithmetic.study.published import ONSETS, ONSETS_NO_DECAY
 from mini_gpt_pl.arithmetic.study.runs import ResidueRun
 from mini_gpt_pl.report.published import listed
 from mini_gpt_pl.report.settings import plain
@@ -81,11 +81,9 @@ def spread(values: Sequence[float], form: str) -> Cell:
     return Cell(low if low == high else f"{low} to {high}", None, ends)
 
 
-def published_onsets(run: ResidueRun) -> Onsets | None:
-    """What is published of the onsets of a run's operation; None for a run that does not repeat the paper's."""
-    if not run.repeats:
-        return None
-    return (ONSETS_NO_DECAY if run.is_free else ONSETS).get(run.operation)
+def published_onsets(run: ResidueRun) -> Mapping[str, Sequence[float]]:
+    """What is published of the onsets of a run's operation; nothing for a run that does not repeat the paper's."""
+    return (ONSETS_NO_DECAY if run.is_free else ONSETS).get(run.operation, {}) if run.repeats else {}
 
 
 def setting_note(runs: Sequence[ResidueRun]) -> str | None:

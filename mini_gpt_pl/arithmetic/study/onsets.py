@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mini_gpt_pl.arithmetic.statistics import onset as onset_rules
 from mini_gpt_pl.arithmetic.statistics.scaling import scaling
 from mini_gpt_pl.arithmetic.study.clocks import ONSET, clock_steps, leads, sign
 from mini_gpt_pl.arithmetic.study.groups import commutator_note, published_onsets, run_cells, setting_note, spread
-from mini_gpt_pl.arithmetic.study.published import ONSET_NOTE, RATES, RATES_NOTE, Onsets, Rate
+from mini_gpt_pl.arithmetic.study.published import NOTES, RATES
 from mini_gpt_pl.arithmetic.study.runs import ResidueRun, reached
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.settings import plain
@@ -26,8 +27,8 @@ def onsets(runs: Sequence[ResidueRun]) -> Table:
         if not run.reported:
             continue
         onset = clock_steps(run)[ONSET]
-        paper = published_onsets(run)
-        published = {} if paper is None else _by_column(paper)
+        published = published_onsets(run)
+        pairs = zip(published.get("t90", ()), published.get("onset", ()), strict=False)
         lead = leads([onset], [run.steps["test_90"]])
         rows.append(
             {
@@ -40,7 +41,7 @@ def onsets(runs: Sequence[ResidueRun]) -> Table:
                 "stop": reached(run, "test_98_thrice"),
                 "stop, paper": spread(published.get("stop", ()), _STEP),
                 "lead": number(lead[0] if lead and math.isfinite(lead[0]) else None, _STEP),
-                "lead, paper": spread(published.get("lead", ()), _STEP),
+                "lead, paper": spread([t90 - begun for t90, begun in pairs], _STEP),
                 "lead of train 99 %": number(_lead_of(run, "train_99"), _STEP),
             }
         )
@@ -48,7 +49,7 @@ def onsets(runs: Sequence[ResidueRun]) -> Table:
         "Onset: first defect, from the third record on, above ten times the median of the first three and above 20. "
         "Lead: t90 - onset. Whatever happens early leads: the last column has the lead of the step at which the "
         "training set was learned.",
-        ONSET_NOTE,
+        NOTES["onset"],
         sign(runs),
         commutator_note(runs),
         setting_note(runs),
@@ -58,11 +59,6 @@ def onsets(runs: Sequence[ResidueRun]) -> Table:
 
 def _step(step: int | None) -> Cell:
     return word("never") if step is None else number(step, _STEP)
-
-
-def _by_column(paper: Onsets) -> dict[str, Sequence[float]]:
-    lead = [t90 - onset for t90, onset in zip(paper.t90, paper.onset, strict=False)]
-    return {"onset": paper.onset, "t90": paper.t90, "stop": paper.stop, "lead": lead}
 
 
 def _lead_of(run: ResidueRun, name: str) -> float | None:
@@ -126,7 +122,7 @@ def rates(runs: Sequence[ResidueRun]) -> Table:
                     {**head, **_rate_cells(chosen), **({} if paper is None else _published(paper, groks=groks))}
                 )
     chosen = [run for run in measured if run.groks]
-    notes = [_power_law(chosen), RATES_NOTE, commutator_note(runs)]
+    notes = [_power_law(chosen), NOTES["rates"], commutator_note(runs)]
     return tabulate("grokking_rates", "Onset and generalisation by learning rate", rows, notes)
 
 
@@ -154,20 +150,20 @@ def _mean(values: Sequence[float]) -> Cell:
     return number(statistics.fmean(values) if values else None, _STEP)
 
 
-def _published(paper: Rate, *, groks: bool) -> dict[str, Cell]:
+def _published(paper: Mapping[str, Any], *, groks: bool) -> dict[str, Cell]:
     if not groks:
         return {
-            "onsets, paper": spread(paper.others_onsets, _STEP),
-            "largest D, paper": spread(paper.others_largest, "{:.3g}"),
+            "onsets, paper": spread(paper.get("others_onsets", ()), _STEP),
+            "largest D, paper": spread(paper.get("others_largest", ()), "{:.3g}"),
         }
     return {
-        "t90, paper": number(paper.t90, _STEP),
-        "onset, paper": number(paper.onset, _STEP),
-        "onsets, paper": spread(paper.onsets, _STEP),
-        "train 99 %, paper": number(paper.train_99, _STEP),
-        "lead, paper": number(paper.lead, _STEP),
-        "lead > 0, paper": word(f"{paper.ahead} of {paper.runs}"),
-        "largest D, paper": spread(paper.largest, "{:.3g}"),
+        "t90, paper": number(paper["t90"], _STEP),
+        "onset, paper": number(paper["onset"], _STEP),
+        "onsets, paper": spread(paper.get("onsets", ()), _STEP),
+        "train 99 %, paper": number(paper["train_99"], _STEP),
+        "lead, paper": number(paper["lead"], _STEP),
+        "lead > 0, paper": word(f"{paper['ahead']} of {paper['runs']}"),
+        "largest D, paper": spread(paper.get("largest", ()), "{:.3g}"),
     }
 
 
