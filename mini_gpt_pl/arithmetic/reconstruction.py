@@ -14,18 +14,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mini_gpt_pl.arithmetic.data import ResidueData
 from mini_gpt_pl.arithmetic.milestones import MEMORISED
 from mini_gpt_pl.arithmetic.module import ResidueClassifier
 from mini_gpt_pl.arithmetic.operations import Examples
-from mini_gpt_pl.arithmetic.restore import recorded, restore, vectors
 from mini_gpt_pl.arithmetic.statistics import reconstruction
 from mini_gpt_pl.arithmetic.statistics.reconstruction import Rebuilt
 from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import pca
+from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, combine
 from mini_gpt_pl.geometry.vectors.selection import Vector
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.training.restore import restore as restore_run
+from mini_gpt_pl.training.restore import selection_of
 
 END = "end"
 """Basis of the row that is the final point itself."""
@@ -55,7 +58,7 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
     if k < 1:
         raise UserError(f"{k} directions rebuild nothing: give --k 1 or more")
     module, data = restore(run)
-    selection, _ = recorded(run, module)
+    selection = selection_of(run, module)
     if selection.dim != sum(p.numel() for p in module.parameters()):
         raise UserError(f"the recorder of {run.path} kept {selection.dim} weights, not all: record all of them")
     gram = run.trajectory.gram()
@@ -124,6 +127,42 @@ def _early(run: Run) -> list[int]:
     wanted = [*([] if memorised is None else [memorised]), 0.5 * steps[-1], 0.9 * steps[-1]]
     nearest = {max(step for step in steps if step <= max(limit, steps[1])) for limit in wanted}
     return sorted(nearest)
+
+
+def restore(run: Run) -> tuple[ResidueClassifier, ResidueData]:
+    """Build the module, with its initial weights, and the data, with its sets, of a run of residues.
+
+    Raises:
+        UserError: There is no configuration, it is of another task, or it does not fit this version.
+    """
+    module, data = restore_run(run)
+    if not isinstance(module, ResidueClassifier) or not isinstance(data, ResidueData):
+        raise UserError(f"{run.path} is a run of the task {run.task}: give one of residues")
+    data.setup()
+    return module, data
+
+
+def vectors(run: Run, module: ResidueClassifier, coefficients: Tensor) -> Tensor:
+    """Vectors from coefficients over (theta_0, d_1, ...), the same in every group, by one pass over the snapshots.
+
+    Args:
+        run: Whose snapshots.
+        module: As `restore` gave it; says which weights they are.
+        coefficients: (K, n), one row a vector.
+
+    Returns:
+        (K, D), float32.
+
+    Raises:
+        UserError: A snapshot is missing, or of another model.
+    """
+    selection = selection_of(run, module)
+    folder = SnapshotFolder(run.snapshot_folder, selection)
+    steps = run.trajectory.steps[: coefficients.shape[1]]
+    groups = len(selection.groups)
+    named = {str(k): row.expand(groups, -1) for k, row in enumerate(coefficients)}
+    combined = combine(steps, folder.read, named, selection, torch.device("cpu"))
+    return torch.stack([combined[str(k)].values for k in range(len(coefficients))])
 
 
 @torch.no_grad()

@@ -24,8 +24,9 @@ from mini_gpt_pl.stories.replay.directions import switch_of, whole_run_axes
 from mini_gpt_pl.stories.replay.gradients import BatchGradients, curvature, summarise
 from mini_gpt_pl.stories.replay.lens import lens_accuracy
 from mini_gpt_pl.stories.replay.records import Record
-from mini_gpt_pl.stories.replay.restore import load_weights, probe_weight, restore, selection_of
+from mini_gpt_pl.stories.replay.restore import load_weights, probe_weight, restore
 from mini_gpt_pl.stories.switches import events_of
+from mini_gpt_pl.training.restore import selection_of
 
 # Leading eigenvalues of the Fisher that are listed.
 _EIGENVALUES = 20

@@ -6,24 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.vectors.selection import FingerprintError, ParameterSelection
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
-from mini_gpt_pl.runs.folder import CONFIG, TRAJECTORY, Run
+from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.data.datamodule import ProbedStories
 from mini_gpt_pl.stories.module import ProbedGPT, check_identity
 from mini_gpt_pl.stories.objective import ProbeWeight
 from mini_gpt_pl.stories.reheating import Reheating
-from mini_gpt_pl.training.trust import trusted_config
+from mini_gpt_pl.training.restore import restore as restore_run
 
 
 def restore(run: Run, overrides: Sequence[str] = ()) -> tuple[ProbedGPT, ProbedStories]:
-    """Build the module and the data of a run from its configuration.
+    """Build the module and the data of a run from its configuration; see `training.restore.restore`.
 
-    The module's weights are new ones: `load_weights` puts a checkpoint's in their place. It is not compiled.
+    The module's weights are new ones: `load_weights` puts a checkpoint's in their place.
 
     Args:
         run: The run.
@@ -32,42 +29,11 @@ def restore(run: Run, overrides: Sequence[str] = ()) -> tuple[ProbedGPT, ProbedS
     Raises:
         UserError: There is no configuration, it is of something else, or an override is no option of the data.
     """
-    for override in overrides:
-        if not override.startswith("data.") or "=" not in override:
-            raise UserError(f"--set {override}: give data.OPTION=VALUE, such as data.tokenizer=gpt2.tiktoken")
-    if missing := [part for part in ("model", "data") if part not in run.config]:
-        raise UserError(
-            f"{run.path / CONFIG} configures no {' and no '.join(missing)}: it is of no run of this project"
-        )
-    if run.task != "stories":
+    if run.task not in ("stories", ""):
         raise UserError(f"{run.path} is a run of the task {run.task}: replay reads runs of stories")
-    parser = _parser()
-    # Nothing is trained here, so that an optimizer which is not installed, or was only a default, does no harm.
-    kept = trusted_config(run)
-    model = {option: value for option, value in kept["model"].items() if option != "optimizer"}
-    base = yaml.safe_dump({"model": model, "data": kept["data"]})
-    try:
-        config = parser.parse_args(["--config", base, *(f"--{override}" for override in overrides)])
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, though none is kept
-            made = parser.instantiate_classes(config)
-    except ArgumentError as error:
-        told = "; ".join(line.strip(" -:") for line in str(error).splitlines() if line.strip())
-        source = f"{run.path / CONFIG}{' with --set ' if overrides else ''}{' '.join(overrides)}"
-        raise UserError(f"{source} does not fit this version of the model and the data: {told[:300]}") from None
-    module: ProbedGPT = made.model
-    data: ProbedStories = made.data
+    module, data = restore_run(run, overrides)
+    assert isinstance(module, ProbedGPT) and isinstance(data, ProbedStories)
     return module, data
-
-
-def _parser() -> ArgumentParser:
-    """The part of the command line that `fit` has for model and data."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile)
-    for part, kind in (("model", ProbedGPT), ("data", ProbedStories)):
-        parser.add_class_arguments(kind, part, fail_untyped=False, sub_configs=True)
-    for option in ("vocab_size", "context"):
-        parser.link_arguments(f"data.{option}", f"model.{option}", apply_on="instantiate")
-    return parser
 
 
 def load_weights(module: ProbedGPT, checkpoint: Path) -> None:
@@ -82,28 +48,6 @@ def load_weights(module: ProbedGPT, checkpoint: Path) -> None:
         module.load_state_dict(found["state_dict"])
     except RuntimeError as error:
         raise UserError(f"{checkpoint} is of another model: {' '.join(str(error).split())[:200]}") from None
-
-
-def selection_of(run: Run, module: ProbedGPT) -> ParameterSelection:
-    """Return the weights that the run recorded, in the order of its snapshots.
-
-    Raises:
-        UserError: The run recorded none, or its trajectory is of other weights than its configuration names.
-    """
-    recorders = run.callback_settings("TrajectoryRecorder")
-    if not recorders:
-        raise UserError(
-            f"the run {run.path} has no TrajectoryRecorder, so it left no path to measure gradients against"
-        )
-    selection = ParameterSelection.of(module, str(recorders[0]["pattern"]))
-    try:
-        selection.require(run.trajectory.fingerprint)
-    except FingerprintError:
-        raise UserError(
-            f"{run.path / TRAJECTORY} is of other weights than the pattern in {CONFIG} selects: restore the one that "
-            "belongs to this run"
-        ) from None
-    return selection
 
 
 def probe_weight(run: Run, module: ProbedGPT) -> ProbeWeight:
