@@ -63,12 +63,12 @@ class ResidueData(LightningDataModule, ABC):
             generator: The one source of randomness.
             size: Examples from each set; all of it where there are fewer.
         """
-        found = {}
+        drawn_of = {}
         for name, examples in self.sets.items():
             count = len(examples.labels)
             drawn = to_device(torch.from_numpy(generator.permutation(count)[:size]), self.device)
-            found[name] = Examples(examples.tokens[drawn], examples.labels[drawn])
-        return found
+            drawn_of[name] = Examples(examples.tokens[drawn], examples.labels[drawn])
+        return drawn_of
 
     @override
     def setup(self, stage: str | None = None) -> None:

@@ -190,13 +190,13 @@ class Encoder(nn.Module):
 
     def attention(self, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B nh T T"]]:
         """Attention weights of every block: entry (i, j) of a head is how much position i takes from position j."""
-        x, found = self._embed(tokens), []
+        x, weights = self._embed(tokens), []
         for block in self.blocks:
             assert isinstance(block, Block)
             normed = block.norm1(x)
-            found.append(block.attn.weights(normed, normed))
+            weights.append(block.attn.weights(normed, normed))
             x = block(x, slice(None))
-        return found
+        return weights
 
     @contextmanager
     def attending(self, change: Change) -> Iterator[None]:

@@ -121,8 +121,8 @@ def spectrum(table: Float[Tensor, "p d"], axis: Axis = "additive") -> Spectrum:
     Raises:
         UserError: The multiplicative group has no generator, as p is no prime, or the table is constant.
     """
-    found = moments(table, axis).tolist()
-    return read(found, len(residues(len(table), axis)))
+    numbers = moments(table, axis).tolist()
+    return read(numbers, len(residues(len(table), axis)))
 
 
 def moments(table: Float[Tensor, "p d"], axis: Axis) -> Float[Tensor, " F1"]:
@@ -137,20 +137,20 @@ def moments(table: Float[Tensor, "p d"], axis: Axis) -> Float[Tensor, " F1"]:
     return torch.cat([power / power.sum(), evenness[None]])
 
 
-def read(found: Sequence[float], rows: int) -> Spectrum:
+def read(numbers: Sequence[float], rows: int) -> Spectrum:
     """Make a spectrum of what `moments` found, on the host.
 
     Raises:
         UserError: The table was constant, or not finite.
     """
-    if not varies(found):
+    if not varies(numbers):
         raise UserError("a table that is the same for all residues, or not finite, has no frequencies: leave it out")
-    return Spectrum(torch.tensor(found[:-1], dtype=torch.float64), found[-1], rows)
+    return Spectrum(torch.tensor(numbers[:-1], dtype=torch.float64), numbers[-1], rows)
 
 
-def varies(found: Sequence[float]) -> bool:
+def varies(numbers: Sequence[float]) -> bool:
     """Whether `moments` is of a table that differs between residues and is finite."""
-    return math.isfinite(found[-1])
+    return math.isfinite(numbers[-1])
 
 
 def residues(p: int, axis: Axis) -> Int[Tensor, " m"]:
@@ -201,12 +201,12 @@ def tables(encoder: Encoder, tasks: Sequence[str] = ()) -> dict[str, Float[Tenso
     p, classes = len(embedding), encoder.head.out_features
     if classes != p * max(1, len(tasks)):
         raise UserError(f"{p} tokens and {classes} classes are not the residues modulo one number: there is no axis")
-    found = {"embedding": embedding}
+    by_name = {"embedding": embedding}
     for number, block in enumerate(encoder.blocks):
         assert isinstance(block, Block)
         attention: Attention = block.attn
-        found[f"blocks.{number}.query"] = embedding @ attention.w_q.weight.T
-        found[f"blocks.{number}.value_output"] = embedding @ attention.w_v.weight.T @ attention.w_o.weight.T
+        by_name[f"blocks.{number}.query"] = embedding @ attention.w_q.weight.T
+        by_name[f"blocks.{number}.value_output"] = embedding @ attention.w_v.weight.T @ attention.w_o.weight.T
     heads = encoder.head.weight.detach().split(p)
     labels = [f"head.{task}" for task in tasks] or ["head"]
-    return found | dict(zip(labels, heads, strict=True))
+    return by_name | dict(zip(labels, heads, strict=True))

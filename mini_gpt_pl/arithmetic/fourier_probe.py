@@ -84,27 +84,27 @@ class FourierProbe(DeferringProbe):
             assert isinstance(encoder, fourier.Encoder)
             for name, table in fourier.tables(encoder, _tasks(module)).items():
                 for axis in self.axes:
-                    found = fourier.moments(table, axis)
-                    self._deferred.add(step, [(axis, name, k) for k in range(len(found))], found)
+                    numbers = fourier.moments(table, axis)
+                    self._deferred.add(step, [(axis, name, k) for k in range(len(numbers))], numbers)
 
     @override
     def _take_rows(self) -> Iterable[Row]:
-        for step, found in self._deferred.take():
-            if not fourier.varies(list(found.values())):
+        for step, numbers in self._deferred.take():
+            if not fourier.varies(list(numbers.values())):
                 continue  # a table that was never drawn, or of a run that has diverged and says so itself
-            axis, name, _ = next(iter(found))
+            axis, name, _ = next(iter(numbers))
             rows = self._residues - (axis == "multiplicative")
-            yield step, _named(fourier.read(list(found.values()), rows), f"fourier/{axis}/{name}/")
+            yield step, _named(fourier.read(list(numbers.values()), rows), f"fourier/{axis}/{name}/")
 
 
-def _named(found: fourier.Spectrum, prefix: str) -> dict[str, float]:
+def _named(spectrum: fourier.Spectrum, prefix: str) -> dict[str, float]:
     numbers = {
-        "largest": found.largest,
-        "largest_null": found.largest_null(0.5),
-        "largest_level": found.largest_null(0.95),
-        "frequency": float(found.frequency),
-        "effective": found.effective,
-        "effective_null": found.effective_null,
+        "largest": spectrum.largest,
+        "largest_null": spectrum.largest_null(0.5),
+        "largest_level": spectrum.largest_null(0.95),
+        "frequency": float(spectrum.frequency),
+        "effective": spectrum.effective,
+        "effective_null": spectrum.effective_null,
     }
     return {prefix + name: value for name, value in numbers.items()}
 

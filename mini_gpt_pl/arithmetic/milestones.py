@@ -114,9 +114,9 @@ class Evaluation(Callback):
         stop_at: str | None = None,
         continue_steps: int = 0,
     ) -> None:
-        known = [milestone.name for milestone in MILESTONES]
-        if stop_at is not None and stop_at not in known:
-            raise UserError(f"Evaluation: there is no milestone {stop_at!r} to stop at; give one of {', '.join(known)}")
+        names = [milestone.name for milestone in MILESTONES]
+        if stop_at is not None and stop_at not in names:
+            raise UserError(f"Evaluation: there is no milestone {stop_at!r} to stop at; give one of {', '.join(names)}")
         if continue_steps < 0:
             raise UserError(f"Evaluation: continue_steps {continue_steps} is negative")
         self.schedule = schedule
@@ -154,10 +154,10 @@ class Evaluation(Callback):
 
     def _evaluate(self, trainer: Trainer, module: Any, step: int) -> None:
         with trainer.precision_plugin.forward_context():
-            found = log_now(trainer, module.evaluate(trainer.datamodule.sets), step)  # type: ignore[attr-defined]
+            logged = log_now(trainer, module.evaluate(trainer.datamodule.sets), step)  # type: ignore[attr-defined]
         self.steps.append(step)
         for name in trainer.datamodule.sets:  # type: ignore[attr-defined]
-            self.accuracy.setdefault(name, []).append(found[f"eval/{name}_accuracy"])
+            self.accuracy.setdefault(name, []).append(logged[f"eval/{name}_accuracy"])
             module.log(f"{name}_accuracy", torch.tensor(self.accuracy[name][-1]), prog_bar=True, logger=False)
         before, self.milestones = self.milestones, reached(self.steps, self.accuracy)
         new = {name: at for name, at in self.milestones.items() if at is not None and before.get(name) is None}

@@ -159,10 +159,10 @@ class ResidueClassifier(LightningModule):
 
     def evaluate(self, sets: dict[str, Examples]) -> dict[str, Tensor]:
         """Loss and accuracy on each whole set, and ||theta|| of all parameters, under the names that are logged."""
-        found: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for name, examples in sets.items():
-            found[f"eval/{name}_loss"], found[f"eval/{name}_accuracy"] = self.score(examples)
-        return found | {"eval/weight_norm": self.weight_norm()}
+            metrics[f"eval/{name}_loss"], metrics[f"eval/{name}_accuracy"] = self.score(examples)
+        return metrics | {"eval/weight_norm": self.weight_norm()}
 
     def weight_norm(self) -> Tensor:
         """||theta||, Euclidean, over all parameters."""
@@ -179,9 +179,9 @@ class ResidueClassifier(LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        found, self._evaluated = self._evaluated, {}
+        metrics, self._evaluated = self._evaluated, {}
         if not self.trainer.sanity_checking:
-            log_now(self.trainer, found, self.trainer.global_step)
+            log_now(self.trainer, metrics, self.trainer.global_step)
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -196,9 +196,9 @@ class ResidueClassifier(LightningModule):
         Raises:
             UserError: Naming the first weight that differs.
         """
-        found = checkpoint["state_dict"]
+        stored = checkpoint["state_dict"]
         for name, own in self.state_dict().items():
-            shape = tuple(found[name].shape) if name in found else None
+            shape = tuple(stored[name].shape) if name in stored else None
             if shape != tuple(own.shape):
                 raise UserError(
                     f"the checkpoint's {name} is {'missing' if shape is None else shape}, the configured model's "

@@ -134,13 +134,13 @@ class MultiTaskClassifier(ResidueClassifier):
     @torch.no_grad()
     def evaluate(self, sets: dict[str, Examples]) -> dict[str, Tensor]:
         """Loss and accuracy of each task on each whole set beside those of all together."""
-        found = super().evaluate({})
+        metrics = super().evaluate({})
         for name, examples in sets.items():
             losses, accuracies = self._score(examples)
-            found |= {f"eval/{name}_loss": losses.sum(), f"eval/{name}_accuracy": accuracies.min()}
+            metrics |= {f"eval/{name}_loss": losses.sum(), f"eval/{name}_accuracy": accuracies.min()}
             for task, loss, accuracy in zip(self.tasks, losses, accuracies, strict=True):
-                found |= {f"eval/{name}_{task}_loss": loss, f"eval/{name}_{task}_accuracy": accuracy}
-        return found
+                metrics |= {f"eval/{name}_{task}_loss": loss, f"eval/{name}_{task}_accuracy": accuracy}
+        return metrics
 
     def _score(self, examples: Examples) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
         logits = self(examples.tokens)
@@ -148,8 +148,8 @@ class MultiTaskClassifier(ResidueClassifier):
         return self._losses(logits, examples.labels), right.float().mean(0)
 
     def _losses(self, logits: Float[Tensor, "B KC"], labels: Int[Tensor, "B K"]) -> Float[Tensor, " K"]:
-        found = F.cross_entropy(self._by_task(logits).transpose(1, 2), labels, reduction="none")  # classes are axis 1
-        return found.mean(0)
+        losses = F.cross_entropy(self._by_task(logits).transpose(1, 2), labels, reduction="none")  # classes are axis 1
+        return losses.mean(0)
 
     def _by_task(self, logits: Float[Tensor, "B KC"]) -> Float[Tensor, "B K C"]:
         return logits.unflatten(-1, (len(self.tasks), -1))

@@ -126,12 +126,12 @@ def overlaps(
         _require_snapshots(run)
     last = min(run.trajectory.steps[-1] for run in runs) if until is None else until
     paths = [list(_matrices(run, name, k, last, pattern)) for run, name in zip(runs, names, strict=True)]
-    found = [_compare(a, b, LAYERS) for path in paths for a, b in itertools.combinations(path, 2) if _alike(a, b)]
+    compared = [_compare(a, b, LAYERS) for path in paths for a, b in itertools.combinations(path, 2) if _alike(a, b)]
     for one, other in itertools.combinations(paths, 2):
         if {m.group: m.path.selection.dim for m in one} != {m.group: m.path.selection.dim for m in other}:
             raise UserError(f"{one[0].run} and {other[0].run} recorded different weights: compare runs of one model")
-        found += [_compare(a, b, None) for a, b in zip(one, other, strict=True)]
-    return found
+        compared += [_compare(a, b, None) for a, b in zip(one, other, strict=True)]
+    return compared
 
 
 def _require_snapshots(run: Run) -> None:
@@ -166,7 +166,7 @@ def _of_matrix(group: str, block: Block) -> Basis:
 
 def _role(group: str) -> str:
     """Name of a matrix without its layer."""
-    return found[2] if (found := _BLOCK.fullmatch(group)) else group
+    return match[2] if (match := _BLOCK.fullmatch(group)) else group
 
 
 def _alike(a: _Matrix, b: _Matrix) -> bool:
@@ -181,11 +181,11 @@ def _held_by_decay(trajectory: Trajectory, k: int) -> dict[str, Float[Tensor, " 
         "innovation_walk": innovations.innovation_walk(trajectory.grams, trajectory.survival),
     }
     rows = centred(pca.drifts(len(trajectory)))
-    found = {}
+    held = {}
     for name, grams in walks.items():
         along = (pca.spectra(grams, rows).directions[:, :k] @ grams)[..., 0]
-        found[name] = along.square().sum(-1) / grams[:, 0, 0].clamp_min(1e-300)
-    return found
+        held[name] = along.square().sum(-1) / grams[:, 0, 0].clamp_min(1e-300)
+    return held
 
 
 def _compare(a: _Matrix, b: _Matrix, kind: str | None) -> Overlap:

@@ -64,8 +64,8 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
     gram = run.trajectory.gram()
     ends = vectors(run, module, torch.stack([pca.theta0(len(gram)), run.drift_rows[-1]]))
     rows = []
-    for basis, found in _bases(run, other, module, ends[1], k, seed):
-        for part in found:
+    for basis, points in _bases(run, other, module, ends[1], k, seed):
+        for part in points:
             scores = _scores(module, data.sets, Vector(ends[0] + part.drift, selection))
             rows.append({"basis": basis, "k": part.k, "share": part.share, **scores})
     end = _scores(module, data.sets, Vector(ends[0] + ends[1], selection))
@@ -73,24 +73,24 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
     return pd.DataFrame(rows)
 
 
-def fewest_directions(found: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
+def fewest_directions(rebuilt: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
     """Smallest k from which on each accuracy stays at a share of that of the end, k*, for each basis of `rebuild`.
 
     A basis that knows the end needs few directions whatever the solution is: what counts is how many more, or fewer,
     one needs that does not know it, and the drift shortened to the same length.
 
     Args:
-        found: Of `rebuild`.
+        rebuilt: Of `rebuild`.
         level: Share of the accuracy at the end.
 
     Returns:
         A row for each basis but the end, a column for each accuracy; missing where K directions do not suffice, or the
         end has none.
     """
-    scores = [str(name) for name in found.columns if str(name).endswith("_accuracy")]
-    (end,) = found[found["basis"] == END][scores].to_dict("records")
+    scores = [str(name) for name in rebuilt.columns if str(name).endswith("_accuracy")]
+    (end,) = rebuilt[rebuilt["basis"] == END][scores].to_dict("records")
     rows = []
-    for basis, part in found[found["basis"] != END].groupby("basis", sort=False):
+    for basis, part in rebuilt[rebuilt["basis"] != END].groupby("basis", sort=False):
         row: dict[str, object] = {"basis": basis, "k": int(part["k"].max())}
         for name in scores:
             pairs = list(zip(part["k"].tolist(), part[name].tolist(), strict=True))
@@ -186,11 +186,11 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     if options.out is not None and not options.out.parent.is_dir():
         raise UserError(f"there is no folder {options.out.parent} to write {options.out.name} into: make it first")
-    found = rebuild(Run(options.run), None if options.other is None else Run(options.other), options.k, options.seed)
-    fewest = fewest_directions(found, options.level)
+    table = rebuild(Run(options.run), None if options.other is None else Run(options.other), options.k, options.seed)
+    fewest = fewest_directions(table, options.level)
     if options.out is not None:
-        write_text(options.out, found.to_csv(index=False))
+        write_text(options.out, table.to_csv(index=False))
         write_text(options.out.with_name(f"{options.out.stem}_fewest.csv"), fewest.to_csv(index=False))
-    print(found.to_string(index=False, float_format="{:.4f}".format))
+    print(table.to_string(index=False, float_format="{:.4f}".format))
     print(f"\nk*, directions from which on {options.level:.0%} of the accuracy at the end is kept; - for none of them")
     print(fewest.astype(object).where(fewest.notna(), "-").to_string(index=False))

@@ -46,11 +46,11 @@ def routing(run: Run, pattern: str = r"w_[qk]$", k: int = 3, start: int = 0, dra
     if not named:
         raise UserError(f"{run.path} recorded no entropy of attention: add an AttentionProbe to its callbacks")
     series = {name: run.series(name) for name in named}
-    quantities = {name: ([int(step) for step in found.index], found.tolist()) for name, found in series.items()}
-    found = steered(run.trajectory, pattern, quantities, k, start=start, draws=draws)
+    quantities = {name: ([int(step) for step in values.index], values.tolist()) for name, values in series.items()}
+    pairs = steered(run.trajectory, pattern, quantities, k, start=start, draws=draws)
     rows = [
         (s.component, s.quantity, s.intervals, s.correlated.value, s.correlated.level, s.correlated.p, s.adjusted)
-        for s in found
+        for s in pairs
     ]
     return pd.DataFrame(rows, columns=["component", "quantity", "intervals", "r", "level", "p", "adjusted"])
 

@@ -128,9 +128,9 @@ class RoutingProbe(DeferringProbe):
         if not self.due_once(step):
             return
         with self.watch.running(), measuring(trainer, module), torch.no_grad():
-            found = self._measure(module, step)
-        if found:
-            self._deferred.add(step, list(found), torch.stack(list(found.values())))
+            metrics = self._measure(module, step)
+        if metrics:
+            self._deferred.add(step, list(metrics), torch.stack(list(metrics.values())))
 
     def _measure(self, module: LightningModule, step: int) -> dict[str, Tensor]:
         free = FreeWeights(module, self._known.selection, torch.float32)
@@ -139,20 +139,20 @@ class RoutingProbe(DeferringProbe):
         still = at(theta.values)
         seed = np.random.SeedSequence((self.seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1)
         generator = torch.Generator(theta.values.device).manual_seed(int(seed))
-        found: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for name, direction in self._directions(theta).items():
             drawn = [isotropic(direction, generator) for _ in range(self.draws)]
             odd, even = zip(*(self._moved(at, theta, v, still) for v in [direction, *drawn]), strict=True)
-            found |= _named(f"routing/{name}/", torch.stack(odd), torch.stack(even))
-        return found
+            metrics |= _named(f"routing/{name}/", torch.stack(odd), torch.stack(even))
+        return metrics
 
     def _directions(self, theta: Vector) -> dict[str, Vector]:
         """Unit vectors by name: those of the path, once it has any, and the weights' own."""
         recorder, selection = self._known, self._known.selection
         assert recorder.trajectory is not None
         named: dict[str, Tensor] = {}
-        if found := joint_directions(recorder.trajectory, self.groups, self.directions):
-            named = {f"pc{k}": row for k, row in enumerate(recorder.directions(found), 1)}
+        if coefficients := joint_directions(recorder.trajectory, self.groups, self.directions):
+            named = {f"pc{k}": row for k, row in enumerate(recorder.directions(coefficients), 1)}
         own = torch.zeros_like(theta.values)
         for group in chosen_groups(recorder.trajectory, self.groups):
             span = selection.slices[group]
@@ -170,11 +170,11 @@ class RoutingProbe(DeferringProbe):
     def _entropies(self, module: LightningModule) -> Float[Tensor, " L"]:
         """Mean entropy of each layer over all batches."""
         assert isinstance(module, ShowsItsAttention)
-        found = []
+        entropies = []
         for batch in self._batches.values():
             rows = [query_rows(weights, asked_query(module, self.query)) for weights in module.attention(batch)]
-            found.append(torch.stack([concentration.entropy(row).double().mean() for row in rows]))
-        return torch.stack(found).mean(0)
+            entropies.append(torch.stack([concentration.entropy(row).double().mean() for row in rows]))
+        return torch.stack(entropies).mean(0)
 
     @property
     def _known(self) -> TrajectoryRecorder:
@@ -188,14 +188,14 @@ class RoutingProbe(DeferringProbe):
 
 def _named(prefix: str, odd: Float[Tensor, "N L"], even: Float[Tensor, "N L"]) -> dict[str, Tensor]:
     """Name what a direction (the first row) did, beside what the random ones did."""
-    found: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     for layer in range(odd.shape[1]):
         own, others = odd[0, layer], odd[1:, layer]
-        found |= {
+        metrics |= {
             f"{prefix}layer{layer}/odd": own,
             f"{prefix}layer{layer}/odd_null": others.square().mean().sqrt(),
             f"{prefix}layer{layer}/odd_below": (others.abs() < own.abs()).double().mean(),
             f"{prefix}layer{layer}/even": even[0, layer],
             f"{prefix}layer{layer}/even_null": even[1:, layer].mean(),
         }
-    return found
+    return metrics

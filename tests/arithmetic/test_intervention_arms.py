@@ -19,6 +19,7 @@ from mini_gpt_pl.arithmetic.study.intervention_claims import claims_table
 from mini_gpt_pl.arithmetic.study.intervention_runs import Delays, Ended, arms_below, survival
 from mini_gpt_pl.arithmetic.study.interventions import tables
 from mini_gpt_pl.callbacks import BasisSource
+from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.sweep.grid import read_sweep

@@ -146,7 +146,7 @@ def compare_clocks(
     """
     if unknown := set(given) - set(clocks):
         raise UserError(f"there is no clock {min(unknown)!r} to be given; there are {', '.join(clocks)}")
-    found = {}
+    compared = {}
     for name, struck in clocks.items():
         leads = [value for pair in zip(struck, generalised, strict=True) if (value := lead(*pair)) is not None]
         columns = [struck, generalised, *(clocks[other] for other in given if other != name)]
@@ -154,8 +154,8 @@ def compare_clocks(
         table = np.array(rows, dtype=float).reshape(len(rows), len(columns))
         partial, p = partial_correlation(table[:, 0], table[:, 1], table[:, 2:], draws=draws, seed=seed)
         ahead, median = sum(value > 0 for value in leads), statistics.median(leads) if leads else math.nan
-        found[name] = Clock(len(rows), ahead, median, _correlation(table[:, 0], table[:, 1]), partial, p)
-    return found
+        compared[name] = Clock(len(rows), ahead, median, _correlation(table[:, 0], table[:, 1]), partial, p)
+    return compared
 
 
 Column = np.ndarray[tuple[int], np.dtype[np.float64]]

@@ -87,18 +87,18 @@ def shortened(drift: Float[Tensor, " D"], shares: Sequence[float]) -> Iterator[R
         yield Rebuilt(k, share, drift * share**0.5)
 
 
-def fewest(found: Sequence[tuple[int, float]], level: float) -> int | None:
+def fewest(scores: Sequence[tuple[int, float]], level: float) -> int | None:
     """Smallest k from which on a score stays at or above a level; None if the last one does not reach it.
 
     Args:
-        found: k and score, ascending in k.
+        scores: k and score, ascending in k.
         level: Such as 0.98 of accuracy.
 
     Example:
         >>> fewest([(1, 0.1), (2, 0.99), (3, 0.5), (4, 0.99)], 0.98)
         4
     """
-    below = [k for k, score in found if score < level]
+    below = [k for k, score in scores if score < level]
     if not below:
-        return found[0][0] if found else None
-    return next((k for k, _ in found if k > below[-1]), None)
+        return scores[0][0] if scores else None
+    return next((k for k, _ in scores if k > below[-1]), None)

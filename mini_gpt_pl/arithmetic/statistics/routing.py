@@ -30,10 +30,10 @@ def chosen_groups(trajectory: Trajectory, pattern: str) -> list[int]:
     Raises:
         UserError: None does.
     """
-    found = [k for k, name in enumerate(trajectory.groups) if re.search(pattern, name)]
-    if not found:
+    positions = [k for k, name in enumerate(trajectory.groups) if re.search(pattern, name)]
+    if not positions:
         raise UserError(f"no recorded group matches {pattern!r}: there are {', '.join(trajectory.groups)}")
-    return found
+    return positions
 
 
 def joint_directions(trajectory: Trajectory, pattern: str, k: int) -> list[Float[Tensor, "G n"]]:
@@ -50,9 +50,9 @@ def joint_directions(trajectory: Trajectory, pattern: str, k: int) -> list[Float
         UserError: No group matches.
     """
     groups = chosen_groups(trajectory, pattern)
-    found = _principal(trajectory.grams[groups].sum(0), k)
+    rows = _principal(trajectory.grams[groups].sum(0), k)
     directions = []
-    for row in found:
+    for row in rows:
         coefficients = torch.zeros(len(trajectory.groups), len(trajectory), dtype=torch.float64)
         coefficients[groups] = row
         directions.append(coefficients)
@@ -117,17 +117,17 @@ def steered(
         UserError: No group matches, or fewer than eight changes are shared.
     """
     gram = trajectory.grams[chosen_groups(trajectory, pattern)].sum(0)
-    scores = torch.cat([torch.zeros(len(found := score_changes(gram, k)), 1).double(), found.cumsum(1)], 1)
+    scores = torch.cat([torch.zeros(len(changes := score_changes(gram, k)), 1).double(), changes.cumsum(1)], 1)
     pairs: list[tuple[int, str, int, Correlated]] = []
     for name, (steps, values) in quantities.items():
-        known = dict(zip(steps, values, strict=True))
-        shared = _even([step for step in trajectory.steps if step in known and step >= start])
+        by_step = dict(zip(steps, values, strict=True))
+        shared = _even([step for step in trajectory.steps if step in by_step and step >= start])
         if len(shared) < 9:
             raise UserError(
                 f"{name} was recorded at {len(shared)} evenly spaced snapshots from step {start} on: 9 are needed, so "
                 "give its probe and the recorder one schedule"
             )
-        series = torch.tensor([known[step] for step in shared], dtype=torch.float64).diff()
+        series = torch.tensor([by_step[step] for step in shared], dtype=torch.float64).diff()
         places = [trajectory.steps.index(step) for step in shared]
         for number, score in enumerate(scores[:, places].diff(dim=1), 1):
             pairs.append((number, name, len(series), phases.correlate(score, series, draws, seed)))

@@ -24,7 +24,7 @@ def _concentration(run: Run) -> Table:
     rows: list[Row] = []
     for match in logged(run, r"attention/(\w+)/layer(\d+)/entropy"):
         prefix = match[0].removesuffix("entropy")
-        names = [found[1] for found in logged(run, rf"{prefix}(top\d+)")]
+        names = [top[1] for top in logged(run, rf"{prefix}(top\d+)")]
         for step, words in recorded_at(run, match[0]).items():
             row: dict[str, Cell] = {"batch": word(match[1]), "layer": word(match[2]), **_moment(step, words)}
             row |= _beside(run, prefix, "entropy", "entropy", step, _NATS)
@@ -43,7 +43,7 @@ def _answers(run: Run) -> Table:
     rows: list[Row] = []
     for match in logged(run, r"attention/(\w+)/accuracy"):
         prefix = match[0].removesuffix("accuracy")
-        names = [found[1] for found in logged(run, rf"{prefix}(accuracy_top\d+)")]
+        names = [top[1] for top in logged(run, rf"{prefix}(accuracy_top\d+)")]
         for step, words in recorded_at(run, match[0]).items():
             row: dict[str, Cell] = {"batch": word(match[1]), **_moment(step, words)}
             row["all attention"] = number(_at(run, match[0], step), _SHARE)
@@ -83,11 +83,11 @@ def _scores(run: Run) -> Table:
     """Changes of path scores against changes of entropy, from memorisation or a tenth of the run on."""
     start = _start(run)
     try:
-        found = routing(run, start=start) if (run.path / TRAJECTORY).is_file() else None
+        correlations = routing(run, start=start) if (run.path / TRAJECTORY).is_file() else None
     except UserError:
-        found = None  # too few records, or no attention was logged
+        correlations = None  # too few records, or no attention was logged
     rows: list[Row] = []
-    for row in () if found is None else found.to_dict("records"):
+    for row in () if correlations is None else correlations.to_dict("records"):
         rows.append(
             {
                 "component": number(row["component"], "{:.0f}"),
@@ -117,8 +117,8 @@ def _moment(step: int, words: str) -> dict[str, Cell]:
 
 
 def _beside(run: Run, prefix: str, name: str, words: str, step: int, form: str, null: str = "even") -> dict[str, Cell]:
-    found = {words: name, f"{words}, {null}": f"{name}_null"}
-    return {column: number(_at(run, prefix + key, step), form) for column, key in found.items()}
+    metrics = {words: name, f"{words}, {null}": f"{name}_null"}
+    return {column: number(_at(run, prefix + key, step), form) for column, key in metrics.items()}
 
 
 def _at(run: Run, name: str, step: int) -> float:

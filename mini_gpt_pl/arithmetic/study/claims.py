@@ -41,8 +41,8 @@ _TELLS_APART = 0.75  # an AUC up to here is no warning, whatever its p
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
     """Judge every claim that the runs allow."""
-    known = distinct(residue_runs(runs))
-    return [claim for judge in _CLAIMS if (claim := judge(known)) is not None]
+    draws = distinct(residue_runs(runs))
+    return [claim for judge in _CLAIMS if (claim := judge(draws)) is not None]
 
 
 def claims_table(runs: Sequence[Run]) -> Table:
@@ -66,10 +66,10 @@ def _share(value: float) -> str:
 
 def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
     """Range of the values that are known, one value alone as it is."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+    numbers = [value for value in values if not math.isnan(value)]
+    if not numbers:
         return "-"
-    low, high = form(min(known)), form(max(known))
+    low, high = form(min(numbers)), form(max(numbers))
     return low if low == high else f"{low} to {high}"
 
 
@@ -82,11 +82,11 @@ def _points(values: Sequence[float]) -> str:
 
 def _cells(runs: Sequence[ResidueRun], window: Phase | None = None) -> list[dict[str, float]]:
     """Centred PC1 of every matrix of every run, measured and of every null; to each run's stop without a window."""
-    found = []
+    cells = []
     for run in runs:
         path = run.numbers(window or run.cut)
-        found += [dict(numbers["pc1_centred"]) for label, numbers in path.items() if label != run.trunk]
-    return found
+        cells += [dict(numbers["pc1_centred"]) for label, numbers in path.items() if label != run.trunk]
+    return cells
 
 
 def _excess(cells: Sequence[dict[str, float]], null: str) -> list[float]:
@@ -238,10 +238,10 @@ def _jump(gradient: float, c: float, defect: float) -> str:
 def _warns(runs: Sequence[ResidueRun]) -> Claim | None:
     rate = rate_of(runs)
     runs = [run for run in runs if run.rate == rate]
-    found = sign_of(runs)
-    if found is None:
+    signs = sign_of(runs)
+    if signs is None:
         return None
-    test, ahead, count = found
+    test, ahead, count = signs
     leads = [_lead_of_memory(run) for run in sides(runs, DO_NOT)[0]]
     placebo = sum(lead is not None and lead > 0 for lead in leads)
     split, control = (separation(runs, clock) for clock in (ONSET, PLACEBO))
@@ -267,13 +267,13 @@ def _area(split: Discrimination | None) -> str:
 def _fired(runs: Sequence[ResidueRun]) -> str:
     """Say in how many runs of each kind that do not generalise the onset comes."""
     words = {DO_NOT: "runs that do not generalise", "no decay": "without decay"}
-    told = []
+    kinds = []
     for kind in OTHERS:
         others = sides(runs, kind)[1]
         if others:
             fired = sum(clock_steps(run)[ONSET] is not None for run in others)
-            told.append(f"{fired} of {len(others)} {words[kind]}")
-    return f"it also comes in {' and '.join(told)}" if told else "all runs generalise"
+            kinds.append(f"{fired} of {len(others)} {words[kind]}")
+    return f"it also comes in {' and '.join(kinds)}" if kinds else "all runs generalise"
 
 
 def _lead_of_memory(run: ResidueRun) -> float | None:
@@ -354,10 +354,10 @@ def _zeros(runs: Sequence[ResidueRun]) -> Claim | None:
     unresolved = [v < 1 for run in chosen for v in run.commutator("resolved").tolist()]
     if not below or not unresolved:
         return None
-    told = _spread(defects, "{:.2g}".format) if defects else "no record resolved"
+    spread = _spread(defects, "{:.2g}".format) if defects else "no record resolved"
     return Claim(
         "Without weight decay the defect is mostly small, 0 in 90 of 378 records, with spikes to 724",
-        f"{told}, unresolved in {statistics.fmean(unresolved):.0%} of the records",
+        f"{spread}, unresolved in {statistics.fmean(unresolved):.0%} of the records",
         f"a difference of float32 weights would have been rounding in {statistics.fmean(below):.0%} of them",
         "**arithmetic**: zeros and spikes are what float32 subtraction makes of small gradients."
         if statistics.fmean(below) > statistics.fmean(unresolved)

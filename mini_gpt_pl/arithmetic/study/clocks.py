@@ -46,11 +46,11 @@ def clock_steps(run: ResidueRun) -> dict[str, int | None]:
         "c‖θ‖², 10 ×": ("c_theta2", _tenfold),
         "‖g‖, 10 ×": ("norm_a", _tenfold),
     }
-    found = {clock: _struck(run.commutator(name), rule) for clock, (name, rule) in rules.items()}
-    found[PLACEBO] = run.steps["train_99"]
-    found[NORM] = _struck(run.series("eval/weight_norm"), _fallen_to(0.5))
-    found["training loss, a tenth"] = _struck(run.series(LOSS), _fallen_to(0.1))
-    return found
+    struck = {clock: _struck(run.commutator(name), rule) for clock, (name, rule) in rules.items()}
+    struck[PLACEBO] = run.steps["train_99"]
+    struck[NORM] = _struck(run.series("eval/weight_norm"), _fallen_to(0.5))
+    struck["training loss, a tenth"] = _struck(run.series(LOSS), _fallen_to(0.1))
+    return struck
 
 
 def _fallen_to(share: float) -> onset.Rule:
@@ -73,10 +73,10 @@ def leads(onsets: Sequence[int | None], generalised: Sequence[int | None]) -> li
 
 def sign(runs: Sequence[ResidueRun]) -> str | None:
     """The sign test of the leads over units, in a sentence; None without a run that generalises."""
-    found = sign_of(runs)
-    if found is None:
+    signs = sign_of(runs)
+    if signs is None:
         return None
-    test, ahead, count = found
+    test, ahead, count = signs
     return (
         f"Leads are positive in {ahead} of {count} runs. Seeds of one operation, decay and learning rate "
         f"share a threshold and are one unit: {test.positive} of {test.units} units, p = {test.p:.2g} (not 2^-{count})."
@@ -88,8 +88,8 @@ def sign_of(runs: Sequence[ResidueRun]) -> tuple[SignTest, int, int] | None:
     chosen = sides(runs, DO_NOT)[0]
     if not chosen:
         return None
-    found = leads([clock_steps(run)[ONSET] for run in chosen], [run.steps["test_90"] for run in chosen])
-    return sign_test(found, [run.unit for run in chosen]), sum(value > 0 for value in found), len(found)
+    ahead_by = leads([clock_steps(run)[ONSET] for run in chosen], [run.steps["test_90"] for run in chosen])
+    return sign_test(ahead_by, [run.unit for run in chosen]), sum(value > 0 for value in ahead_by), len(ahead_by)
 
 
 DO_NOT = "operations that do not"
@@ -170,10 +170,10 @@ def _of_rate(runs: Sequence[ResidueRun], rate: float) -> list[Row]:
     """Rows of the runs of one learning rate: steps of several rates are not to be compared."""
     kinds = {others: sides(runs, others)[1] for others in OTHERS}
     chosen = sides(runs, DO_NOT)[0]
-    known = [*chosen, *(run for side in kinds.values() for run in side)]
-    if not known:
+    compared = [*chosen, *(run for side in kinds.values() for run in side)]
+    if not compared:
         return []
-    struck = {name: [clock_steps(run)[name] for run in chosen] for name in clock_steps(known[0])}
+    struck = {name: [clock_steps(run)[name] for run in chosen] for name in clock_steps(compared[0])}
     clocks = compare_clocks(struck, [run.steps["test_90"] for run in chosen], given=GIVEN) if chosen else {}
     rows: list[Row] = []
     for name, of_chosen in struck.items():
@@ -208,12 +208,12 @@ def _when(clock: Clock | None, count: int, *, control: bool) -> dict[str, Cell]:
 
 
 def _range(steps: Sequence[int | None]) -> str:
-    known = [step for step in steps if step is not None]
+    struck = [step for step in steps if step is not None]
     if not steps:
         return "-"
-    if not known:
+    if not struck:
         return f"never ({len(steps)} runs)"
-    return f"{min(known):,} to {max(known):,} ({len(known)} of {len(steps)})"
+    return f"{min(struck):,} to {max(struck):,} ({len(struck)} of {len(steps)})"
 
 
 def _finite(value: float) -> float | None:

@@ -37,21 +37,21 @@ _MATRICES = ("Q", "K", "V", "O")
 def comparison_tables(runs: Sequence[Run]) -> list[Table]:
     """Make every table that runs of the second task allow; none for runs of another task."""
     everything = residue_runs(runs)
-    known = distinct(everything)
-    if not known:
+    draws = distinct(everything)
+    if not draws:
         return []
     tables = [
         claims_table(runs),
         overview(everything),
-        seed_by_seed(known),
-        pc1(known),
-        fixed_windows(known),
-        persistence(known),
-        onsets(known),
-        rules(known),
-        rates(known),
+        seed_by_seed(draws),
+        pc1(draws),
+        fixed_windows(draws),
+        persistence(draws),
+        onsets(draws),
+        rules(draws),
+        rates(draws),
     ]
-    tables += [discrimination(known), defect_at_grok(known), last_defects(known), projections(known)]
+    tables += [discrimination(draws), defect_at_grok(draws), last_defects(draws), projections(draws)]
     return [table for table in tables if not table.frame.empty]
 
 
@@ -101,8 +101,8 @@ def _pc1_table(name: str, title: str, runs: Sequence[ResidueRun], window: Phase 
         of_seed = [run.numbers(window or run.cut) for run in group]
         # A seed whose window is too short has no numbers; the others do.
         for label in dict.fromkeys(label for path in of_seed for label in path):
-            found = [path[label]["pc1_centred"] for path in of_seed if label in path]
-            values = {key: [one[key] for one in found] for key in ("measured", *NULLS)}
+            of_matrix = [path[label]["pc1_centred"] for path in of_seed if label in path]
+            values = {key: [one[key] for one in of_matrix] for key in ("measured", *NULLS)}
             head = {"window": word("each to its stop" if window is None else window.words)}
             cells: dict[str, Cell] = {**head, **group_cells(group, runs), "weights": word(short(label))}
             cells["snapshots"] = word(_snapshots(group, window))

@@ -35,11 +35,11 @@ def decay_table(runs: Sequence[Run]) -> list[Table]:
 
 def decay_families(runs: Sequence[Run]) -> list[list[ResidueRun]]:
     """Runs that differ in their decay and seed only, where there are two positive decays."""
-    found: dict[tuple[object, ...], list[ResidueRun]] = {}
+    families: dict[tuple[object, ...], list[ResidueRun]] = {}
     for run in residue_runs(runs):
         data = {k: v for k, v in (run.settings.get("data") or {}).items() if k not in ("seed", "split_seed")}
-        found.setdefault((run.operation, run.rate, repr(data)), []).append(run)
-    return [family for family in found.values() if len({run.decay for run in family if run.decay}) > 1]
+        families.setdefault((run.operation, run.rate, repr(data)), []).append(run)
+    return [family for family in families.values() if len({run.decay for run in family if run.decay}) > 1]
 
 
 def _row(part: Sequence[ResidueRun]) -> Row:
@@ -85,8 +85,8 @@ def fits(runs: Sequence[ResidueRun]) -> Fits:
         UserError: There are fewer than four decays.
     """
     decayed = [run for run in runs if run.decay]
-    known = [(run.decay, step) for run in decayed if (step := run.steps["test_90"]) is not None]
-    decays, steps = (np.array([pair[k] for pair in known], dtype=float) for k in (0, 1))
+    points = [(run.decay, step) for run in decayed if (step := run.steps["test_90"]) is not None]
+    decays, steps = (np.array([pair[k] for pair in points], dtype=float) for k in (0, 1))
     exponent = -scaling(decays.tolist(), steps.tolist(), decays.tolist()).whole.exponent
     logs, ones = np.log(steps), np.ones_like(steps)
     forms = {
@@ -99,15 +99,15 @@ def fits(runs: Sequence[ResidueRun]) -> Fits:
         fitted = left @ np.linalg.lstsq(left, right, rcond=None)[0]
         # A relative error is that of the logarithm, to first order.
         errors[name] = float(np.sqrt(np.mean((fitted - right) ** 2)))
-    return Fits(exponent, errors, len(decayed) - len(known))
+    return Fits(exponent, errors, len(decayed) - len(points))
 
 
 def fits_in_words(runs: Sequence[ResidueRun]) -> str:
     """What the fits give, or why there are none."""
     try:
-        found = fits(runs)
+        fit = fits(runs)
     except UserError as error:
         return f"no fit: {error}."
-    errors = ", ".join(f"{name} {error:.1%}" for name, error in found.errors.items())
-    left = f" {found.censored} runs never generalised and are in no fit." if found.censored else ""
-    return f"t90 goes as decay^{-found.exponent:+.2f} (null -1); errors of the fits: {errors}.{left}"
+    errors = ", ".join(f"{name} {error:.1%}" for name, error in fit.errors.items())
+    left = f" {fit.censored} runs never generalised and are in no fit." if fit.censored else ""
+    return f"t90 goes as decay^{-fit.exponent:+.2f} (null -1); errors of the fits: {errors}.{left}"

@@ -113,11 +113,11 @@ def last_defects(runs: Sequence[ResidueRun]) -> Table:
     for run in runs:
         if run.commutator("norm_a").empty:
             continue
-        known = LAST_DEFECT.get(run.operation, ()) if run.repeats and run.decay else ()
+        published = LAST_DEFECT.get(run.operation, ()) if run.repeats and run.decay else ()
         step = int(run.commutator("norm_a").index[-1])
         cells: dict[str, Cell] = {**run_cells(run, runs), "step": number(step, _STEP)}
         cells["D"] = number(run.last(f"commutator/{run.reported}/defect"), "{:.4g}")
-        cells["D, paper"] = spread(known, "{:.4g}")
+        cells["D, paper"] = spread(published, "{:.4g}")
         for column, name, form in (
             ("‖g‖", "norm_a", "{:.2g}"),
             ("‖g_B‖", "norm_b", "{:.2g}"),
@@ -166,12 +166,12 @@ def projections(runs: Sequence[ResidueRun]) -> Table:
 
 
 def _projection(group: Sequence[ResidueRun], phase: str, basis: str) -> dict[str, Cell] | None:
-    found = []
+    of_runs = []
     for run in group:
         window = next((window for window in run.phases[1:] if window.name == phase), None)
         if window is not None and len(inside(run.commutator(f"on_{basis}"), window)):
-            found.append(projected(run, basis, window))
-    if not found:
+            of_runs.append(projected(run, basis, window))
+    if not of_runs:
         return None
     first = group[0]
     paper = math.nan
@@ -180,7 +180,9 @@ def _projection(group: Sequence[ResidueRun], phase: str, basis: str) -> dict[str
             paper = ON_PATH.get(first.operation, math.nan)
         if basis == "singular":
             paper = ON_SINGULAR.get(phase, {}).get(first.operation, math.nan)
-    middle = {key: median([float(one[key].value) for one in found if one[key].value is not None]) for key in found[0]}  # type: ignore[arg-type]
+    middle = {
+        key: median([float(one[key].value) for one in of_runs if one[key].value is not None]) for key in of_runs[0]
+    }  # type: ignore[arg-type]
     return {
         "over isotropic": number(middle["over isotropic"], "{:.2f}"),
         "over isotropic, paper": number(paper, "{:.2f}"),

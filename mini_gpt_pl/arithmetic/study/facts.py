@@ -15,17 +15,17 @@ def residue_facts(run: Run) -> dict[str, Any]:
     """Collect what decides how a run of residues goes."""
     config = run.settings
     model, data = mapping(config, "model"), mapping(config, "data")
-    found = Facts.of_config(config)
+    settings = Facts.of_config(config)
     recorder = next(iter(run.callback_settings("TrajectoryRecorder")), {})
     operations, split = data.get("operations"), said(data, "split_seed", OWN_SEED)
     return {
         "model": transformer(model.get("size")),
-        **found.of_optimizer,
-        "warm-up": found.warmup,
-        "schedule length": found.length,
-        "steps": found.steps,
-        "sequences a step": found.examples,
-        "clipping": found.clipping,
+        **settings.of_optimizer,
+        "warm-up": settings.warmup,
+        "schedule length": settings.length,
+        "steps": settings.steps,
+        "sequences a step": settings.examples,
+        "clipping": settings.clipping,
         "operation": data.get("operation"),
         "modulus": data.get("modulus"),
         "training fraction": data.get("train_fraction"),
@@ -35,5 +35,5 @@ def residue_facts(run: Run) -> dict[str, Any]:
         "identical blocks": model.get("identical_blocks"),
         "eps": mapping(mapping(model, "optimizer"), "init_args").get("eps"),
         "steps a snapshot": mapping(recorder, "schedule").get("every"),
-        "seed": found.seed,
+        "seed": settings.seed,
     }

@@ -29,10 +29,10 @@ _MARKERS = {
 
 
 def _only(run: Run) -> ResidueRun:
-    found = residue_runs([run])
-    if not found:
+    runs = residue_runs([run])
+    if not runs:
         raise UserError(f"the run {run.path} was not evaluated on a training and a test set")
-    return found[0]
+    return runs[0]
 
 
 def learning(run: Run) -> Figure:
@@ -116,7 +116,7 @@ def pc1(run: Run) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.9 + 0.26 * len(labels) * ((len(shown) + 1) // 2)))
     grid = figure.subplots((len(shown) + 1) // 2, 2, sharey=True, squeeze=False).flatten()
     for axes, window in zip(grid, shown, strict=False):
-        _points(axes, {label: found["pc1_centred"] for label, found in one.numbers(window).items()}, labels)
+        _points(axes, {label: numbers["pc1_centred"] for label, numbers in one.numbers(window).items()}, labels)
         axes.set_title(window.words, fontsize=9)
     for spare in grid[len(shown) :]:
         spare.set_visible(False)
@@ -125,12 +125,12 @@ def pc1(run: Run) -> Figure:
     return figure
 
 
-def _points(axes: Axes, found: Mapping[str, Mapping[str, float]], labels: Sequence[str]) -> None:
+def _points(axes: Axes, shares: Mapping[str, Mapping[str, float]], labels: Sequence[str]) -> None:
     colours = dict(zip(_MARKERS, (BACKBONE, GREY, NULL, RESIDUAL, SWITCH, PC2), strict=True))
     for name, marker in _MARKERS.items():
-        heights = [labels.index(label) for label in found]
+        heights = [labels.index(label) for label in shares]
         style: dict[str, Any] = {"mfc": "none"} if name != "measured" else {}
-        values = [one[name] for one in found.values()]
+        values = [one[name] for one in shares.values()]
         axes.plot(
             values, heights, ls="", marker=marker, ms=5, color=colours[name], label=NULLS.get(name, name), **style
         )
@@ -144,10 +144,10 @@ def curves(runs: Sequence[Run]) -> Figure:
     Raises:
         UserError: None of them is of the second task.
     """
-    known = residue_runs(runs)
-    if not known:
+    shown = residue_runs(runs)
+    if not shown:
         raise UserError("none of the runs was evaluated on a training and a test set")
-    units = list(dict.fromkeys(run.operation for run in known))
+    units = list(dict.fromkeys(run.operation for run in shown))
     panels: tuple[tuple[str, Callable[[ResidueRun], object]], ...] = (
         ("test accuracy", lambda run: run.series(TEST)),
         ("D", lambda run: run.commutator("defect")),
@@ -158,7 +158,7 @@ def curves(runs: Sequence[Run]) -> Figure:
     grid = figure.subplots(2, 2, sharex=True).flatten()
     for axes, (title, series) in zip(grid, panels, strict=True):
         labelled: set[str] = set()
-        for run in known:
+        for run in shown:
             label = "" if run.kind in labelled else run.kind
             labelled.add(run.kind)
             colour = DISTINCT[units.index(run.operation) % len(DISTINCT)]

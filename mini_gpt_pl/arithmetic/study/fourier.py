@@ -79,12 +79,12 @@ def fourier_runs(runs: Sequence[Run]) -> list[Table]:
     """Share at the strongest frequency over its median by chance, at the end of every run that logged it."""
     rows: list[Row] = []
     for run, label in names(runs).items():
-        found = logged(run, _LOGGED)
-        told = facts(run)
-        for axis in dict.fromkeys(match[1] for match in found):
-            row = {"run": word(label), "operation": word(str(told["operation"] or run.task))}
-            row |= {"decay": word(plain(told["weight decay"])), "characters": word(axis)}
-            for match in found:
+        spectra = logged(run, _LOGGED)
+        settings = facts(run)
+        for axis in dict.fromkeys(match[1] for match in spectra):
+            row = {"run": word(label), "operation": word(str(settings["operation"] or run.task))}
+            row |= {"decay": word(plain(settings["weight decay"])), "characters": word(axis)}
+            for match in spectra:
                 if match[1] == axis:
                     row[product(match[2])] = number(_over_chance(run, match[0]), "{:.1f} ×")
             rows.append(row)

@@ -23,10 +23,10 @@ def _setting(run: ResidueRun, *free: str) -> str:
 
 def groups_of(runs: Sequence[ResidueRun]) -> list[list[ResidueRun]]:
     """Gather runs that agree in all facts but the seed, in the order in which they were given."""
-    found: dict[str, list[ResidueRun]] = {}
+    groups: dict[str, list[ResidueRun]] = {}
     for run in runs:
-        found.setdefault(_setting(run, "seed"), []).append(run)
-    return list(found.values())
+        groups.setdefault(_setting(run, "seed"), []).append(run)
+    return list(groups.values())
 
 
 def distinct(runs: Sequence[ResidueRun]) -> list[ResidueRun]:
@@ -55,12 +55,12 @@ def group_cells(group: Sequence[ResidueRun], runs: Sequence[ResidueRun]) -> dict
     """
     first = group[0]
     apart = [key for key in first.facts if key not in _OWN_COLUMNS and len({repr(r.facts.get(key)) for r in runs}) > 1]
-    told = [f"{key} {plain(first.facts[key])}" for key in apart if first.facts[key] is not None]
+    differing = [f"{key} {plain(first.facts[key])}" for key in apart if first.facts[key] is not None]
     return {
         "operation": word(first.operation),
         "lr": word(plain(first.rate)),
         "decay": word(plain(first.decay)),
-        "else": word("; ".join(told) or "-"),
+        "else": word("; ".join(differing) or "-"),
         "seeds": number(len(group), "{:.0f}"),
     }
 

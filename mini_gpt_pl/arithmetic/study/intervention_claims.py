@@ -53,8 +53,8 @@ class _Bench:
 
     def later(self, name: str, than: str) -> bool:
         """Whether an arm generalises later than another, or not at all where the other does."""
-        found = Delays.between(self.arms[name], self.arms[than])
-        return found.longer(_EVALUATION) > _MOST * len(found.steps) if found.steps else False
+        delays = Delays.between(self.arms[name], self.arms[than])
+        return delays.longer(_EVALUATION) > _MOST * len(delays.steps) if delays.steps else False
 
     def reached(self, name: str) -> int:
         return sum(run.at is not None for run in self.arms[name])

@@ -64,8 +64,8 @@ class Ended:
 
 
 def _mean(run: Run, pattern: str) -> float:
-    found = run.metrics.filter(regex=pattern)
-    return float(found.mean().mean()) if found.size else float("nan")
+    columns = run.metrics.filter(regex=pattern)
+    return float(columns.mean().mean()) if columns.size else float("nan")
 
 
 def arms_below(folder: Path, operation: str | None = None) -> dict[str, list[Run]]:
@@ -101,8 +101,8 @@ def ended(arms: Mapping[str, Sequence[Run]], milestone: str) -> dict[str, list[E
     Raises:
         UserError: A run did not watch for the milestone.
     """
-    found = {name: [run for given in runs if (run := Ended.of(given, milestone))] for name, runs in arms.items()}
-    return {name: runs for name, runs in found.items() if runs}
+    finished = {name: [run for given in runs if (run := Ended.of(given, milestone))] for name, runs in arms.items()}
+    return {name: runs for name, runs in finished.items() if runs}
 
 
 @dataclass(frozen=True)

@@ -43,18 +43,18 @@ def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: 
     Raises:
         UserError: No run of the control has ended, or a run did not watch for the milestone.
     """
-    found = ended(arms, milestone)
-    if control not in found:
+    finished = ended(arms, milestone)
+    if control not in finished:
         raise UserError(f"no run of the arm {control!r} has ended: name the arm without intervention with --control")
-    waiting = sum(map(len, arms.values())) - sum(map(len, found.values()))
+    waiting = sum(map(len, arms.values())) - sum(map(len, finished.values()))
     left_out = f"{waiting} runs that have not ended are left out." if waiting else None
-    rows = [_row(name, runs, found[control]) for name, runs in found.items()]
+    rows = [_row(name, runs, finished[control]) for name, runs in finished.items()]
     title = f"Interventions: when {milestone} was reached"
-    curves = [row for name, runs in found.items() for row in _curve(name, survival(runs))]
+    curves = [row for name, runs in finished.items() for row in _curve(name, survival(runs))]
     return [
-        claims_table(found, control),
+        claims_table(finished, control),
         tabulate("interventions", title, rows, [*NOTES, left_out]),
-        tabulate("interventions_runs", "Interventions: every run", _every_run(found), [NOTES[0]]),
+        tabulate("interventions_runs", "Interventions: every run", _every_run(finished), [NOTES[0]]),
         tabulate("interventions_survival", f"Interventions: share of runs without {milestone}", curves, [NOTES[0]]),
     ]
 
@@ -100,11 +100,11 @@ def _at(lived: Lifetimes, step: int) -> float:
 
 def _delay(runs: Sequence[Ended], control: Sequence[Ended]) -> Cell:
     """Median over the seeds of the delay against the control's run of the same seed, and its range."""
-    found = Delays.between(runs, control)
-    if not found.steps:
+    delays = Delays.between(runs, control)
+    if not delays.steps:
         return Cell(EMPTY, None)
-    ends = {"low": found.steps[0], "high": found.steps[-1], "censored": sum(found.censored)}
-    return Cell(str(found), found.steps[found.middle], ends)
+    ends = {"low": delays.steps[0], "high": delays.steps[-1], "censored": sum(delays.censored)}
+    return Cell(str(delays), delays.steps[delays.middle], ends)
 
 
 def _curve(name: str, lived: Lifetimes) -> list[Row]:
@@ -130,11 +130,11 @@ def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: s
         names: Which of them, at most as many as there are colours; those without an ended run are left out.
         milestone: What counts as having generalised.
     """
-    found = ended({name: arms[name] for name in names if name in arms}, milestone)
+    finished = ended({name: arms[name] for name in names if name in arms}, milestone)
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(WIDTH, 3.4))
         axes = drawn.subplots()
-        for colour, (name, runs) in zip(DISTINCT, found.items(), strict=False):
+        for colour, (name, runs) in zip(DISTINCT, finished.items(), strict=False):
             lived, end = survival(runs), max(run.stopped for run in runs)
             steps, shares = [0.0, *lived.times.tolist(), end], [1.0, *lived.surviving.tolist()]
             axes.step(steps, [*shares, shares[-1]], where="post", color=colour, label=name)

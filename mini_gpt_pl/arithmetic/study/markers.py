@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from mini_gpt_pl.arithmetic.study.moments import MOMENTS_NOTE, markers, moments, recorded_at
@@ -16,14 +15,14 @@ _SHARE, _STEP = "{:.1%}", "{:,.0f}"
 
 def marker_table(run: Run) -> list[Table]:
     """Accuracy by number of markers at the moments of a run; nothing for a run of another task."""
-    known = markers(run)
-    if not known:
+    metrics = markers(run)
+    if not metrics:
         return []
     rows: list[Row] = []
-    for step, words in recorded_at(run, next(iter(known.values()))).items():
+    for step, words in recorded_at(run, next(iter(metrics.values()))).items():
         row: dict[str, Cell] = {"moment": word(words), "step": number(step, _STEP)}
         row |= {
-            f"m = {m}": number(float(run.series(name).get(step, float("nan"))), _SHARE) for m, name in known.items()
+            f"m = {m}": number(float(run.series(name).get(step, float("nan"))), _SHARE) for m, name in metrics.items()
         }
         row["‖θ‖"] = number(float(run.series("eval/weight_norm").get(step, float("nan"))), "{:.1f}")
         rows.append(row)
@@ -31,10 +30,6 @@ def marker_table(run: Run) -> list[Table]:
     said = f"Never at 90 %: {', '.join(never)}." if never else None
     title = "Accuracy by number of markers"
     return [tabulate("grokking_markers", title, rows, [_chance(run), said, MOMENTS_NOTE])]
-
-
-def _at(run: Run, name: str, step: int) -> float:
-    return float(run.series(name).get(step, math.nan))
 
 
 def _chance(run: Run) -> str:
@@ -49,12 +44,12 @@ def marker_runs(runs: Sequence[Run]) -> list[Table]:
     """When each run reached 90 % with each number of markers, and what it ended at."""
     rows: list[Row] = []
     for run, label in names(runs).items():
-        known, told, steps = markers(run), facts(run), moments(run)
-        if not known:
+        metrics, settings, steps = markers(run), facts(run), moments(run)
+        if not metrics:
             continue
-        row: dict[str, Cell] = {"run": word(label), "lr": word(plain(told["learning rate"]))}
-        row |= {"decay": word(plain(told["weight decay"])), "seed": word(plain(told["seed"]))}
-        for m, name in known.items():
+        row: dict[str, Cell] = {"run": word(label), "lr": word(plain(settings["learning rate"]))}
+        row |= {"decay": word(plain(settings["weight decay"])), "seed": word(plain(settings["seed"]))}
+        for m, name in metrics.items():
             step = steps[f"90 % with m = {m}"]
             row[f"90 %, m = {m}"] = word("never") if step is None else number(step, _STEP)
             row[f"end, m = {m}"] = number(run.last(name), _SHARE)

@@ -15,13 +15,13 @@ def logged(run: Run, pattern: str) -> list[re.Match[str]]:
     """Names of metrics that match a pattern as a whole, in the order of the file; none without metrics."""
     if not (run.path / METRICS).is_file():
         return []
-    return [found for name in run.metrics if (found := re.fullmatch(pattern, str(name)))]
+    return [match for name in run.metrics if (match := re.fullmatch(pattern, str(name)))]
 
 
 def markers(run: Run) -> dict[int, str]:
     """Numbers of markers that a run was evaluated on, and the metrics of their accuracies."""
-    found = {int(match[1]): match[0] for match in logged(run, _MARKERS.pattern)}
-    return dict(sorted(found.items()))
+    metrics = {int(match[1]): match[0] for match in logged(run, _MARKERS.pattern)}
+    return dict(sorted(metrics.items()))
 
 
 def moments(run: Run) -> dict[str, int | None]:
@@ -42,12 +42,12 @@ def recorded_at(run: Run, metric: str) -> dict[int, str]:
         metric: Was logged at least once.
     """
     steps = [int(step) for step in run.series(metric).index]
-    found: dict[int, list[str]] = {steps[0]: ["first"]}
+    words_at: dict[int, list[str]] = {steps[0]: ["first"]}
     for words, step in moments(run).items():
         if step is not None:
-            found.setdefault(max((s for s in steps if s <= step), default=steps[0]), []).append(words)
-    found.setdefault(steps[-1], []).append("end")
-    return {step: ", ".join(words) for step, words in sorted(found.items())}
+            words_at.setdefault(max((s for s in steps if s <= step), default=steps[0]), []).append(words)
+    words_at.setdefault(steps[-1], []).append("end")
+    return {step: ", ".join(words) for step, words in sorted(words_at.items())}
 
 
 MOMENTS_NOTE = (

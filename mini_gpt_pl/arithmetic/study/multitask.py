@@ -55,12 +55,12 @@ def _step(step: int | None) -> Cell:
 
 def commutators_of(run: Run) -> dict[tuple[str, str], str]:
     """Names of the commutator probes that took a task's loss for each of the two batches, by these tasks."""
-    found = {}
+    names = {}
     for settings in run.callback_settings("CommutatorProbe"):
         losses, name = settings.get("losses"), str(settings.get("name", "all"))
         if losses and len(run.series(f"commutator/{name}/norm_a")):
-            found[str(losses[0]), str(losses[1])] = name
-    return found
+            names[str(losses[0]), str(losses[1])] = name
+    return names
 
 
 _NUMBERS = {
@@ -122,11 +122,11 @@ def tasks_table(runs: Sequence[Run]) -> list[Table]:
     """When each task of each run generalised, and in which order."""
     rows: list[Row] = []
     for run, label in names(runs).items():
-        tasks, told = tasks_of(run), facts(run)
+        tasks, settings = tasks_of(run), facts(run)
         if not tasks:
             continue
-        row: dict[str, Cell] = {"run": word(label), "lr": word(plain(told["learning rate"]))}
-        row |= {"decay": word(plain(told["weight decay"])), "seed": word(plain(told["seed"]))}
+        row: dict[str, Cell] = {"run": word(label), "lr": word(plain(settings["learning rate"]))}
+        row |= {"decay": word(plain(settings["weight decay"])), "seed": word(plain(settings["seed"]))}
         row |= {f"t90, {task}": _step(milestones_of(run, task)["test_90"]) for task in tasks}
         order = order_of(run)
         row["order"] = word("not told apart" if order is None else ", ".join(order))
@@ -138,11 +138,11 @@ def tasks_table(runs: Sequence[Run]) -> list[Table]:
 
 def same_tasks(runs: Sequence[Run]) -> list[Run]:
     """Runs with several tasks, of one set of tasks: the largest such family."""
-    found: dict[frozenset[str], list[Run]] = {}
+    families: dict[frozenset[str], list[Run]] = {}
     for run in runs:
         if tasks := tasks_of(run):
-            found.setdefault(frozenset(tasks), []).append(run)
-    return max(found.values(), key=len, default=[])
+            families.setdefault(frozenset(tasks), []).append(run)
+    return max(families.values(), key=len, default=[])
 
 
 def t90_of(run: Run) -> int | None:

@@ -97,14 +97,14 @@ def _onset(runs: Sequence[Run]) -> Claim | None:
 def _decay(runs: Sequence[Run]) -> Claim | None:
     for family in decay_families(runs):
         try:
-            found = fits(family)
+            fit = fits(family)
         except UserError:
             continue
-        best = min(found.errors, key=lambda name: found.errors[name])
-        verdict = "the null" if abs(found.exponent - 1) < 0.2 else "not the null"
+        best = min(fit.errors, key=lambda name: fit.errors[name])
+        verdict = "the null" if abs(fit.exponent - 1) < 0.2 else "not the null"
         return Claim(
             "Generalisation comes later with less decay, as a power of it, an exponential, or a / w + c",
-            f"t90 goes as decay^{-found.exponent:+.2f}; {best} fits best, to {found.errors[best]:.0%}",
+            f"t90 goes as decay^{-fit.exponent:+.2f}; {best} fits best, to {fit.errors[best]:.0%}",
             "decay^-1: a step count in units of 1 / (lr × decay)",
             f"**{verdict}**.",
         )

@@ -84,11 +84,11 @@ def rules(runs: Sequence[ResidueRun]) -> Table:
         cells = run_cells(run, runs)
         steps, t90, stop = [int(step) for step in defects.index], run.steps["test_90"], run.steps["test_98_thrice"]
         for name, rule in onset_rules.RULES.items():
-            found = rule(steps, defects.tolist())
-            ahead = None if stop is None else onset_rules.lead(found, t90, stop)
-            cells[_RULES[name]] = _step(found)
-            known = None if ahead is None or math.isinf(ahead) else ahead
-            cells[f"lead / stop, {_RULES[name]}"] = number(known, "{:+.2f}")
+            begun = rule(steps, defects.tolist())
+            ahead = None if stop is None else onset_rules.lead(begun, t90, stop)
+            cells[_RULES[name]] = _step(begun)
+            share = None if ahead is None or math.isinf(ahead) else ahead
+            cells[f"lead / stop, {_RULES[name]}"] = number(share, "{:+.2f}")
         rows.append(cells)
     notes = [
         "10 ×: median of the first three records. 3 ×: median of the first 30 % of the run, three records in a row, "
@@ -107,9 +107,9 @@ def rates(runs: Sequence[ResidueRun]) -> Table:
     the rows of all such operations.
     """
     measured = [run for run in runs if run.decay and run.reported]
-    found = sorted({run.rate for run in measured})
+    every_rate = sorted({run.rate for run in measured})
     rows: list[Row] = []
-    for rate in found if len(found) > 1 else []:
+    for rate in every_rate if len(every_rate) > 1 else []:
         here = [run for run in measured if run.rate == rate]
         for operation in dict.fromkeys(run.operation for run in here):
             chosen = [run for run in here if run.operation == operation]
@@ -132,13 +132,13 @@ def _rate_cells(runs: Sequence[ResidueRun]) -> dict[str, Cell]:
     t90 = [run.steps["test_90"] for run in runs]
     generalised = [step for step in t90 if step is not None]
     lead = [value for value in leads(struck, t90) if math.isfinite(value)]
-    known = [step for step in struck if step is not None]
+    begun = [step for step in struck if step is not None]
     memorised = [step for run in runs if (step := run.steps["train_99"]) is not None]
     return {
         "runs": number(len(runs), "{:.0f}"),
         "t90": _mean(generalised),
-        "onset": _mean(known),
-        "onsets": spread(known, _STEP),
+        "onset": _mean(begun),
+        "onsets": spread(begun, _STEP),
         "train 99 %": _mean(memorised),
         "lead": _mean(lead),
         "lead > 0": word(f"{sum(value > 0 for value in lead)} of {len(generalised)}" if generalised else "-"),

@@ -42,14 +42,14 @@ def overlap_tables(runs: Sequence[Run], k: int = 2, until: int | None = None, pa
         UserError: A run has no snapshots, nothing matches or can be compared.
     """
     called = names(runs)
-    found = overlaps(runs, [called[run] for run in runs], k, until, pattern)
-    if not found:
+    compared = overlaps(runs, [called[run] for run in runs], k, until, pattern)
+    if not compared:
         raise UserError(f"{runs[0].path} has one layer and is one run: give another run to compare its path with")
     last = min(run.trajectory.steps[-1] for run in runs) if until is None else until
     notes = [note.format(k=k, until=last) for note in _NOTES]
     title = "Do other layers and seeds move in the same subspace?"
-    summary = tabulate("grokking_overlaps", title, [_mean_row(part) for part in _gathered(found)], notes)
-    pairs = tabulate("grokking_overlap_pairs", f"{title} Every pair", [_pair_row(one) for one in found], notes)
+    summary = tabulate("grokking_overlaps", title, [_mean_row(part) for part in _gathered(compared)], notes)
+    pairs = tabulate("grokking_overlap_pairs", f"{title} Every pair", [_pair_row(one) for one in compared], notes)
     return [summary, pairs]
 
 
@@ -66,10 +66,10 @@ def overlap_sections(runs: Sequence[Run]) -> list[Table]:
         return []
 
 
-def _gathered(found: Sequence[Overlap]) -> list[list[Overlap]]:
+def _gathered(compared: Sequence[Overlap]) -> list[list[Overlap]]:
     """Overlaps of one kind and one matrix."""
     parts: dict[tuple[str, str], list[Overlap]] = {}
-    for one in found:
+    for one in compared:
         parts.setdefault((one.kind, _matrix(one)), []).append(one)
     return [parts[key] for key in sorted(parts, key=lambda key: key[0] != LAYERS)]
 

@@ -36,11 +36,11 @@ def rank_tables(run: Run) -> list[Table]:
 def _ranks(run: Run) -> Table:
     path = ResidueRun.of(run).path(Phase("whole run", 0, run.trajectory.steps[-1]))
     rows: list[Row] = []
-    for label, found in path.items():
+    for label, numbers in path.items():
         row: dict[str, Cell] = {"weights": word(short(label))}
         for name, (words, form) in _COUNTS.items():
-            row[words] = number(found[name]["measured"], form)
-            row |= {f"{words}: {NULLS[null]}": number(found[name][null], form) for null in DECAYING}
+            row[words] = number(numbers[name]["measured"], form)
+            row |= {f"{words}: {NULLS[null]}": number(numbers[name][null], form) for null in DECAYING}
         rows.append(row)
     notes = [
         "Centred PCA of the whole run. r_90: components that hold 90 % of the spread; effective: exp of the entropy of "
@@ -68,8 +68,8 @@ def _turnover(run: Run) -> Table:
     rows: list[Row] = []
     for place, label in enumerate(labels):
         row = {"weights": word(short(label))}
-        for name, found in turns.items():
-            step = found[place]
+        for name, steps in turns.items():
+            step = steps[place]
             row[name] = word("none") if step is None else number(step, "{:,.0f}")
         rows.append(row)
     reached = [f"{words} at step {step:,}" for words, step in moments(run).items() if step is not None]
@@ -98,8 +98,8 @@ def _paths(grams: Float[Tensor, "G n n"], trajectory: Trajectory) -> Mapping[str
 def _turns(grams: Float[Tensor, "G n n"], trajectory: Trajectory) -> list[int | None]:
     """Step at which each path's curve turns, None where it does not or nothing has moved."""
     ends = windows.growing_ends(len(trajectory))
-    found: list[int | None] = []
+    turns: list[int | None] = []
     for curve in centred.growing_pc1(grams, ends):
         turn = None if bool(curve.isnan().any()) else centred.turnover(curve)
-        found.append(None if turn is None else trajectory.steps[ends[turn] - 1])
-    return found
+        turns.append(None if turn is None else trajectory.steps[ends[turn] - 1])
+    return turns

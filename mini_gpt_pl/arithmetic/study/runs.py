@@ -281,13 +281,13 @@ def phases(steps: Mapping[str, int | None], last: int) -> list[Phase]:
         return []
     begun = last if begun is None else max(begun, memorised)
     ended = last if stop is None else max(stop, begun)
-    found = [
+    listed = [
         Phase("memorisation", 0, memorised),
         Phase("plateau", memorised, begun),
         Phase("transition", begun, ended),
         Phase("after", ended, last),
     ]
-    return [window for window in found if window.last > window.first]
+    return [window for window in listed if window.last > window.first]
 
 
 def common_windows(runs: Sequence[ResidueRun]) -> list[Phase]:
@@ -299,15 +299,15 @@ def common_windows(runs: Sequence[ResidueRun]) -> list[Phase]:
     recorded = [run.trajectory.steps for run in runs]
     shared = tuple(sorted(set(recorded[0]).intersection(*recorded[1:])))
     last = shared[-1] if shared else 0
-    found = [Phase("all runs alike", 0, last)]
+    shown = [Phase("all runs alike", 0, last)]
     if reference := [run.steps for run in runs if run.groks and run.decay]:
         middle: dict[str, int | None] = {}
         for name in ("train_99", "test_10", "test_98_thrice"):
             reached = [steps[name] for steps in reference]
-            known = [last if step is None else min(step, last) for step in reached]
-            middle[name] = int(statistics.median_low(known))
-        found += phases(middle, last)
-    return [replace(window, steps=shared) for window in found]
+            reached_by = [last if step is None else min(step, last) for step in reached]
+            middle[name] = int(statistics.median_low(reached_by))
+        shown += phases(middle, last)
+    return [replace(window, steps=shared) for window in shown]
 
 
 def residue_runs(runs: Sequence[Run]) -> list[ResidueRun]:
@@ -327,8 +327,8 @@ def residue_runs(runs: Sequence[Run]) -> list[ResidueRun]:
 
 def median(values: Sequence[float]) -> float:
     """Median of what is known, NaN for nothing."""
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else math.nan
+    numbers = [value for value in values if not math.isnan(value)]
+    return statistics.median(numbers) if numbers else math.nan
 
 
 def reached(run: ResidueRun, name: str) -> Cell:

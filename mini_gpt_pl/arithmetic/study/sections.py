@@ -34,14 +34,14 @@ _FOURIER = (
 
 def more_of_run(run: Run) -> list[Table]:
     """Tables of one run that its probes, its snapshots or its task add to those of every run."""
-    found = marker_table(run) + multitask_tables(run) + rank_tables(run) + overlap_sections([run])
-    return found + fourier_table(run) + attention_tables(run)
+    tables = marker_table(run) + multitask_tables(run) + rank_tables(run) + overlap_sections([run])
+    return tables + fourier_table(run) + attention_tables(run)
 
 
 def more_of_runs(runs: Sequence[Run]) -> list[Table]:
     """The same over several runs."""
-    found = multitask_claims(runs) + tasks_table(runs) + decay_table(runs) + marker_runs(runs)
-    return found + overlap_sections(runs) + fourier_runs(runs)
+    tables = multitask_claims(runs) + tasks_table(runs) + decay_table(runs) + marker_runs(runs)
+    return tables + overlap_sections(runs) + fourier_runs(runs)
 
 
 RUN_SECTIONS: tuple[Section[Run], ...] = (

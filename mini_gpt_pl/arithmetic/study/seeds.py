@@ -58,8 +58,10 @@ class Fall:
 
 def excess_at_stop(run: ResidueRun) -> Excess | None:
     """Find how far PC1 lies from its null; None without a stop or with too short a path."""
-    found = run.numbers(run.cut) if run.steps["test_98_thrice"] is not None else {}
-    over = {label: of["pc1_centred"]["measured"] - of["pc1_centred"]["innovation_walk"] for label, of in found.items()}
+    numbers = run.numbers(run.cut) if run.steps["test_98_thrice"] is not None else {}
+    over = {
+        label: of["pc1_centred"]["measured"] - of["pc1_centred"]["innovation_walk"] for label, of in numbers.items()
+    }
     whole = over.pop(run.trunk, math.nan)
     if not over:
         return None
@@ -89,9 +91,9 @@ def _ratio(before: float, behind: float) -> float:
 def seed_by_seed(runs: Sequence[ResidueRun]) -> Table:
     """Each run that generalises: PC1 over its null at the stop, and c before and behind t90."""
     rows: list[Row] = []
-    known = [(run, excess_at_stop(run), fall_of_c(run)) for run in runs]
-    known = [(run, excess, fall) for run, excess, fall in known if excess is not None or fall is not None]
-    for run, excess, fall in known:
+    judged = [(run, excess_at_stop(run), fall_of_c(run)) for run in runs]
+    judged = [(run, excess, fall) for run, excess, fall in judged if excess is not None or fall is not None]
+    for run, excess, fall in judged:
         cells = {**run_cells(run, runs), "t90": reached(run, "test_90"), "stop": reached(run, "test_98_thrice")}
         if excess is not None:
             cells["all, over ‖e‖"] = gap(excess.whole, _SHARE)
@@ -103,7 +105,7 @@ def seed_by_seed(runs: Sequence[ResidueRun]) -> Table:
             cells["falls by"] = number(fall.factor, "{:.1f}")
             cells["as single records"] = number(fall.single, "{:.1f}")
         rows.append(cells)
-    near, fallen = [e for _, e, _ in known if e is not None], [fall for _, _, fall in known if fall is not None]
+    near, fallen = [e for _, e, _ in judged if e is not None], [fall for _, _, fall in judged if fall is not None]
     notes = [
         _near(near) if near else None,
         _fallen(fallen) if fallen else None,
@@ -113,19 +115,19 @@ def seed_by_seed(runs: Sequence[ResidueRun]) -> Table:
     return tabulate("grokking_seeds", "Run by run: PC1 over its null, and the fall of c", rows, notes)
 
 
-def _near(found: Sequence[Excess]) -> str:
+def _near(excesses: Sequence[Excess]) -> str:
     return (
         f"PC1 from the start to the stop, less that of the walk of decay, ‖e‖: within {100 * NEAR:.0f} points for all "
-        f"recorded weights together in {_share([abs(one.whole) < NEAR for one in found])}, for each matrix by itself "
-        f"in {_share([abs(one.furthest) < NEAR for one in found])}."
+        f"recorded weights together in {_share([abs(e.whole) < NEAR for e in excesses])}, for each matrix by itself "
+        f"in {_share([abs(e.furthest) < NEAR for e in excesses])}."
     )
 
 
-def _fallen(found: Sequence[Fall]) -> str:
+def _fallen(falls: Sequence[Fall]) -> str:
     return (
         f"c falls by more than {FAR:.0f} from the median of the last three records before t90 to the least of the "
-        f"{_BEHIND} steps from there on in {_share([one.factor > FAR for one in found])}; from the single record at "
-        f"t90 to that {_BEHIND} steps later in {_share([one.single > FAR for one in found])}."
+        f"{_BEHIND} steps from there on in {_share([one.factor > FAR for one in falls])}; from the single record at "
+        f"t90 to that {_BEHIND} steps later in {_share([one.single > FAR for one in falls])}."
     )
 
 

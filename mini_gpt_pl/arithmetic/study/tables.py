@@ -39,10 +39,10 @@ _DRAWS = 100
 
 def run_tables(run: Run) -> list[Table]:
     """Make every table of one run that its data allow; none if it is of another task or was not evaluated."""
-    found = residue_runs([run])
-    if not found:
+    runs = residue_runs([run])
+    if not runs:
         return []
-    one = found[0]
+    one = runs[0]
     tables = [milestones(one), pc1(one), quantiles(one), components(one), initial_weights(one)]
     tables += [persistence(one), defect(one), projections(one)]
     return [table for table in tables if not table.frame.empty]
@@ -68,9 +68,9 @@ def _at(words: str, step: int | None, run: ResidueRun) -> Row:
 # ------------------------------------------------------------------------------------------------------- paths
 
 
-def against(found: Numbers, name: str, form: str) -> dict[str, Cell]:
+def against(statistics: Numbers, name: str, form: str) -> dict[str, Cell]:
     """Cells of a statistic: measured, each null, and its excess over each of the two that decay."""
-    values = found[name]
+    values = statistics[name]
     cells = {"measured": number(values["measured"], form)}
     cells |= {column: number(values[null], form) for null, column in NULLS.items()}
     excess = {f"excess, {NULLS[null].split()[-1]}": gap(values["measured"] - values[null], form) for null in DECAYING}
@@ -81,11 +81,11 @@ def pc1(run: ResidueRun) -> Table:
     """Centred PC1 of every matrix to the stop and in each phase, beside every null."""
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.numbers(window).items():
+        for label, statistics in run.numbers(window).items():
             snapshots = number(float(len(run.within(window))), _COUNT)
             rows.append(
                 {"window": word(window.words), "weights": word(short(label)), "snapshots": snapshots}
-                | against(found, "pc1_centred", _SHARE)
+                | against(statistics, "pc1_centred", _SHARE)
             )
     return tabulate("grokking_pc1", "Centred PC1, to the stop and by phase", rows, [NULLS_NOTE, WINDOWS_NOTE])
 
@@ -105,10 +105,10 @@ def quantiles(run: ResidueRun) -> Table:
         trajectory = run.within(run.cut)
         group = None if label == run.trunk else label
         dim = trajectory.dim_of(group)
-        found = resampled.place(trajectory.gram(group), trajectory.survival, dim, _DRAWS)
+        placed = resampled.place(trajectory.gram(group), trajectory.survival, dim, _DRAWS)
         for name, (words, form) in {"pc1_centred": ("centred PC1", _SHARE), **_COMPONENTS}.items():
             head = {"weights": word(short(label)), "number": word(words)}
-            rows.append(head | _among(found[name], form))
+            rows.append(head | _among(placed[name], form))
     note = (
         f"95 % of {_DRAWS} draws in as many dimensions as there are weights, and the share of the draws that the "
         "measured value is above. No z: a null's spread shrinks with the number of weights."
@@ -116,13 +116,13 @@ def quantiles(run: ResidueRun) -> Table:
     return tabulate("grokking_quantiles", "The path to the stop among its nulls", rows, [note, NULLS_NOTE])
 
 
-def _among(found: resampled.Placed, form: str) -> dict[str, Cell]:
-    cells = {"measured": number(found.value, form)}
+def _among(placed: resampled.Placed, form: str) -> dict[str, Cell]:
+    cells = {"measured": number(placed.value, form)}
     for null, column in NULLS.items():
-        band = found.bands[null]
+        band = placed.bands[null]
         ends = f"{form.format(band.low)} to {form.format(band.high)}"
-        known = Cell(ends, None, {"low": band.low, "high": band.high})
-        cells[column] = number(None) if math.isnan(band.low) else known
+        span = Cell(ends, None, {"low": band.low, "high": band.high})
+        cells[column] = number(None) if math.isnan(band.low) else span
         cells[f"above, {column}"] = number(band.below, "{:.2f}")
     return cells
 
@@ -151,10 +151,10 @@ def components(run: ResidueRun) -> Table:
     )
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.numbers(window).items():
+        for label, statistics in run.numbers(window).items():
             for name, (words, form) in _COMPONENTS.items():
                 head = {"window": word(window.words), "weights": word(short(label)), "number": word(words)}
-                rows.append(head | against(found, name, form))
+                rows.append(head | against(statistics, name, form))
     return tabulate("grokking_components", "Numbers of components, and PC1 in other ways", rows, [note, NULLS_NOTE])
 
 
@@ -173,13 +173,13 @@ def _beside_decay(run: ResidueRun) -> list[Row]:
     """How much of every window and group is theta_0, beside the two nulls that decay."""
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.numbers(window).items():
+        for label, statistics in run.numbers(window).items():
             cells: dict[str, Cell] = {"window": word(window.words), "weights": word(short(label))}
             cells |= _ends(run.within(window), None if label == run.trunk else label)
             for name, (column, form) in _INITIAL.items():
-                cells[column] = number(found[name]["measured"], form)
+                cells[column] = number(statistics[name]["measured"], form)
                 for null in DECAYING:
-                    cells[f"{column}: {NULLS[null]}"] = number(found[name][null], form)
+                    cells[f"{column}: {NULLS[null]}"] = number(statistics[name][null], form)
             rows.append(cells)
     return rows
 
@@ -206,9 +206,9 @@ def persistence(run: ResidueRun) -> Table:
     """Correlation of increments and of innovations at lag 1, with the tangential part beside it."""
     rows: list[Row] = []
     for window in run.phases:
-        for label, found in run.numbers(window).items():
+        for label, statistics in run.numbers(window).items():
             whole, across = (run.correlation(window, label, tangential=side) for side in (False, True))
-            increments = found["autocorrelation"]
+            increments = statistics["autocorrelation"]
             rows.append(
                 {
                     "window": word(window.words),
@@ -219,7 +219,7 @@ def persistence(run: ResidueRun) -> Table:
                     "innovations": number(whole.value, _COSINE, whole.error, "error"),
                     "tangential": number(across.value, _COSINE, across.error, "error"),
                     "chance": number(whole.chance, "{:.3f}"),
-                    "tangential, permuted": number(found["autocorrelation_tangential"]["permuted"], _COSINE),
+                    "tangential, permuted": number(statistics["autocorrelation_tangential"]["permuted"], _COSINE),
                 }
             )
     notes = (
