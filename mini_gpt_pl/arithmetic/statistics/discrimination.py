@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from mini_gpt_pl.arithmetic.statistics.onset import Number, lead
 from mini_gpt_pl.errors import UserError

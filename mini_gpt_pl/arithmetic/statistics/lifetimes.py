@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from mini_gpt_pl.arithmetic.statistics.onset import Number
 from mini_gpt_pl.errors import UserError
