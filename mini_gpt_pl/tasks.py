@@ -6,7 +6,7 @@ are then not in the list.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -27,6 +27,25 @@ DEFAULT = "stories"
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A command that trains a new run from a checkpoint of another.
+
+    Args:
+        option: One that only configurations of its runs have, by which they are told from others.
+        closing: Dotted path of a function that takes such a run's folder, a `Run`, and returns what is printed at its
+            end, line by line.
+    """
+
+    option: str
+    closing: str
+
+    @property
+    def closing_lines(self) -> Callable[[Any], list[str]]:
+        """The function at `closing`."""
+        return _at(self.closing)
+
+
+@dataclass(frozen=True)
 class Task:
     """What the command line and the report need to know of a task.
 
@@ -40,6 +59,7 @@ class Task:
         known_by: An option of the model that only configurations of this task have, for those that name no task.
         trainer: Dotted path of the Trainer, whose methods are its further commands.
         trained: Further commands with a trainer, and what each does.
+        branches: Those of them that train a new run from a checkpoint.
         commands: Further commands on run folders: the dotted module with `main(args)`, and what each does.
     """
 
@@ -52,6 +72,7 @@ class Task:
     known_by: str = ""
     trainer: str = "lightning.pytorch.Trainer"
     trained: Mapping[str, str] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
@@ -80,6 +101,10 @@ class Task:
         settings = import_module(self.model.rpartition(".")[0]).ADAMW
         return {"class_path": "torch.optim.AdamW", "init_args": dict(settings)}
 
+    def branch_of(self, config: Mapping[str, Any]) -> str | None:
+        """Name the command that began a run as a branch of another, by the run's configuration; None for `fit`."""
+        return next((name for name, branch in self.branches.items() if branch.option in config), None)
+
 
 def _at(path: str) -> Any:
     module, _, name = path.rpartition(".")
@@ -98,6 +123,7 @@ _STORIES = Task(
         "predict": "Continue a prompt with a checkpoint.",
         "reheat": "Restart a late checkpoint, and follow it in its parent's basis.",
     },
+    branches={"reheat": Branch("data_order", "mini_gpt_pl.stories.reheating.closing_lines")},
     commands={
         "replay": (
             "mini_gpt_pl.stories.replay",
@@ -161,6 +187,11 @@ def task_of(config: Mapping[str, Any]) -> str:
     model = config.get("model")
     options = model if isinstance(model, Mapping) else {}
     return next((name for name, task in _LISTED.items() if task.known_by and task.known_by in options), "")
+
+
+def training_commands() -> tuple[str, ...]:
+    """The commands that train: `fit`, and the branches of all tasks."""
+    return ("fit", *dict.fromkeys(name for task in tasks().values() for name in task.branches))
 
 
 def task_named(args: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.objective import ProbeWeight
 from mini_gpt_pl.training.optimizers import ClippedCosine, Continued
 
@@ -99,3 +100,20 @@ class Reheating:
                 "reheat: the checkpoint does not say where in the data it was: give --data_order restart"
             ) from None
         return position
+
+
+def closing_lines(run: Run) -> list[str]:
+    """What is printed when a reheated run has ended: its gain, and its way in the parent's basis if it has one."""
+    found = run.reheated
+    if found is None:
+        return []
+    lines = [
+        f"re-entry gain G = {found['gain']:+.3f}: p_ood {found['p0']:.3f} -> {found['peak']:.3f} at step "
+        f"{found['peak_step']:.0f}"
+    ]
+    if "coordinate_before" in found:
+        lines.append(
+            f"in the parent's basis: a {found['coordinate_before']:.2f} -> {found['coordinate_after']:.2f}, "
+            f"||r|| {found['residual_before']:.2f} -> {found['residual_after']:.2f}"
+        )
+    return lines

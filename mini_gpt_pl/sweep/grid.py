@@ -22,10 +22,10 @@ import yaml
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.presets import preset
+from mini_gpt_pl.tasks import training_commands
 
 PROGRAM = ("-m", "mini_gpt_pl")
 """What `${program}`, which sweep files call cli.py, stands for: the command, wherever the package is installed."""
-TRAINING = ("fit", "reheat")
 
 _ABOUT = ("metric", "description", "run_cap")  # for a W&B server
 _KEYS = ("name", "program", "method", "command", "parameters", *_ABOUT, "project", "entity")
@@ -219,8 +219,10 @@ def _command(path: Path, given: Any) -> tuple[str, ...]:
         if command.count(macro) != 1:
             raise UserError(f"{path}: command must hold {macro} once: the parameters of a point cannot be passed on")
     verb = command[command.index("${program}") + 1 :][:1]
-    if not verb or verb[0] not in TRAINING:
-        raise UserError(f"{path}: command: {' or '.join(TRAINING)} must follow ${{program}}, not {' '.join(verb)!r}")
+    if not verb or verb[0] not in training_commands():
+        raise UserError(
+            f"{path}: command: {' or '.join(training_commands())} must follow ${{program}}, not {' '.join(verb)!r}"
+        )
     return command
 
 

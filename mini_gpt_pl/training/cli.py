@@ -1,4 +1,4 @@
-"""The commands with a trainer: fit, validate, test, predict and reheat, through LightningCLI."""
+"""The commands with a trainer, through LightningCLI: fit, validate, test, and those that a task adds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
 from mini_gpt_pl.runs.folder import CHECKPOINTS, CONFIG, METRICS, OUTCOME, PRODUCTS, Outcome, Run
 from mini_gpt_pl.runs.logs import MetricsCSV, resume_tables
-from mini_gpt_pl.tasks import task_named, tasks
+from mini_gpt_pl.tasks import task_named, tasks, training_commands
 from mini_gpt_pl.training import (
     former_names,
     one_sum,  # noqa: F401 (registers the strategy)
@@ -48,7 +49,6 @@ from mini_gpt_pl.training.trust import OwnCheckpoints, require_no_way_out, split
 
 # What a run's configuration gives to a later command on one of its checkpoints.
 _SHARED = ("task", "seed_everything", "trainer", "model", "data")
-_TRAINING = ("fit", "reheat")
 # What belongs to the command that began a run, not to the one that goes on with it.
 _OF_ONE_COMMAND = ("run_dir", "overwrite", "resume")
 
@@ -93,7 +93,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class ProbedCLI(LightningCLI):
-    """LightningCLI with a run folder, one CSV for every run, `reheat`, and errors of one line.
+    """LightningCLI with a run folder, one CSV for every run, the task's commands, and errors of one line.
 
     Args:
         task: Name of what is trained.
@@ -107,6 +107,8 @@ class ProbedCLI(LightningCLI):
         self.task = task
         self._words = frozenset(settings.get("args") or ())
         of = tasks()[task]
+        for name in of.branches:
+            setattr(self, f"after_{name}", self._close)
         super().__init__(of.model_class, of.data_class, trainer_class=of.trainer_class, **settings)
 
     checkpoint: dict[str, Any] | None = None
@@ -171,28 +173,33 @@ class ProbedCLI(LightningCLI):
         run = Run(Path(config.run_dir))
         config.trainer.default_root_dir = config.run_dir
         self._logger_as_given = deepcopy(config.trainer.logger)
-        if self.subcommand not in _TRAINING:
+        if not self._trains:
             # Lightning would ask for the callbacks that we leave out on purpose.
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
             config.trainer.logger = False
             config.trainer.enable_checkpointing = False
             config.trainer.callbacks = None
             return
-        self._replaces = _claim(run, config, str(self.subcommand))
-        _direct_wandb(config, run, str(self.subcommand), self.checkpoint)
+        branch = self.subcommand if self.subcommand != "fit" else None
+        self._replaces = _claim(run, config, branch)
+        _direct_wandb(config, run, branch, self.checkpoint)
+
+    @property
+    def _trains(self) -> bool:
+        return self.subcommand in training_commands()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # What W&B is told of this one segment (its id, its group) is no part of the configuration that is kept.
         config = self.config[self.subcommand].trainer
         config.logger = self._logger_as_given
-        if self.subcommand in _TRAINING and config.enable_progress_bar is not False:
+        if self._trains and config.enable_progress_bar is not False:
             self._show_live_numbers()
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"{str(error).rstrip('.!')}: correct the --trainer options") from error
-        if self.subcommand in _TRAINING:
+        if self._trains:
             _make_folder(Run(Path(trainer.default_root_dir)), clear=self._replaces)
             self._complete(trainer)
         return trainer
@@ -233,10 +240,6 @@ class ProbedCLI(LightningCLI):
         """Print what was measured."""
         self._print_evaluation()
 
-    def after_reheat(self) -> None:
-        """Print what was found, the gain, and where it lies."""
-        self._close()
-
     def _close(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -250,7 +253,9 @@ class ProbedCLI(LightningCLI):
         figures = draw_all(run)
         console = table_console()
         print_summary(run, console)
-        _print_reheat(run, console)
+        if self.subcommand != "fit":
+            for line in tasks()[self.task].branches[str(self.subcommand)].closing_lines(run):
+                console.print(line)
         _print_milestones(run, console)
         _print_time(self.trainer, console)
         _print_products(run, figures, console)
@@ -264,7 +269,7 @@ class ProbedCLI(LightningCLI):
             print(f"{name:<16} {float(value):.4f}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Print the continuation of the prompt."""
+        """Print what the task's trainer predicts."""
         text = self.trainer.predict(**kwargs)
         if self.trainer.is_global_zero:
             print(text)
@@ -279,7 +284,7 @@ def _fixed_seed(seed: bool | int) -> int:
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-def _claim(run: Run, config: Any, command: str) -> bool:
+def _claim(run: Run, config: Any, branch: str | None) -> bool:
     """Make sure that nothing already recorded is lost by mistake.
 
     Returns:
@@ -288,9 +293,9 @@ def _claim(run: Run, config: Any, command: str) -> bool:
     checkpoint = config.get("resume") or config.ckpt_path
     origin = Run.of_checkpoint(checkpoint) if checkpoint else None
     at_home = origin is not None and origin.path.resolve() == run.path.resolve()
-    if command == "reheat" and at_home and not config.resume:
-        raise UserError(f"{run.path} is the run of the checkpoint itself: give the reheated one its own --run_dir")
-    if command == "fit" and origin is not None and not at_home and origin.snapshot_folder.is_dir():
+    if branch and at_home and not config.resume:
+        raise UserError(f"{run.path} is the run of the checkpoint itself: give the {branch} its own --run_dir")
+    if not branch and origin is not None and not at_home and origin.snapshot_folder.is_dir():
         raise UserError(
             f"a run goes on in its own folder, {origin.path}, where its snapshots lie: leave out --run_dir, "
             "or copy that folder and resume the copy's checkpoint"
@@ -322,14 +327,16 @@ def _make_folder(run: Run, *, clear: bool) -> None:
         raise UserError(f"{run.path} cannot be a run folder ({error.strerror}): choose another --run_dir") from None
 
 
-def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any] | None) -> None:
-    """Point W&B loggers at the run folder, obey WANDB_MODE, and trace resumed and reheated runs to their origin."""
+def _direct_wandb(config: Any, run: Run, branch: str | None, checkpoint: dict[str, Any] | None) -> None:
+    """Point W&B loggers at the run folder, obey WANDB_MODE, and trace resumed and branched runs to their origin."""
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     mode = os.environ.get("WANDB_MODE")
     origin = ((checkpoint or {}).get("callbacks") or {}).get(WandbSegments.__name__, {})
     for logger in loggers:
         if not str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
             continue
+        if find_spec("wandb") is None:
+            raise UserError("a WandbLogger needs the package wandb: pip install 'mini_gpt_pl[wandb]', or leave it out")
         arguments = logger.init_args
         arguments.save_dir = str(run.path)
         arguments.name = arguments.get("name") or run.path.name
@@ -344,9 +351,9 @@ def _direct_wandb(config: Any, run: Run, command: str, checkpoint: dict[str, Any
             more["mode"] = mode
         if origin.get("group"):
             more.setdefault("group", arguments.get("group") or origin["group"])
-        if command == "reheat":
-            more.setdefault("job_type", "reheat")
-        if command == "reheat" and not config.resume:
+        if branch:
+            more.setdefault("job_type", branch)
+        if branch and not config.resume:
             lineage = {"parent_run": origin.get("run_id"), "parent_step": (checkpoint or {}).get("global_step")}
             known = {name: value for name, value in lineage.items() if value is not None}
             more["config"] = {**more.get("config", {}), **known}
@@ -361,21 +368,6 @@ def _finish_wandb() -> None:
     wandb = sys.modules.get("wandb")  # imported by the logger if there is one
     if wandb is not None and wandb.run is not None:
         wandb.finish()
-
-
-def _print_reheat(run: Run, console: Console) -> None:
-    found = run.reheated
-    if found is None:
-        return
-    console.print(
-        f"re-entry gain G = {found['gain']:+.3f}: p_ood {found['p0']:.3f} -> {found['peak']:.3f} at step "
-        f"{found['peak_step']:.0f}"
-    )
-    if "coordinate_before" in found:
-        console.print(
-            f"in the parent's basis: a {found['coordinate_before']:.2f} -> {found['coordinate_after']:.2f}, "
-            f"||r|| {found['residual_before']:.2f} -> {found['residual_after']:.2f}"
-        )
 
 
 def _milestones(trainer: Trainer) -> dict[str, int | None]:
@@ -421,7 +413,7 @@ def with_run_config(args: Sequence[str]) -> list[str]:
 
     Names of shipped configurations become files. The run's configuration goes right behind the subcommand, so that
     everything else on the command line wins over it; it is taken as `trust.trusted_config` allows.
-    A reheated run gets a folder of its own inside its parent's.
+    A branch gets a folder of its own inside its parent's.
     """
     args, trusted = split_trust(with_presets(args))
     position = next((i for i, arg in enumerate(args) if arg in trained_commands()), None)
@@ -433,10 +425,11 @@ def with_run_config(args: Sequence[str]) -> list[str]:
     require_no_way_out(run)
     shared = {key: config[key] for key in _SHARED if key in config}
     folder = run.path if command == "fit" else run.path / command / Path(checkpoint).stem
-    if command == "fit" and run.is_reheated:
-        # Its schedule and its weights of the loss are those of `reheat`, so it goes on as one.
+    task = tasks().get(run.task)
+    if command == "fit" and task and (branch := task.branch_of(config)):
+        # Its settings are those of the command that began it, so it goes on under that.
         shared = {key: value for key, value in config.items() if key not in _OF_ONE_COMMAND}
-        command, rest = "reheat", ["--resume", checkpoint, *_without("--ckpt_path", rest)]
+        command, rest = branch, ["--resume", checkpoint, *_without("--ckpt_path", rest)]
     base = ["--config", yaml.safe_dump(shared), "--run_dir", str(folder)]
     return [*args[:position], command, *base, *rest]
 

@@ -632,7 +632,7 @@ def test_the_environment_wins_over_the_configured_mode(monkeypatch: pytest.Monke
         monkeypatch.setenv("WANDB_MODE", mode)
         logger = Namespace(class_path="x.WandbLogger", init_args=Namespace(offline=not offline))
         config = Namespace(trainer=Namespace(logger=logger), ckpt_path=None)
-        trainer_cli._direct_wandb(config, Run(Path("run")), "fit", None)
+        trainer_cli._direct_wandb(config, Run(Path("run")), None, None)
         assert logger.init_args.offline == offline
         assert logger.init_args.save_dir == "run"
 
@@ -643,7 +643,7 @@ def test_online_a_resumed_run_goes_on_under_its_id(monkeypatch: pytest.MonkeyPat
     for name, resume, wanted in (("fit", None, "two"), ("reheat", None, None), ("reheat", "y", "two")):
         logger = Namespace(class_path="x.WandbLogger", init_args=Namespace(offline=True, id=None))
         config = Namespace(trainer=Namespace(logger=[logger]), ckpt_path="x", resume=resume)
-        trainer_cli._direct_wandb(config, Run(Path("run")), name, state)
+        trainer_cli._direct_wandb(config, Run(Path("run")), None if name == "fit" else name, state)
         assert logger.init_args.id == wanted
         assert logger.dict_kwargs["group"] == "one"
 
