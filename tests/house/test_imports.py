@@ -16,7 +16,6 @@ OPTIONAL = ("wandb", "datasets", "tiktoken", "pandas", "matplotlib", "scipy", "j
 # Imports that stand in a function because what they load takes seconds, and most calls do without.
 LATE = {
     "mini_gpt_pl/report/page.py": 1,
-    "mini_gpt_pl/sweep/command.py": 1,
 }
 
 LIGHT = """

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from mini_gpt_pl.callbacks import AgreedTermination, MetricsCSV, Schedule, TrajectoryRecorder
 from mini_gpt_pl.command_line import CommandParser
@@ -94,7 +94,7 @@ LEANS = [
          "give a resumed scheduler its rates where `get_last_lr` takes them from, for LearningRateMonitor"),
     Lean("_trainer", lambda: hasattr(BoringModel(), "_trainer"), "callbacks/bases.py",
          "ask for `module.trainer`, and catch what it raises where there is none"),
-    Lean("_iterator", lambda: hasattr(DataLoader([0]), "_iterator"), "mini_gpt_pl/stories/data/stream.py",
+    Lean("_iterator", lambda: hasattr(DataLoader(TensorDataset(torch.zeros(1))), "_iterator"), "mini_gpt_pl/stories/data/stream.py",
          "end persistent workers in the new way; without it they end with the process"),
     Lean("_dynamo", lambda: hasattr(torch._dynamo, "maybe_mark_dynamic"), "mini_gpt_pl/stories/module.py",
          "mark batch sizes as dynamic by what `torch.compiler` offers; without it each size is compiled anew"),
