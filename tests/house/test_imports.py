@@ -94,6 +94,7 @@ def test_modules_are_named_by_string_in_few_places(room: str) -> None:
         "mini_gpt_pl/main.py",  # only the command that is asked for is loaded
         "mini_gpt_pl/tasks.py",  # the list of tasks
         "mini_gpt_pl/training/former_names.py",
+        "mini_gpt_pl/training/trust.py",  # the classes that a configuration names
         "mini_gpt_pl/sweep/remote.py",  # wandb and submitit
         "mini_gpt_pl/dashboard/objects.py",  # wandb_workspaces
         "callbacks/__init__.py",  # one callback that draws
