@@ -95,7 +95,7 @@ LEANS = [
     Lean("_trainer", lambda: hasattr(BoringModel(), "_trainer"), "callbacks/bases.py",
          "ask for `module.trainer`, and catch what it raises where there is none"),
     Lean("_iterator", lambda: hasattr(DataLoader(TensorDataset(torch.zeros(1))), "_iterator"),
-         "mini_gpt_pl/stories/data/stream.py", "end persistent workers in the new way; without it they end with the process"),
+         "mini_gpt_pl/stories/data/stream.py", "end persistent workers in the new way, or they end with the process"),
     Lean("_dynamo", lambda: hasattr(torch._dynamo, "maybe_mark_dynamic"), "mini_gpt_pl/stories/module.py",
          "mark batch sizes as dynamic by what `torch.compiler` offers; without it each size is compiled anew"),
     Lean("_flash_attention_forward", lambda: hasattr(torch.ops.aten, "_flash_attention_forward"),
