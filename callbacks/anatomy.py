@@ -359,7 +359,8 @@ class OptimizerAnatomy(StepProbe):
         for step, numbers in measured:
             known.setdefault(step, {}).update(numbers)
         for step in sorted(known):
-            yield step, known[step]
+            # Where nothing has moved, what is in units of the step is none.
+            yield step, {name: value for name, value in known[step].items() if value == value}
 
     def _note(self, text: str) -> None:
         if text not in self._noted:

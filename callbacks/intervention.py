@@ -115,6 +115,8 @@ class SubspaceIntervention(Callback):
         basis = None if self.basis is None else self.basis.build(pl_module)
         self._steering = Steering(basis, self.parallel, self.orthogonal, self.others == "orthogonal")
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
+            raise UserError("SubspaceIntervention: complex weights have no projection here: train real ones")
         self._named = {plain_name(raw): p for raw, p in pl_module.named_parameters() if id(p) in mine}
         self._hooks = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._around(trainer, optimizer, args, kwargs)),

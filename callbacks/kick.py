@@ -119,6 +119,7 @@ class Kick(Callback):
         if trainer.world_size > 1:
             raise UserError("Kick: each rank would kick its own weights: train on one device")
         self._selection = trained(pl_module, "", type(self).__name__)
+        FreeWeights(pl_module, self._selection)  # raises, here rather than at the first kick, where it cannot be made
         self._pairs = BatchPairs(trainer, pl_module, draw_seed(self.seed), self.size, torch.float64)
         if self.basis is not None:
             self._steering = Steering(self.basis.build(pl_module).to(dtype=torch.float64), 0.0, 1.0)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,9 +29,9 @@ from mini_gpt_pl.geometry.path.rows import IncrementRows, Place, memory_of
 from mini_gpt_pl.geometry.path.sketch import SketchedRows
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, StoredRow
 from mini_gpt_pl.geometry.path.trajectory import Rates, Trajectory
-from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector, role
 from mini_gpt_pl.observation.decay import DecayShadows
-from mini_gpt_pl.observation.steps import Step, StepObserver, hook
+from mini_gpt_pl.observation.steps import Step, StepObserver, require_observable
 from mini_gpt_pl.runs.logs import log_now, resume_tables
 from mini_gpt_pl.runs.record import record_run
 
@@ -62,7 +63,8 @@ class TrajectoryRecorder(Probe):
         schedule: When to take a snapshot; steps 0 and the last are always taken.
         name: Of the whole selection, in metric names.
         dirpath: Folder for `snapshots/` and `trajectory.safetensors`; the trainer's root folder for None.
-        dtype: Of the stored increments; bfloat16 halves memory and disk, its rounding is fed back.
+        dtype: Of the stored increments; float64 for null where one of the weights is in it, else float32. bfloat16
+            halves memory and disk, its rounding is fed back.
         keep_on: Where the rows stay (D values a snapshot), and so what training waits for at a snapshot: with the
             `model`, a pass over them at the device's speed; in the host's memory (`cpu`), one at its speed; on `disk`,
             reading them all, once for the snapshot and once for the directions, while memory does not grow with the
@@ -94,7 +96,7 @@ class TrajectoryRecorder(Probe):
         schedule: Schedule = Schedule(every=200),  # noqa: B008 (frozen)
         name: str = "trunk",
         dirpath: str | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Literal["float32", "bfloat16", "float64"] | None = None,
         keep_on: Place = "model",
         write_snapshots: bool = True,
         max_pending: int = 2,
@@ -110,7 +112,7 @@ class TrajectoryRecorder(Probe):
         self.pattern = pattern
         self.name = name
         self.dirpath = dirpath
-        self.dtype = getattr(torch, dtype)
+        self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self.keep_on = keep_on
         self.write_snapshots = write_snapshots
         self.max_pending = max_pending
@@ -182,7 +184,8 @@ class TrajectoryRecorder(Probe):
         snapshots = 2 + sum(self.schedule.due(step) for step in range(1, steps))
         if isinstance(self._rows, SketchedRows):
             return Estimate(type(self).__name__, bytes=float(self._rows.bytes(snapshots)), passes=0.0)
-        found = memory_of(self.keep_on, snapshots, dim, self.dtype.itemsize, self.write_snapshots, self.max_pending)
+        size = 4 if self.dtype is None else self.dtype.itemsize
+        found = memory_of(self.keep_on, snapshots, dim, size, self.write_snapshots, self.max_pending)
         return Estimate(type(self).__name__, bytes=found.device, passes=0.0, host=found.host, disk=found.disk)
 
     @property
@@ -247,6 +250,8 @@ class TrajectoryRecorder(Probe):
         # Not in setup: a module may make, and a strategy share out, its weights after that.
         selection = ParameterSelection.of(pl_module, self.pattern)
         self._gradient = LastGradient(selection)
+        if stand_ins := [f"{name} for {role(name)}" for name in selection.names if role(name) != name]:
+            rank_zero_info(f"{self.name}: what pruned or parametrized weights are made of: {', '.join(stand_ins)}")
         root = self._root(trainer)
         self._file = root / TRAJECTORY_FILE
         device = torch.device("cpu") if self.keep_on == "cpu" else None
@@ -268,7 +273,7 @@ class TrajectoryRecorder(Probe):
         parameters = self.selection.parameters(pl_module)
         self._decay, self._left, self._squares = DecayShadows(parameters), [], []
         for optimizer in trainer.optimizers:
-            hook(optimizer)
+            require_observable(optimizer)
         alone = len(trainer.optimizers) == 1
         self._steps = StepObserver(parameters, self, lambda: trainer.global_step, alone)
         if self._restored is not None:
@@ -378,7 +383,7 @@ class TrajectoryRecorder(Probe):
             # A checkpoint must not point at snapshots that are not on disk yet. It is a file itself, so that whoever
             # writes one waits for the disk anyway.
             self._folder.flush()
-        state = {"trajectory": self.trajectory.state_dict()}
+        state: dict[str, Any] = {"trajectory": self.trajectory.state_dict()}
         if self._steps is not None and self._decay is not None:
             state |= {"count": self._steps.count, "number": self._steps.number, "decay": self._decay.state_dict()}
             state |= {"left": [list(row) for row in self._left], "squares": [list(row) for row in self._squares]}
@@ -414,23 +419,23 @@ class TrajectoryRecorder(Probe):
     def _weigh(self, trajectory: Trajectory, row: Vector) -> None:
         """Put down what decay alone has left, by rate where the weights do not all decay alike."""
         left = self._left = [*self._left, list(_need(self._decay).left)]
-        curves = list(zip(*left, strict=True))  # one for each weight; NaN is not equal to itself, so by their digits
-        rates = list(dict.fromkeys(map(str, curves)))
+        curves = np.array(left).T  # (P, n)
+        keys = [curve.tobytes() for curve in curves]  # NaN is not equal to itself
+        rates = list(dict.fromkeys(keys))
         if len(rates) == 1:
-            trajectory.survival = list(curves[0])
+            trajectory.survival = curves[0].tolist()
             return
-        if isinstance(self._rows, SketchedRows):
+        if not isinstance(self._rows, IncrementRows):
             self._say("the weights do not all decay alike, which sketches cannot tell apart: the null is unknown")
             trajectory.survival[-1] = math.nan
             return
-        rows = [*(self._basis.rows[len(self._squares) :]), row.values]
+        rows = [*(kept[:] for kept in self._rows.rows[len(self._squares) :]), row.values]
         self._squares += [self.selection.squares(values) for values in rows]
         squares = torch.tensor(self._squares, dtype=torch.float64).T  # (P, n)
         groups, found = self.selection.groups, torch.zeros(len(self.selection.groups), len(rates), len(left)).double()
-        for owner, curve, of_weight in zip(self.selection.owners, map(str, curves), squares, strict=True):
-            found[groups.index(owner), rates.index(curve)] += of_weight
-        first = [list(map(str, curves)).index(rate) for rate in rates]
-        trajectory.rates = Rates(torch.tensor([curves[k] for k in first], dtype=torch.float64), found)
+        for owner, key, of_weight in zip(self.selection.owners, keys, squares, strict=True):
+            found[groups.index(owner), rates.index(key)] += of_weight
+        trajectory.rates = Rates(torch.from_numpy(curves[[keys.index(rate) for rate in rates]]), found)
         trajectory.survival = trajectory.rates.survival
 
     def _describe(self, trainer: Trainer, step: int) -> None:

@@ -22,6 +22,7 @@ import copy
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class _Class:
         done = self.acted >= PROBATION or (self.steps >= PROBATION and not self.decays)
         if done and not isinstance(self.twin, torch.optim.LBFGS):  # that one knows its weights by their number
             del self.shadows[1:]
-        return _as_set(after[0] / before if before else 1.0, self.twin.param_groups[0])
+        return _as_set(after[0] / before if before else 1.0, self.twin.param_groups[0] if self.twin else {})
 
     def _check(self, before: float, after: list[float]) -> None:
         name, first = type(self.twin).__name__, after[0]
@@ -220,7 +221,7 @@ class DecayShadows:
         for found in self._moving:
             gradients = [self.parameters[i].grad for i in found.members]
             sparse = any(g is not None and g.is_sparse for g in gradients)
-            self._attempt(found, lambda found=found, sparse=sparse: found.prepare(optimizer, sparse))
+            self._attempt(found, partial(found.prepare, optimizer, sparse))
 
     def step(self, effective: bool = True) -> None:
         """Step the shadows of the weights that have just been stepped.
@@ -292,7 +293,7 @@ def _pairs(
     twin: Optimizer, optimizer: Optimizer, group: Mapping[str, Any]
 ) -> list[tuple[dict[str, Any], Mapping[str, Any]]]:
     """Groups of a twin, and of the optimizers that it holds, beside those that they stand for."""
-    found = []
+    found: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
     for own, original in zip(_tree(twin), _tree(optimizer), strict=True):
         originals = [other for other in original.param_groups if other is group or _holds(other, group)]
         found += list(zip(own.param_groups, originals, strict=True))

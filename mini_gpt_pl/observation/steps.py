@@ -8,7 +8,6 @@ batch and steps that are left out are all counted as what they are.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,7 +150,7 @@ class StepObserver:
     def left_out(self) -> bool:
         """Count what the run's own clock, of these weights alone, has counted as steps and no optimizer has taken."""
         now = self._clock()
-        if not self._alone or now <= self.number:
+        if not self._alone or now <= self.number or self.replaced:
             return False
         self.count = self.number = now
         return True
@@ -208,7 +207,9 @@ class StepObserver:
         self._depth -= 1
         if self._depth:
             return
-        step, self._open, self._running, self._first = self._open, None, None, None
+        step, first, self._open, self._running, self._first = self._open, self._first, None, None, None
+        if self.replaced and first is None:
+            return  # no backward pass has been made: it moves averages by a gradient of long ago
         self._left = self._versions()
         assert step is not None
         if not step.ready:
@@ -245,8 +246,8 @@ def does_nothing(closure: Any) -> bool:
     return getattr(closure, "__name__", "") == "do_nothing_closure"
 
 
-def hook(optimizer: Any) -> None:
-    """Make sure that an optimizer's steps can be seen, also where its class never calls `Optimizer.__init__`.
+def require_observable(optimizer: Any) -> None:
+    """Refuse what has no hooks around its steps.
 
     Raises:
         UserError: It is no optimizer of PyTorch.
@@ -256,6 +257,3 @@ def hook(optimizer: Any) -> None:
             f"{type(optimizer).__name__} is no torch.optim.Optimizer, so that its steps cannot be observed: "
             "derive it from that class, or train without probes"
         )
-    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        optimizer.__dict__.setdefault(name, OrderedDict())
-    optimizer._patch_step_function()  # does nothing where it has been done

@@ -111,7 +111,7 @@ LEANS = [
          "walk `named_parameters(recurse=False)`, which gives a tied parameter once"),
     Lean("_step_supports_amp_scaling",
          lambda: hasattr(torch.optim.AdamW([torch.zeros(1)], fused=True), "_step_supports_amp_scaling"),
-         "callbacks/gradient_alignment.py", "look for `fused` in the groups: such a one unscales by itself"),
+         "callbacks/last_gradient.py", "look for `fused` in the groups: such a one unscales by itself"),
     Lean("_pat_str", lambda: hasattr(_encoding(), "_pat_str"), "mini_gpt_pl/stories/data/tokenizer.py",
          "keep the pattern beside the encoding when it is loaded: the tokenizer's fingerprint is made of it"),
     Lean("_mergeable_ranks", lambda: hasattr(_encoding(), "_mergeable_ranks"), "mini_gpt_pl/stories/data/tokenizer.py",

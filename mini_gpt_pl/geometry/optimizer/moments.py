@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer
 
-from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector, as_real
 
 # torch keeps the two kinds of decay apart by class, or by this flag on Adam and its relatives.
 _DECOUPLED = ("AdamW", "SGDW", "Muon", "MuonAdamW", "Adafactor")
@@ -185,7 +185,7 @@ class BeforeStep:
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors; plain ones of one kind all at once, as views of one copy."""
-    kinds = {(type(t) in (Tensor, Parameter), t.dtype, t.device) for t in tensors}
+    kinds = {(type(t) in (Tensor, Parameter) and t.layout is torch.strided, t.dtype, t.device) for t in tensors}
     if len(kinds) != 1 or not kinds.pop()[0]:
         return [t.detach().clone() for t in tensors]
     flat = torch.cat([t.detach().reshape(-1) for t in tensors])
@@ -244,8 +244,11 @@ def _count(state: Mapping[str, Any]) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Detach, and convert what is narrower than float32 to that: squares of small gradients vanish in float16."""
-    tensor = tensor.detach()
+    """Detach, and convert what is narrower than float32 to that: squares of small gradients vanish in float16.
+
+    Complex values become pairs of real ones, as which optimizers step them, and sparse gradients dense.
+    """
+    tensor = as_real(tensor.detach())
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

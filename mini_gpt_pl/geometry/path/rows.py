@@ -38,14 +38,14 @@ class IncrementRows:
 
     Args:
         selection: Owner of the coordinates' order; where the ranks share the weights, each keeps rows of its own.
-        dtype: Of the increments; theta_0 always stays in float32.
+        dtype: Of the increments; that of the weights' vectors for None, in which theta_0 always stays.
         device: Where the rows are kept and multiplied; None for where the weights are.
     """
 
     def __init__(
         self,
         selection: ParameterSelection,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.selection = selection
@@ -67,7 +67,8 @@ class IncrementRows:
             values = self._staging.fetch(values) if self.device.type == "cpu" else values.to(self.device)
         if self._rebuilt is None:
             return Vector(values.clone(), self.selection)
-        return Vector((values - self._rebuilt).to(self.dtype), self.selection)
+        increment = values - self._rebuilt
+        return Vector(increment if self.dtype is None else increment.to(self.dtype), self.selection)
 
     def push(self, row: Vector, kept: Row | None = None) -> None:
         """Add a row made by `increment`, or read back from disk.

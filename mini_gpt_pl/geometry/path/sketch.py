@@ -85,7 +85,7 @@ class Sketch:
         Sums run in float64, so that the difference of two sketches is the sketch of the difference to 1e-12 of them.
 
         Args:
-            vector: In float32 (or less), wherever it lies.
+            vector: Wherever it lies; of float64 values the two halves are sketched one after the other.
 
         Raises:
             FingerprintError: The vector is of other weights than the sketch.
@@ -93,8 +93,12 @@ class Sketch:
         self.weights.accept(vector.selection)
         device = vector.values.device
         self._tables = [(signs.to(device), turns.to(device)) for signs, turns in self._tables]
-        spans = zip(self._tables, self.weights.slices, strict=True)
-        return Vector(torch.cat([self._fold(vector.values[span], *table) for table, span in spans]), self.selection)
+        halves = [vector.values.float()]
+        if vector.values.dtype == torch.float64:
+            halves.append((vector.values - halves[0]).float())
+        spans = list(zip(self._tables, self.weights.slices, strict=True))
+        folded = [torch.cat([self._fold(half[span], *table) for table, span in spans]) for half in halves]
+        return Vector(sum(folded[1:], folded[0]), self.selection)
 
     @property
     def table_bytes(self) -> int:

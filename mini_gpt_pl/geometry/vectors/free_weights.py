@@ -40,6 +40,7 @@ class FreeWeights:
 
     Raises:
         UserError: The ranks share the weights (FSDP2, tensor parallelism): no rank could evaluate the loss alone.
+            Or some of them are complex.
     """
 
     def __init__(self, module: nn.Module, selection: ParameterSelection, dtype: torch.dtype = torch.float64) -> None:
@@ -48,6 +49,8 @@ class FreeWeights:
                 "the loss cannot be taken at other weights where the ranks share them (FSDP2, tensor parallelism): "
                 "measure on one device or under DDP"
             )
+        if any(parameter.is_complex() for parameter in selection.parameters(module)):
+            raise UserError("the loss cannot be taken at other complex weights: leave them out by the weight pattern")
         self.selection = selection
         self.dtype = dtype
         self._module = module

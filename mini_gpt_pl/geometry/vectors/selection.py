@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parameter import is_lazy
 
 from mini_gpt_pl.errors import UserError
 
@@ -42,8 +43,19 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+# Names of what a pruned (`_orig`) or a parametrized weight is computed from.
+_ORIGINAL = re.compile(r"parametrizations\.(\w+)\.original\d*$|_orig$")
+
+
+def role(name: str) -> str:
+    """Return the name of the weight that a parameter stands for: its own, unless that is pruned or parametrized."""
+    return _ORIGINAL.sub(lambda match: match[1] or "", name)
+
+
 def assign_groups(names: Sequence[str], pattern: str) -> dict[str, str]:
     """Return the group of each name that a pattern selects: group by group, names in their order within each.
+
+    What a pruned or parametrized weight is computed from is selected by the weight's name too.
 
     Args:
         names: Of weights, without wrapper prefixes.
@@ -58,7 +70,7 @@ def assign_groups(names: Sequence[str], pattern: str) -> dict[str, str]:
         raise UserError(f"the weight pattern {pattern!r} is no regular expression: {error}") from None
     groups: dict[str, list[str]] = {}
     for name in names:
-        if match := regex.search(name):
+        if match := regex.search(name) or regex.search(role(name)):
             groups.setdefault(match.groupdict().get("group") or "all", []).append(name)
     return {name: group for group, members in groups.items() for name in members}
 
@@ -70,6 +82,23 @@ def local_part(tensor: Tensor) -> Tensor:
     # A sum that the ranks have not added up yet (a gradient under tensor parallelism) is no value.
     settled = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
     return tensor.redistribute(placements=settled).to_local().detach()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """View a tensor as plain real numbers: complex ones as pairs, a sparse gradient with its zeros."""
+    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def real_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of `as_real`, for a distributed tensor that of the whole."""
+    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
+
+
+def width(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return what holds the values of some tensors: float64 where one of them is in it, else float32."""
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 @dataclass(frozen=True)
@@ -175,10 +204,18 @@ class ParameterSelection:
 
         Raises:
             UserError: The pattern is no regular expression, or it selects nothing, or two selected weights have
-                one name once wrapper prefixes are taken off, or lie on different device meshes.
+                one name once wrapper prefixes are taken off, or lie on different device meshes, or a selected weight of
+                a lazy module has no shape yet.
         """
         _reshard(module)
-        named = [(plain_name(raw), parameter) for raw, parameter in module.named_parameters()]
+        every = [(plain_name(raw), parameter) for raw, parameter in module.named_parameters()]
+        lazy = assign_groups([name for name, parameter in every if is_lazy(parameter)], pattern)
+        if lazy:
+            raise UserError(
+                f"the weight {next(iter(lazy))!r} of a lazy module has no shape yet: let the model see one batch "
+                "before training, for example in configure_model"
+            )
+        named = [(name, p) for name, p in every if is_lazy(p) or p.numel()]  # without values there is no direction
         owners = assign_groups([name for name, _ in named], pattern)
         if not owners:
             examples = ", ".join(name for name, _ in named[:4])
@@ -196,7 +233,7 @@ class ParameterSelection:
         found = [(owner, name, available[name]) for name, owner in owners.items()]
         return cls(
             names=tuple(name for _, name, _ in found),
-            shapes=tuple(tuple(parameter.shape) for _, _, parameter in found),
+            shapes=tuple(real_shape(parameter) for _, _, parameter in found),
             owners=tuple(group for group, _, _ in found),
             shards=Shards.of([parameter for _, _, parameter in found]),
         )
@@ -263,13 +300,13 @@ class ParameterSelection:
             return found
         sharded = _reshard(module)
         available = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+        # Pruned or parametrized since: the values are those of another name now.
+        available = {role(name): parameter for name, parameter in available.items()} | available
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in available:
                 raise UserError(f"the model has no parameter {name!r} that the selection names")
-            if tuple(available[name].shape) != shape:
-                raise UserError(
-                    f"parameter {name!r} has shape {tuple(available[name].shape)}, the selection has {shape}"
-                )
+            if (own := real_shape(available[name])) != shape:
+                raise UserError(f"parameter {name!r} has shape {own}, the selection has {shape}")
         if not sharded:  # there, weights change places within a step
             places = _places_of(module)
             _PLACES.setdefault(module, {})[self.fingerprint] = [places[name] for name in self.names]
@@ -285,7 +322,7 @@ class ParameterSelection:
         Raises:
             ValueError: The tensors are not one per parameter, with the parameters' shapes (and sharding) and order.
         """
-        parts = [local_part(tensor) for tensor in tensors]
+        parts = [as_real(local_part(tensor)) for tensor in tensors]
         if self.shards is not None:
             parts = self.shards.take(parts)
         if tuple(part.shape for part in parts) != self.local_shapes:
@@ -294,11 +331,12 @@ class ParameterSelection:
             return Vector(torch.cat([part.reshape(-1) for part in parts]).to(dtype), self)
 
     def weights(self, module: nn.Module) -> Vector:
-        """Copy the selected weights of a module, in float32."""
-        return self.flatten(self.parameters(module))
+        """Copy the selected weights of a module, in float64 where one of them is in it, else in float32."""
+        parameters = self.parameters(module)
+        return self.flatten(parameters, width(parameters))
 
     def gradients(self, module: nn.Module) -> Vector:
-        """Copy the selected weights' `.grad`, in float32; a weight without gradient counts as zero."""
+        """Copy the selected weights' `.grad`, as wide as `weights`; a weight without gradient counts as zero."""
         return self.filled([parameter.grad for parameter in self.parameters(module)], module)
 
     def gradient_of(self, loss: Float[Tensor, ""], module: nn.Module) -> Vector:
@@ -335,8 +373,9 @@ class ParameterSelection:
 
     def filled(self, parts: Sequence[Tensor | None], module: nn.Module) -> Vector:
         """Flatten one tensor per selected weight, zero for None."""
-        pairs = zip(parts, self.parameters(module), strict=True)
-        return self.flatten([torch.zeros_like(p) if part is None else part for part, p in pairs])
+        parameters = self.parameters(module)
+        pairs = zip(parts, parameters, strict=True)
+        return self.flatten([torch.zeros_like(p) if part is None else part for part, p in pairs], width(parameters))
 
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
         """View a flat vector as one tensor per parameter name, each what this rank holds of it."""
@@ -429,12 +468,13 @@ _PLACES: weakref.WeakKeyDictionary[nn.Module, dict[str, list[_Place]]] = weakref
 
 def _places_of(module: nn.Module) -> dict[str, _Place]:
     """Where each parameter is kept, by its plain name."""
-    return {
+    places = {
         plain_name(f"{prefix}.{name}" if prefix else name): _Place(weakref.ref(part), name, weakref.ref(parameter))
         for prefix, part in module.named_modules()
         for name, parameter in part._parameters.items()
         if parameter is not None
     }
+    return {role(name): place for name, place in places.items()} | places
 
 
 @contextmanager

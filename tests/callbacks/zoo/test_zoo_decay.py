@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from zoo import Lion, Lookahead, Plain, ScheduleFree, Sharp, Silent, Trusted, fit, trained
 
@@ -36,7 +36,7 @@ def noise(
     first = [weight.detach().clone() for weight in weights]
     optimizer, shadows = make(weights), DecayShadows(weights)
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         for weight in weights:
             if weight.requires_grad:
                 weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
@@ -212,7 +212,7 @@ def test_twins_touch_nothing_of_training(make: Make) -> None:
             part(0)
         for _ in range(20):
 
-            def closure() -> Tensor:
+            def closure() -> Any:
                 for weight in weights:
                     weight.grad = torch.randn(weight.shape, generator=generator)
                 return torch.zeros(())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +35,10 @@ class Witness(Callback):
         for optimizer in trainer.optimizers:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if any(id(p) in held for p in self.weights):
-                optimizer.step = self.around(optimizer.step)  # type: ignore[method-assign]
+                optimizer.step = MethodType(self.around(optimizer.step), optimizer)  # type: ignore[method-assign]
 
     def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def witnessed(closure: Callable[[], Any] | None = None, **settings: Any) -> Any:
+        def witnessed(_: Any, closure: Callable[[], Any] | None = None, **settings: Any) -> Any:
             before, gradients = flat([p.detach() for p in self.weights]), [self.gradient()]
 
             def asked(closure: Callable[[], Any]) -> Any:
@@ -80,4 +81,5 @@ class Witness(Callback):
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.clone().double().reshape(-1) for t in tensors])
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    return torch.cat([t.clone().double().reshape(-1) for t in real])

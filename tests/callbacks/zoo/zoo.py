@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -143,6 +144,55 @@ class Drawing(Plain):
         return F.cross_entropy(self(F.dropout(x, 0.2, self.training)), batch[1]) * (1.0 + 0.1 * random.random())
 
 
+class Sparse(Plain):
+    """A table of which a batch touches some rows, with sparse gradients."""
+
+    pattern = r"(?P<group>table)\.weight"
+
+    def build(self) -> None:
+        self.table, self.head = nn.Embedding(8, 6, sparse=True), nn.Linear(6, 3)
+        self.head.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = ((x[:, :3] > 0) * torch.tensor([1, 2, 4])).sum(1)
+        out: Tensor = self.head(self.table(row))
+        return out
+
+
+class Complex(Plain):
+    """A complex weight."""
+
+    def build(self) -> None:
+        super().build()
+        self.layers[0].weight = nn.Parameter(torch.randn(8, 6, dtype=torch.complex64) * 0.3)
+        self.layers[0].bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers[2](torch.tanh(F.linear(x.to(torch.complex64), self.layers[0].weight).abs()))
+        return out
+
+
+class Pieces(Plain):
+    """An empty parameter, and one of no dimension."""
+
+    pattern = r"(?P<group>layers\.\d|rest|scale)"
+
+    def build(self) -> None:
+        super().build()
+        self.rest, self.scale = nn.Parameter(torch.empty(0)), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Pruned(Plain):
+    """A weight that is masked from the beginning."""
+
+    def build(self) -> None:
+        super().build()
+        prune.l1_unstructured(self.layers[0], "weight", 0.3)  # type: ignore[no-untyped-call]
+
+
 class Manual(Plain):
     """Adds up the gradients of some batches by itself."""
 
@@ -248,10 +298,11 @@ class Silent(Optimizer):
 
 
 class Lookahead(Optimizer):
-    """Steps another optimizer, and every third time goes half of the way back; never calls its base class."""
+    """Steps another optimizer, and every third time goes half of the way back."""
 
     def __init__(self, inner: Optimizer) -> None:
-        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+        super().__init__(inner.param_groups, {})
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
         self.slow = [[p.detach().clone() for p in group["params"]] for group in inner.param_groups]
         self.taken = 0
 
@@ -281,7 +332,7 @@ class Lion(Optimizer):
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(torch.lerp(p.grad, momentum, group["betas"][0]).sign(), alpha=group["lr"])
+                    p.sub_(torch.lerp(p.grad, momentum, group["betas"][0]).sgn(), alpha=group["lr"])
                     momentum.lerp_(p.grad, 1 - group["betas"][1])
         return loss
 
