@@ -55,7 +55,7 @@ def noise(
 
 def hugging_face(**settings: Any) -> Make:
     transformers = pytest.importorskip("transformers.optimization")
-    return lambda weights: transformers.Adafactor(weights, **settings)  # type: ignore[no-any-return]
+    return lambda weights: transformers.Adafactor(weights, **settings)
 
 
 KNOWN: dict[str, tuple[Callable[[], Make], float | None]] = {

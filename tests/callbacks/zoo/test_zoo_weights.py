@@ -118,7 +118,7 @@ def test_complex_weights_are_recorded_as_pairs(tmp_path: Path) -> None:
 def test_weights_that_are_pruned_while_training_stay_the_same_weights(tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(Plain.pattern, Schedule(every=5))
     pruning = ModelPruning("l1_unstructured", amount=0.3)
-    model, _, _ = fit(Plain, [recorder, pruning], tmp_path, max_steps=-1, max_epochs=2)
+    fit(Plain, [recorder, pruning], tmp_path, max_steps=-1, max_epochs=2)
     assert recorder.trajectory is not None and recorder.trajectory.steps == [0, 5, 10, 15, 20, 24]
     assert recorder.selection.names == ("layers.0.weight", "layers.2.weight")
 

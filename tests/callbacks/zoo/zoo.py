@@ -163,12 +163,11 @@ class Complex(Plain):
     """A complex weight."""
 
     def build(self) -> None:
-        super().build()
-        self.layers[0].weight = nn.Parameter(torch.randn(8, 6, dtype=torch.complex64) * 0.3)
-        self.layers[0].bias = None
+        first = nn.Linear(6, 8, bias=False, dtype=torch.complex64)
+        self.layers = nn.Sequential(first, nn.Tanh(), nn.Linear(8, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers[2](torch.tanh(F.linear(x.to(torch.complex64), self.layers[0].weight).abs()))
+        out: Tensor = self.layers[2](torch.tanh(self.layers[0](x.to(torch.complex64)).abs()))
         return out
 
 
@@ -190,7 +189,7 @@ class Pruned(Plain):
 
     def build(self) -> None:
         super().build()
-        prune.l1_unstructured(self.layers[0], "weight", 0.3)  # type: ignore[no-untyped-call]
+        prune.l1_unstructured(self.layers[0], "weight", 0.3)
 
 
 class Manual(Plain):
