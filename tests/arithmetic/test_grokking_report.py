@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def one(run: Run) -> ResidueRun:
     return found
 
 
-def tables(runs: list[Run]) -> dict[str, Table]:
+def tables(runs: Sequence[Run]) -> dict[str, Table]:
     return {table.name: table for table in comparison_tables(runs)}
 
 

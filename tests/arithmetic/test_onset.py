@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 from conftest import one_line_error
 from hypothesis import given
 from hypothesis import strategies as st

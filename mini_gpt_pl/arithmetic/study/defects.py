@@ -181,8 +181,9 @@ def _projection(group: Sequence[ResidueRun], phase: str, basis: str) -> dict[str
         if basis == "singular":
             paper = ON_SINGULAR.get(phase, {}).get(first.operation, math.nan)
     middle = {
-        key: median([float(one[key].value) for one in of_runs if one[key].value is not None]) for key in of_runs[0]
-    }  # type: ignore[arg-type]
+        key: median([float(value) for cells in of_runs if (value := cells[key].value) is not None])
+        for key in of_runs[0]
+    }
     return {
         "over isotropic": number(middle["over isotropic"], "{:.2f}"),
         "over isotropic, paper": number(paper, "{:.2f}"),

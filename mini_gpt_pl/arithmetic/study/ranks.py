@@ -34,7 +34,7 @@ def rank_tables(run: Run) -> list[Table]:
 
 
 def _ranks(run: Run) -> Table:
-    path = ResidueRun.of(run).path(Phase("whole run", 0, run.trajectory.steps[-1]))
+    path = ResidueRun.of(run).numbers(Phase("whole run", 0, run.trajectory.steps[-1]))
     rows: list[Row] = []
     for label, numbers in path.items():
         row: dict[str, Cell] = {"weights": word(short(label))}

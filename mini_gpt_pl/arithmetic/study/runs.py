@@ -318,7 +318,7 @@ def residue_runs(runs: Sequence[Run]) -> list[ResidueRun]:
     called = names(runs)
     recorded = [ResidueRun.of(run, called[run]) for run in runs if (run.path / TRAJECTORY).is_file()]
     evaluated = [run for run in recorded if len(run.series(TEST)) and len(run.series(TRAIN))]
-    order = {name: k for k, name in enumerate(OPERATIONS)}
+    order: dict[str, int] = {name: k for k, name in enumerate(OPERATIONS)}
     return sorted(
         (run for run in evaluated if len(runs) == 1 or not run.was_disturbed),
         key=lambda run: (-run.decay, order.get(run.operation, 9), run.operation, run.rate, run.seed or 0),
