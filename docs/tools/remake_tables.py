@@ -243,6 +243,7 @@ CANNOT: dict[str, str] = {
     **dict.fromkeys(
         (
             "README.md#2",
+            "docs/comparison.md#1",
             "docs/concepts/centred-pca.md#2",
             "docs/concepts/commutator.md#1",
             "docs/concepts/fisher.md#1",
