@@ -41,6 +41,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "glossary": ("-m", "mini_gpt_pl.metrics.glossary", "--markdown"),
     "place": ("-m", "docs.tools.place"),
     "same_steps": ("-m", "docs.tools.same_steps"),
+    "interventions": ("cli.py", "interventions"),
     "speed": ("-m", "benchmarks.page"),
     "scale": ("-m", "benchmarks.scale", "--show"),
     "notebooks": ("-m", "notebooks.execute"),
@@ -191,6 +192,30 @@ RECIPES: tuple[Recipe, ...] = (
         ("docs/grokking/small/tables/*",),
         "report",
         ("docs/grokking/runs/grokking", "--out", "docs/grokking/small"),
+    ),
+    *(
+        Recipe(
+            (f"docs/grokking/{name}/tables/*",),
+            "report",
+            (f"docs/grokking/runs/grokking_{name}", "--out", f"docs/grokking/{name}"),
+        )
+        for name in ("slow", "markers", "multitask")
+    ),
+    Recipe(
+        ("docs/grokking/doses/tables/*",),
+        "interventions",
+        ("docs/grokking/runs/interventions_doses", "--out", "docs/grokking/doses/tables"),
+    ),
+    *(
+        Recipe(
+            (f"docs/grokking/operation_{name}/tables/*",),
+            "interventions",
+            (
+                "docs/grokking/runs/interventions_operations",
+                *("--operation", name, "--out", f"docs/grokking/operation_{name}/tables"),
+            ),
+        )
+        for name in ("add", "sub", "mul", "x2_y2")
     ),
     Recipe(("docs/grokking/README.md#*",), "place", ("docs/grokking/README.md",)),
     Recipe(

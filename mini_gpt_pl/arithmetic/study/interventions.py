@@ -154,7 +154,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables and the figure")
     options = parser.parse_args(args)
     arms = arms_below(options.runs, options.operation)
-    made = tables(arms, options.control, options.milestone)
+    made = [table for table in tables(arms, options.control, options.milestone) if table.rows]
     written = write_tables(made, options.out)
     written += save(figure(arms, options.draw or list(arms), options.milestone), options.out, "interventions")
     for table in made[:2]:
