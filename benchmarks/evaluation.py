@@ -81,7 +81,7 @@ class EvaluationClock(Callback):
                 moved = move_data_to_device(batch, module.device)
                 with trainer.precision_plugin.val_step_context():
                     module.validation_step(moved, number, index)
-        module._means.read(trainer, module.device)
+        module.evaluation.compute()
 
     def _passes(self, trainer: Trainer, module: ProbedGPT, sets: Sequence[Sequence[Batch]]) -> None:
         for batches in sets:

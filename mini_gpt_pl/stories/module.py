@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs.logs import log_now, logging_due, to_host
+from mini_gpt_pl.runs.logs import log_now, logging_due
 from mini_gpt_pl.stories.data.datamodule import Batch
+from mini_gpt_pl.stories.evaluation import EVALUATIONS, StoryEvaluation
 from mini_gpt_pl.stories.gpt import GPT, PRESETS, GPTSize
 from mini_gpt_pl.stories.objective import (
     IGNORE,
@@ -34,11 +35,12 @@ from mini_gpt_pl.stories.objective import (
 from mini_gpt_pl.stories.packing import pack
 from mini_gpt_pl.stories.scoring import Scores
 from mini_gpt_pl.training.optimizers import ClippedCosine, decay_groups, lambda_lr
+from mini_gpt_pl.training.sums import Sums
 
-# The evaluation sets in the order of the data module's loaders.
-EVALUATIONS = ("lm", "in", "ood")
 # The paper's optimizer, an AdamW.
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.5}
+# Summed over the micro-batches of one optimizer step, and over the ranks.
+WINDOW = ("train/loss", "train/lm_loss", "train/probe_loss", "train/probe_accuracy")
 
 
 class ProbedGPT(LightningModule):
@@ -75,8 +77,9 @@ class ProbedGPT(LightningModule):
         self.probe_weight = probe_weight
         self.peak_lr: float | None = None
         self._compile = compile
-        self._means = _Means()
-        self._window = _Window()
+        self.evaluation = StoryEvaluation()
+        self._window = Sums(WINDOW)
+        self._window_begun = 0  # optimizer steps that were done when the present one began
         self._grad_norm: Tensor | None = None
         self._lr_used = 0.0
         self._configured: list[dict[str, Any]] = []
@@ -176,7 +179,7 @@ class ProbedGPT(LightningModule):
         terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
         answered = (scores.hit & batch.probe_mask).sum() / counts.probe.clamp_min(1)
         loss = combine(terms, counts, self.lambda_now())
-        self._window.add(loss, terms, answered)
+        self._window.update(torch.stack([loss, terms.lm, terms.probe, answered]))
         # The terms are shares of the whole optimizer batch already; Lightning is about to divide by the number of
         # micro-batches, and DDP by the number of ranks, as if each had brought a mean of its own.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -205,7 +208,7 @@ class ProbedGPT(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        self._window = _Window(step=self.trainer.global_step)
+        self._begin_window(self.trainer.global_step)
         if self.trainer.global_step > 0:
             self._reapply_settings()
 
@@ -225,21 +228,20 @@ class ProbedGPT(LightningModule):
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
-        if step == self._window.step:
+        if step == self._window_begun:
             return  # still accumulating
         if step == 1 or logging_due(self.trainer, step):
             self._log_window(step)
-        self._window = _Window(step=step)
+        self._begin_window(step)
+
+    def _begin_window(self, step: int) -> None:
+        self._window.reset()
+        self._window_begun = step
 
     def _log_window(self, step: int) -> None:
-        metrics = self._window.metrics()
-        if self.trainer.world_size > 1:
-            total = self._sum_over_ranks(torch.stack(list(metrics.values())))()
-            metrics = dict(zip(metrics, total.unbind(), strict=True))
-        if self._grad_norm is not None:
-            metrics["train/grad_norm"] = self._grad_norm
+        norm = {} if self._grad_norm is None else {"train/grad_norm": self._grad_norm}
         rates = {"train/lr": self._lr_used, "train/probe_weight": self.probe_weight(step)}
-        numbers = log_now(self.trainer, {**metrics, **rates}, step)
+        numbers = log_now(self.trainer, {**self._window.compute(), **norm, **rates}, step)
         self._show("loss", numbers["train/loss"], prog_bar=True)
 
     def _show(self, name: str, value: float, *, prog_bar: bool) -> None:
@@ -297,26 +299,15 @@ class ProbedGPT(LightningModule):
         # Nothing here waits for the device: it computes one batch while the host prepares the next.
         for column in (batch.tokens, batch.targets, batch.probe_mask, batch.offsets):
             torch._dynamo.maybe_mark_dynamic(column, 0)  # the sets have batches of several sizes: one graph for all
-        scores = self._scores(batch)
-        counts = TargetCounts(batch.lm_count, batch.probe_count)
-        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
-        if name == "lm":
-            self._means.add("val_nll", terms.lm * counts.lm, counts.lm)
-            return
-        asked = batch.probe_mask.any(-1)
-        exact = (scores.hit | ~batch.probe_mask).all(-1)  # every masked position is right
-        self._means.add(f"p_{name}", (exact & asked).sum(), asked.sum())
-        self._means.add(f"nll_{name}", terms.probe * counts.probe, counts.probe)
-        if name == "ood":
-            self._means.add("lm_ood", terms.lm * counts.lm, counts.lm)
+        self.evaluation.update(batch, self._scores(batch), name)
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._means = _Means()
+        self.evaluation.reset()
 
     @override
     def on_test_epoch_start(self) -> None:
-        self._means = _Means()
+        self.evaluation.reset()
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -327,19 +318,9 @@ class ProbedGPT(LightningModule):
         self._report_evaluation()
 
     def _report_evaluation(self) -> None:
-        values = self._means.read(self.trainer, self.device)
-        metrics = {
-            "val/loss": values["val_nll"],
-            "val/perplexity": float(torch.tensor(values["val_nll"]).exp()),
-            "probe/p_in": values["p_in"],
-            "probe/p_ood": values["p_ood"],
-            "probe/nll_in": values["nll_in"],
-            "probe/nll_ood": values["nll_ood"],
-            "probe/lm_ood": values["lm_ood"],
-            "probe/r_ood": values["nll_ood"] / max(values["lm_ood"], 1e-8),
-        }
         if self.trainer.sanity_checking:
             return
+        metrics = self.evaluation.compute()
         for name, value in metrics.items():
             short = name in ("val/loss", "probe/p_in", "probe/p_ood")
             self._show(name, value, prog_bar=short)
@@ -377,27 +358,6 @@ class ProbedGPT(LightningModule):
         }
 
 
-class _Means:
-    """Means over the evaluation sets, as sums and weights that stay on the device until they are read."""
-
-    NAMES = ("val_nll", "p_in", "p_ood", "nll_in", "nll_ood", "lm_ood")
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Float[Tensor, " 2"]] = {}
-
-    def add(self, name: str, total: Tensor, weight: Tensor) -> None:
-        new = torch.stack([total.float(), weight.float()])
-        self._sums[name] = self._sums[name] + new if name in self._sums else new
-
-    def read(self, trainer: Trainer, device: torch.device) -> dict[str, float]:
-        """Divide the sums over all ranks and move the means to the host at once; NaN where nothing was added."""
-        nothing = torch.zeros(2, device=device)
-        sums = torch.stack([self._sums.get(name, nothing) for name in self.NAMES])  # (names, 2)
-        if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        return to_host(dict(zip(self.NAMES, sums[:, 0] / sums[:, 1], strict=True)))
-
-
 class _OnDemand(Mapping[str, Tensor]):
     """Losses that are computed when they are asked for, each time anew."""
 
@@ -412,28 +372,6 @@ class _OnDemand(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._makers)
-
-
-class _Window:
-    """Sums over the micro-batches of one optimizer step, kept on the device."""
-
-    def __init__(self, step: int = 0) -> None:
-        self.step = step
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, loss: Tensor, terms: LossTerms, answered: Tensor) -> None:
-        new = {
-            "train/loss": loss,
-            "train/lm_loss": terms.lm,
-            "train/probe_loss": terms.probe,
-            "train/probe_accuracy": answered,
-        }
-        for name, value in new.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def metrics(self) -> dict[str, Tensor]:
-        return dict(self._sums)
 
 
 def check_identity(checkpoint: Mapping[str, Any], module: ProbedGPT) -> None:
