@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -46,7 +47,7 @@ def test_sums_and_means_are_those_of_plain_additions() -> None:
 
 def test_a_reset_metric_begins_anew_and_float64_stays() -> None:
     sums, _ = filled(0)
-    assert sums.compute()["loss"].dtype == torch.float32
+    assert sums.sums.dtype == torch.float32
     sums.reset()
     value = torch.tensor([1 / 3, 2.0], dtype=torch.float64, requires_grad=True)
     sums.update(value)
@@ -71,13 +72,17 @@ def on_rank(rank: int, folder: str) -> None:
     metrics = filled(rank)
     calls: list[str] = []
     for name in COLLECTIVES:
-        original = getattr(dist, name)
-        patch.object(dist, name, lambda *a, _n=name, _o=original, **k: (calls.append(_n), _o(*a, **k))[1]).start()
+
+        def counted(*args: Any, _name: str = name, _call: Any = getattr(dist, name), **kwargs: Any) -> Any:  # noqa: B008
+            calls.append(_name)
+            return _call(*args, **kwargs)
+
+        patch.object(dist, name, counted).start()
     numbers = [{name: float(value) for name, value in metric.compute().items()} for metric in metrics]
     once = list(calls)
     own = [metric.sums.tolist() for metric in metrics]  # the rank's, to go on with
-    for metric, value in zip(metrics, ([torch.zeros(2)], ["loss", torch.tensor(0.0), torch.tensor(0)]), strict=True):
-        metric.update(*value)
+    metrics[0].update(torch.zeros(2))
+    metrics[1].update("loss", torch.tensor(0.0), torch.tensor(0))
     again = [{name: float(value) for name, value in metric.compute().items()} for metric in metrics]
     text = json.dumps({"numbers": numbers, "calls": once, "again": again, "own": own})
     (Path(folder) / f"{rank}.json").write_text(text)
