@@ -1,24 +1,31 @@
-# Each target is enough on a fresh machine with Python 3.11 or 3.12, make and a package index.
-# On a machine with a GPU, `make quickstart CONSTRAINTS=` installs the newest build of torch instead of the CPU's.
+# Each target is enough on a fresh machine with Python 3.11 or newer, make and a package index.
+# `make quickstart CONSTRAINTS=` takes the newest versions instead of those that constraints.txt names.
 # The first of these that runs and can make an environment: a version manager's stub may answer to a name and fail.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3; do $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 CONSTRAINTS ?= -c constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
+NEEDS := pyproject.toml constraints.txt docs/tools/install.py
 
-.PHONY: quickstart test lint types house docs install clean
+.PHONY: quickstart test lint types house docs install clean python
 
-install: $(VENV)/.installed
+quickstart: $(VENV)/.run
+	$(BIN)/mini_gpt_pl fit -c quickstart
 
-$(VENV)/.installed: pyproject.toml constraints.txt tests/oracles.txt
+# What a run of the quick start needs, and nothing else.
+$(VENV)/.run: $(NEEDS) | python
+	$(PYTHON) docs/tools/install.py $(VENV) cli,data,wandb $(CONSTRAINTS)
+	@touch $@
+
+install: $(VENV)/.dev
+
+# All that tests, linters, notebooks and documentation need, too.
+$(VENV)/.dev: $(NEEDS) tests/oracles.txt | python
+	$(PYTHON) docs/tools/install.py $(VENV) dev $(CONSTRAINTS) -r tests/oracles.txt
+	@touch $@ $(VENV)/.run
+
+python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer that can make a virtual environment: install one (with its venv module), or give PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracles.txt
-	touch $@
-
-quickstart: install
-	$(BIN)/python cli.py fit --config configs/quickstart.yaml
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -33,7 +40,7 @@ types: install house
 
 # The package as it is installed, as links, in build/house: what the checkers of types and imports and the docs read.
 house: install
-	$(BIN)/python docs/tools/house.py
+	@$(BIN)/python docs/tools/house.py
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
