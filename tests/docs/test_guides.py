@@ -37,8 +37,10 @@ from matplotlib.image import imread
 from docs.tools import concept_figures
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.metrics import registry
+from mini_gpt_pl.presets import with_presets
 from mini_gpt_pl.tasks import task_named, tasks
 from mini_gpt_pl.training import cli as trainer_cli
+from mini_gpt_pl.training.trust import split_trust
 
 ROOT = Path(cli.__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs" / "how-to").glob("*.md"), *(ROOT / "docs" / "concepts").glob("*.md")])
@@ -181,8 +183,8 @@ def _parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert importlib.util.find_spec(words[2]), f"no module {words[2]}"
         _parse_plain(lambda: runpy.run_module(words[2], run_name="__main__"), words[2:], monkeypatch)
         return
-    args = words[2:] if words[0] == "python" else words[1:]
-    if args[0] in cli._WITHOUT_TRAINER:
+    args, _ = split_trust(with_presets(words[2:] if words[0] == "python" else words[1:]))
+    if args[0] in cli.commands().keys() - _TRAINER:
         _parse_plain(cli.main, ["cli.py", *args], monkeypatch)
         return
     assert args[0] in _TRAINER, f"no command {args[0]}"
