@@ -121,8 +121,8 @@ class ProbedCLI(LightningCLI):
     @override
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Each parser takes a twentieth of a second or more; one command line holds one of the commands.
-        known = self.subcommands()
-        asked = {name: skipped for name, skipped in known.items() if name in self._words} or known
+        every = self.subcommands()
+        asked = {name: skipped for name, skipped in every.items() if name in self._words} or every
         self.subcommands = lambda: asked  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
 
@@ -190,7 +190,7 @@ class ProbedCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        # What W&B is told of this one segment (its id, its group) is no part of the configuration that is kept.
+        # What W&B gets for this one segment (its id, its group) is no part of the configuration that is kept.
         config = self.config[self.subcommand].trainer
         config.logger = self._logger_as_given
         if self._trains and config.enable_progress_bar is not False:
@@ -229,7 +229,7 @@ class ProbedCLI(LightningCLI):
     # ------------------------------------------------------------------------------------------ after a command
 
     def after_fit(self) -> None:
-        """Print what was found and where it lies."""
+        """Print the results, and where they lie."""
         self._close()
 
     def after_validate(self) -> None:
@@ -355,8 +355,8 @@ def _direct_wandb(config: Any, run: Run, branch: str | None, checkpoint: dict[st
             more.setdefault("job_type", branch)
         if branch and not config.resume:
             lineage = {"parent_run": origin.get("run_id"), "parent_step": (checkpoint or {}).get("global_step")}
-            known = {name: value for name, value in lineage.items() if value is not None}
-            more["config"] = {**more.get("config", {}), **known}
+            recorded = {name: value for name, value in lineage.items() if value is not None}
+            more["config"] = {**more.get("config", {}), **recorded}
         elif origin.get("run_id") and not arguments.offline:
             arguments.id = origin["run_id"]  # online the run goes on; offline it gets a new segment in its group
         if more:
@@ -372,10 +372,10 @@ def _finish_wandb() -> None:
 
 def _milestones(trainer: Trainer) -> dict[str, int | None]:
     """What the callbacks watched for, by name, and the step at which it came."""
-    found: dict[str, int | None] = {}
+    steps: dict[str, int | None] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        found |= getattr(callback, "milestones", {})
-    return found
+        steps |= getattr(callback, "milestones", {})
+    return steps
 
 
 def _print_milestones(run: Run, console: Console) -> None:
@@ -384,9 +384,9 @@ def _print_milestones(run: Run, console: Console) -> None:
         return
     steps = [f"{name} {step}" for name, step in outcome.milestones.items() if step is not None]
     missed = [name for name, step in outcome.milestones.items() if step is None]
-    told = [f"reached: {', '.join(steps)}"] if steps else []
-    told += [f"not within {outcome.step} steps: {', '.join(missed)}"] if missed else []
-    console.print(f"milestones {'; '.join(told)}", highlight=False)
+    parts = [f"reached: {', '.join(steps)}"] if steps else []
+    parts += [f"not within {outcome.step} steps: {', '.join(missed)}"] if missed else []
+    console.print(f"milestones {'; '.join(parts)}", highlight=False)
 
 
 def _print_time(trainer: Trainer, console: Console) -> None:
@@ -457,7 +457,7 @@ _NOISE = re.compile(
 )
 
 
-def _one_line_usage(message: str, command: str | None, known: list[str]) -> str:
+def _one_line_usage(message: str, command: str | None, options: list[str]) -> str:
     """Condense a parser's complaint to the option, what is wrong with it, and where to look."""
     for pattern, plain in (
         (r"Type typing\.Callable\[.*\] expects a function or a callable class: ", ""),
@@ -471,10 +471,10 @@ def _one_line_usage(message: str, command: str | None, known: list[str]) -> str:
     ):
         message = re.sub(pattern, plain, message)
     lines = [line.strip(" -") if line.startswith(" ") else line for line in message.splitlines()]
-    told = [line for line in lines if line and not _NOISE.match(line)]
-    text = "; ".join(told or lines).replace(":;", ":")
+    telling = [line for line in lines if line and not _NOISE.match(line)]
+    text = "; ".join(telling or lines).replace(":;", ":")
     unknown = re.search(r"unrecognized arguments: (--[\w.]+)|not accept option '([\w.]+)'", text)
-    near = get_close_matches(unknown[1] or f"--{unknown[2]}", known, n=1) if unknown else []
+    near = get_close_matches(unknown[1] or f"--{unknown[2]}", options, n=1) if unknown else []
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{text}; {hint}see mini_gpt_pl {f'{command} ' if command else ''}--help"
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("mini_gpt_pl", "callbacks", "configs")
-LIGHT = {"torch", "lightning", "torchmetrics", "numpy", "safetensors", "jaxtyping", "rich"}
+LIGHT = {"torch", "lightning", "numpy", "safetensors", "jaxtyping", "rich"}
 
 
 @pytest.fixture(scope="module")
