@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import distributions
 
 
 class UserError(Exception):
@@ -33,11 +33,9 @@ def extra_of(module: str) -> str | None:
         'report'
     """
     top = module.split(".")[0]
-    try:
-        lines = requires("mini_gpt_pl") or []
-    except PackageNotFoundError:
-        return None
-    for line in lines:
+    # More than one where an earlier installation left its description in a checkout.
+    installed = distributions(name="mini_gpt_pl")
+    for line in (line for one in installed for line in one.requires or []):
         found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
         if found and found[2] not in _OWN and found[1] == _DISTRIBUTIONS.get(top, top):
             return found[2]
