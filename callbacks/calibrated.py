@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -48,6 +49,7 @@ class View:
             it is not known; one for each weight of the selection where they differ.
         given: What the probe needs, by name.
         original: The view that this one stands in for; None for what training did.
+        asked: Holds `module` once that has been asked for.
     """
 
     step: int
@@ -58,6 +60,12 @@ class View:
     decay: float | Sequence[float]
     given: Mapping[str, Any] = field(repr=False)
     original: View | None = field(default=None, repr=False)
+    asked: set[str] = field(default_factory=set, repr=False)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "module":  # its own null is then measured at other weights
+            object.__getattribute__(self, "asked").add(name)
+        return object.__getattribute__(self, name)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -88,7 +96,8 @@ class View:
         """Return the same step as a decaying walk would have made it.
 
         The gradient becomes an isotropic vector, the update a step of the decaying walk (both of the measured length
-        in every group), the trajectory the walk itself. Weights, backbone, module and batch stay.
+        in every group), the trajectory the walk itself. Weights, backbone and batch stay. A measure that looks at the
+        module finds it, while the null is measured, at the weights to which the drawn update leads.
         """
         drawn = dict(self.given)
         if "gradient" in drawn:
@@ -118,7 +127,8 @@ class CalibratedProbe(StepProbe):
     without a trace in training; leaves the numbers on the device until the trainer logs; keeps `memory` in
     checkpoints; and measures again on `draws` stand-ins of the step that chance and weight decay would have made
     (`View.by_chance`). Logged for each quantity, under `<family>/<group>/`: `<name>`, `<name>_null` (mean over the
-    draws), `<name>_null_sd` (their spread; left out where nothing was drawn) and `<name>_excess`.
+    draws), `<name>_null_sd` (their spread; left out where nothing was drawn) and `<name>_excess`. A measure of the
+    module itself needs `update`, or a `null` of its own: otherwise its null is unknown, and only the value is logged.
 
     Args:
         schedule: When to measure.
@@ -289,23 +299,38 @@ class CalibratedProbe(StepProbe):
     def _measure(self, seen: View) -> None:
         found = self._checked(self.measure(seen))
         if found:
-            chance, spread = self._chance(seen, found)
+            chance, spread = self._chance(seen, found, of_module="module" in seen.asked)
             for name, value in found.items():
                 self._numbers.add(seen.step, self._names(name, value), value)
+                if not chance:
+                    continue
                 self._numbers.add(seen.step, self._names(f"{name}_null", value), chance[name])
                 self._numbers.add(seen.step, self._names(f"{name}_excess", value), value - chance[name])
                 if name in spread:
                     self._numbers.add(seen.step, self._names(f"{name}_null_sd", value), spread[name])
         self.remember(seen)
 
-    def _chance(self, seen: View, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Mean and spread of the null by quantity."""
+    def _chance(
+        self, seen: View, found: Mapping[str, Tensor], *, of_module: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Mean and spread of the null by quantity; nothing where it is unknown."""
         if (known := self.null(seen)) is not None:
             return self._like(found, self._checked(known)), {}
+        if of_module and ("update" not in self.needs or self._selection.shards is not None):
+            if not self._unknown:
+                rank_zero_info(
+                    f"{type(self).__name__} measures the module: without 'update' in its `needs` (and where ranks "
+                    "share the weights) its null is unknown, and no excess is logged"
+                )
+            self._unknown = True
+            return {}, {}
         if not {"gradient", "update"} & set(self.needs):  # the walk that is left has a Gram matrix in closed form
             return self._like(found, self._checked(self.measure(seen.by_chance(self._generator(seen, 0))))), {}
         views = (seen.by_chance(self._generator(seen, draw)) for draw in range(self.draws))
-        drawn = [self._like(found, self._checked(self.measure(view))) for view in views]
+        drawn = []
+        for view in views:
+            with _stepped(view) if of_module else nullcontext():
+                drawn.append(self._like(found, self._checked(self.measure(view))))
         stacked = {name: torch.stack([values[name] for values in drawn]) for name in found}
         spread = {name: values.std(0) for name, values in stacked.items()} if self.draws > 1 else {}
         return {name: values.mean(0) for name, values in stacked.items()}, spread
@@ -378,3 +403,18 @@ class CalibratedProbe(StepProbe):
 
 def _on_host(value: Tensor | float) -> Tensor | float:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _stepped(view: View) -> Iterator[None]:
+    """Put the module at the weights to which a view's update leads; its own are exchanged, not written."""
+    parameters = view.selection.parameters(view.module)
+    after = view.selection.unflatten(Vector(view.weights.values + view.update.values, view.selection))
+    kept = [(parameter, parameter.data) for parameter in parameters]
+    try:
+        for parameter, values in zip(parameters, after.values(), strict=True):
+            parameter.data = values.to(parameter.dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

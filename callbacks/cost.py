@@ -14,6 +14,8 @@ from mini_gpt_pl.callbacks.probe import Probe
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder
 from mini_gpt_pl.runs.logs import log_now, logging_due
 
+# Steps that an estimate is of where nobody knows how many there will be.
+_UNKNOWN = 10_000
 # Beyond this a probe is as good as off.
 _LONGEST_STRETCH = 1024
 
@@ -44,8 +46,12 @@ class CostControl(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first = trainer.global_step
-        steps = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
+        self._first, self._begun = trainer.global_step, None
+        for probe in _probes(trainer):  # of an earlier fit
+            probe.stretch = 1
+        expected = trainer.max_steps if trainer.max_steps > 0 else float(trainer.estimated_stepping_batches)
+        known = 0 < expected < math.inf
+        steps = int(expected) if known else _UNKNOWN
         dim = next((p.selection.dim for p in _probes(trainer) if isinstance(p, TrajectoryRecorder)), 0)
         for probe in _probes(trainer):
             found = probe.estimate(steps, dim)
@@ -53,7 +59,7 @@ class CostControl(Callback):
                 share = found.passes / trainer.accumulate_grad_batches
                 rank_zero_info(
                     f"{found.name}: about {found.memory}, and {share:.1%} of the time that a step's forward and "
-                    "backward passes take"
+                    f"backward passes take{'' if known else f', in the first {steps:,} steps'}"
                 )
 
     @override

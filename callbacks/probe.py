@@ -199,7 +199,8 @@ class DeferringProbe(Probe):
         assert self._trainer is not None
         for _ in range(min(rows, len(self._outbox))):
             step, metrics = self._outbox.popleft()
-            log_now(self._trainer, metrics, step)
+            known = {name: value for name, value in metrics.items() if value == value}  # what is undefined is left out
+            log_now(self._trainer, known, step)
 
     @override
     def on_train_batch_end(

@@ -50,6 +50,13 @@ class LiveNumbers(ProgressBar):
         self._bar: Progress | None = None
         self._drawn = self._begun = 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to the terminal, which no other process has."""
+        return {**self.__dict__, "_console": None, "_live": None, "_bar": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _console=_terminal())
+
     @override
     def disable(self) -> None:
         self._enabled = False

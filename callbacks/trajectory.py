@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -77,10 +79,13 @@ class TrajectoryRecorder(Probe):
             directions that are kept beside it (`backbone/<name>/kept` says how well). Such a run can be resumed, not
             replayed, and not reheated against its own basis. `dtype` plays no part.
 
+        overwrite: Whether a run that begins anew may replace what another has recorded in the folder. With Lightning's
+            `fast_dev_run` nothing is written there.
+
     Raises:
-        UserError: The pattern selects nothing, another recorder has the same folder, a resumed run's snapshots are
-            missing or of another model, rows are to be kept on disk and not written, or an optimizer is none of
-            PyTorch's, whose steps can be observed.
+        UserError: The pattern selects nothing, the folder holds the path of another run, another recorder has the same
+            folder, a resumed run's snapshots are missing or of another model, rows are to be kept on disk and not
+            written, or an optimizer is none of PyTorch's, whose steps can be observed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -101,6 +106,7 @@ class TrajectoryRecorder(Probe):
         write_snapshots: bool = True,
         max_pending: int = 2,
         sketch: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         super().__init__(schedule)
         if keep_on == "disk" and (not write_snapshots or max_pending < 1):
@@ -117,6 +123,8 @@ class TrajectoryRecorder(Probe):
         self.write_snapshots = write_snapshots
         self.max_pending = max_pending
         self.sketch = sketch
+        self.overwrite = overwrite
+        self._scratch: TemporaryDirectory[str] | None = None
         self.trajectory: Trajectory | None = None
         self._rows: Rows | None = None
         self._leading: LeadingFiles | None = None
@@ -234,7 +242,28 @@ class TrajectoryRecorder(Probe):
             )
 
     def _root(self, trainer: Trainer) -> Path:
-        return Path(self.dirpath or trainer.default_root_dir)
+        root = Path(self.dirpath or trainer.default_root_dir)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return root
+        if self._scratch is None:
+            self._scratch = TemporaryDirectory(prefix="fast_dev_run-", ignore_cleanup_errors=True)
+            for name in (SNAPSHOT_FOLDER, SKETCH_FOLDER, LEADING_FOLDER):  # what is resumed
+                if trainer.ckpt_path is not None and (root / name).is_dir():
+                    shutil.copytree(root / name, Path(self._scratch.name) / name)
+        return Path(self._scratch.name)
+
+    def _require_free_folder(self, trainer: Trainer) -> None:
+        """Refuse to replace the path of another run, unless told to."""
+        file, folder = _need(self._file), _need(self._folder)
+        if trainer.ckpt_path is not None or not trainer.is_global_zero:
+            return
+        recorded = Trajectory.load(file).steps if file.is_file() and not self.overwrite else []
+        if not self.overwrite and (last := max([*recorded, *folder.steps()], default=0)) > trainer.global_step:
+            raise UserError(
+                f"{file.parent} holds the path of a run of {last} steps: resume it with ckpt_path, give another "
+                "default_root_dir or dirpath, or replace it with TrajectoryRecorder(..., overwrite=True)"
+            )
+        folder.discard_after(-1)
 
     def _require_own_folder(self, trainer: Trainer) -> None:
         mine = self._root(trainer)
@@ -279,6 +308,7 @@ class TrajectoryRecorder(Probe):
         if self._restored is not None:
             self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
+            self._require_free_folder(trainer)
             self._record(trainer.global_step)
         self._steps.__enter__()
 
@@ -373,6 +403,9 @@ class TrajectoryRecorder(Probe):
             self._side = None
         if self._folder is not None:
             self._folder.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -64,22 +66,42 @@ def resume_tables(trainer: Trainer) -> None:
 _PATIENCE = 200
 
 
+class _Resume(Callback):
+    """Lets a table take up its file once the trainer knows the step that it resumes from."""
+
+    def __init__(self, table: MetricsCSV) -> None:
+        super().__init__()
+        self.table = table
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None:
+            self.table.resume(trainer.global_step)
+
+
 class MetricsCSV(Logger):
     """One row per step, one column per metric; survives a crash, and a resumed run continues it.
 
     The file is rewritten whole and atomically, at most every few seconds, because columns appear as probes speak for
     the first time, and because a probe may report a step after later ones have been reported. A long table takes
-    longer to write, and is written less often: writing takes half a percent of the time at most.
+    longer to write, and is written less often: writing takes half a percent of the time at most. What the file holds
+    is never lost: rows that are not in memory are read before it is written, a run that begins anew is refused, and an
+    evaluation outside of training adds nothing to another process's table.
 
     Args:
         path: The file, `metrics.csv` in a run folder.
         seconds: Least time between two writes; the end of a run, however it ends, and checkpoints always write.
+        overwrite: Whether a run that begins anew may replace the table of another.
+
+    Raises:
+        UserError: The file holds the rows of a run, and another one begins (`Trainer.fit` without `ckpt_path`).
     """
 
-    def __init__(self, path: Path | str, seconds: float = 5.0) -> None:
+    def __init__(self, path: Path | str, seconds: float = 5.0, overwrite: bool = False) -> None:
         super().__init__()
         self.path = Path(path)
         self.seconds = seconds
+        self.overwrite = overwrite
         self.rows: dict[int, dict[str, float]] = {}
         self._columns: dict[str, None] = {}
         self._written = 0.0
@@ -87,6 +109,12 @@ class MetricsCSV(Logger):
         self._dirty = False
         self._checkpointed = -1
         self._resumed = False
+        self._closed = False
+        self._warned = False
+        self._trainer: Trainer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trainer": None}
 
     @property
     @override
@@ -103,16 +131,65 @@ class MetricsCSV(Logger):
     def save_dir(self) -> str:
         return str(self.path.parent)
 
+    @property
+    @override
+    def log_dir(self) -> str:
+        return self.save_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MetricsCSV:
+        """The table itself, for a module that asks its first logger for one."""
+        return self
+
     @override
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the resolved config lies beside the CSV."""
 
     @override
+    def log_graph(self, model: Any, input_array: Tensor | None = None) -> None:
+        """Meet the trainer, as Lightning calls this before it trains or evaluates."""
+        trainer: Trainer | None = getattr(model, "_trainer", None)
+        if trainer is None:
+            return
+        self._trainer, fits = trainer, trainer.state.fn == TrainerFn.FITTING
+        self._closed = not fits and not self.rows and self.path.is_file()
+        if self._closed:
+            rank_zero_info(f"{self.path} holds another process's run: this evaluation is not added to it")
+        if not fits:
+            return
+        if trainer.ckpt_path is None:
+            self._begin(trainer.global_step)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, _Resume) and callback.table is self for callback in callbacks):
+            callbacks.insert(0, _Resume(self))
+
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def _begin(self, step: int) -> None:
+        """Begin anew, where nothing or nothing behind this step has been logged."""
+        last = max(self.rows or self._read(math.inf), default=0)
+        if self.overwrite and last > step:
+            self.rows, self._columns, self._resumed = {}, {}, True
+        elif last > step:
+            raise UserError(
+                f"{self.path} holds a run of {last} steps: resume it with ckpt_path, give another folder, or replace "
+                "it with MetricsCSV(..., overwrite=True)"
+            )
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if self._closed:
+            return
         if step is None:
-            raise ValueError("every row of the CSV belongs to a step")
-        self._add(step, {name: float(value) for name, value in metrics.items() if name != "epoch"})
+            step = max(self.rows, default=0) if self._trainer is None else self._trainer.global_step
+        numbers = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+        if len(numbers) < len(metrics) and not self._warned:
+            self._warned = True
+            left = next(name for name in metrics if name not in numbers)
+            rank_zero_warn(f"{self.path} holds numbers: {left!r}, and what else is none, is left out of it")
+        numbers.pop("epoch", None)
+        self._add(step, numbers)
         self._dirty = True
         if step <= self._checkpointed:
             self._write()
@@ -123,24 +200,36 @@ class MetricsCSV(Logger):
         self.rows.setdefault(step, {}).update(values)
         self._columns.update(dict.fromkeys(values))
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: float) -> None:
         """Take up the file of an interrupted run, without the rows after `step`: those are about to be redone.
 
-        Once is enough: whatever has been logged by then stands.
+        Once is enough, and whatever has been logged by then stands. Nothing is written: until something new is said,
+        the file stands.
         """
         if self._resumed or not self.path.is_file():
             return
-        self._resumed = True
+        self._resumed, logged = True, self.rows
+        self.rows = {}
+        for source in (self._read(step), logged):
+            for at, values in source.items():
+                self._add(at, values)
+
+    def _read(self, until: float) -> dict[int, dict[str, float]]:
+        """The rows of the file up to a step; none without a file."""
+        if not self.path.is_file():
+            return {}
+        rows: dict[int, dict[str, float]] = {}
         try:
             with self.path.open(newline="") as handle:
                 for row in csv.DictReader(handle):
                     values = {name: float(value) for name, value in row.items() if name != STEP and value != ""}
-                    if int(row[STEP]) <= step:
-                        self._add(int(row[STEP]), values)  # not written: until something new is said, the file stands
+                    if int(row[STEP]) <= until:
+                        rows[int(row[STEP])] = values
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(
                 f"{self.path} is no table of metrics ({error!r}): restore it, or move it away and resume without it"
             ) from None
+        return rows
 
     @override
     @rank_zero_only
@@ -164,6 +253,8 @@ class MetricsCSV(Logger):
 
     def _write(self) -> None:
         begun = time.monotonic()
+        self.resume(math.inf)  # nothing is written from an empty memory
+        self._resumed = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         columns = sorted(self._columns)
@@ -177,3 +268,11 @@ class MetricsCSV(Logger):
         self._written = time.monotonic()
         self._took = self._written - begun
         self._dirty = False
+
+
+def _number(value: Any) -> float | None:
+    """A value as a number, None for what is none: a text, a picture, a tensor of several."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
