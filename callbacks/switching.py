@@ -129,7 +129,7 @@ class SwitchingProbe(Probe):
             self._steps.append(step)
             self._values.append(value)
             log_now(trainer, self._news(), step)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 _write(_file(trainer), self._series())
 
     @override
@@ -139,7 +139,7 @@ class SwitchingProbe(Probe):
             result, metrics = self._whole_run()
         if metrics:
             log_now(trainer, metrics, trainer.global_step)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _write(_file(trainer), result)
 
     @override

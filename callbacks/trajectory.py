@@ -296,6 +296,8 @@ class TrajectoryRecorder(Probe):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._restored is None and not _need(self.trajectory).steps:
+            self._require_free_folder(trainer)
         record_run(trainer, pl_module, self._root(trainer))
         self._device = pl_module.device
         self._writes = trainer.is_global_zero if (shards := self.selection.shards) is None else shards.first_replica
@@ -308,7 +310,6 @@ class TrajectoryRecorder(Probe):
         if self._restored is not None:
             self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
-            self._require_free_folder(trainer)
             self._record(trainer.global_step)
         self._steps.__enter__()
 
@@ -387,6 +388,12 @@ class TrajectoryRecorder(Probe):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
     def _say(self, text: str) -> None:
         """Give a reason why a number is missing or not what it seems, once."""
         if text not in self._said:
@@ -403,9 +410,6 @@ class TrajectoryRecorder(Probe):
             self._side = None
         if self._folder is not None:
             self._folder.close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-            self._scratch = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

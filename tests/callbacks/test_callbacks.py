@@ -64,8 +64,12 @@ class Recorded:
     rows: dict[int, dict[str, float]]
 
 
-@cache
 def _run(accumulate: int = 1) -> Recorded:
+    return _recorded(accumulate)
+
+
+@cache
+def _recorded(accumulate: int) -> Recorded:
     folder = Path(cache_dir()) / f"recorded-{accumulate}"
     follow, spy = TrajectoryRecorder(TRUNK_PATTERN, UNEVEN), Spy()
     callbacks = [spy, follow, GradientAlignment(Schedule(every=1), Schedule(every=3))]
