@@ -174,6 +174,7 @@ class CalibratedProbe(StepProbe):
         self._recorder: TrajectoryRecorder | None = None
         self._seen: Callable[[Any], View] | None = None
         self._restored: dict[str, tuple[str, Any]] = {}
+        self._unknown = False
         self._batch: Any = None
 
     # ---------------------------------------------------------------------------------------- to be written

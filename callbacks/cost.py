@@ -48,7 +48,7 @@ class CostControl(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first, self._begun = trainer.global_step, None
         for probe in _probes(trainer):  # of an earlier fit
-            probe.stretch = 1
+            probe.unstretch()
         expected = trainer.max_steps if trainer.max_steps > 0 else float(trainer.estimated_stepping_batches)
         known = 0 < expected < math.inf
         steps = int(expected) if known else _UNKNOWN

@@ -136,6 +136,10 @@ class Probe(Callback):
         last, self._last_step = self._last_step, trainer.global_step
         return trainer.global_step != last
 
+    def unstretch(self) -> None:
+        """Follow the schedules as they are again."""
+        self.stretch, self._waits = 1, {}
+
     def due(self, step: int, schedule: Schedule | None = None, name: str = "") -> bool:
         """Whether to measure at this step: every `stretch`-th time that the schedule asks.
 

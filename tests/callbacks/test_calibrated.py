@@ -33,6 +33,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from mini_gpt_pl.callbacks import CalibratedProbe, Schedule, View
+from mini_gpt_pl.callbacks.measuring import training_loss
 from mini_gpt_pl.geometry.path import pca, surrogates
 from mini_gpt_pl.geometry.vectors.alignment import cosines
 from mini_gpt_pl.geometry.vectors.selection import Vector
@@ -291,3 +292,49 @@ def test_it_asks_for_a_recorder(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, [UpdateAlignment()], max_steps=1)
     with one_line_error("UpdateAlignment needs a TrajectoryRecorder"):
         trainer.fit(tiny_gpt(), tiny_stories())
+
+
+class LossAfter(CalibratedProbe):
+    """The loss of the step's own batch after it, which is a measure of the module; keeps what it was measured with."""
+
+    family = "loss"
+
+    def __init__(self, needs: tuple[str, ...]) -> None:
+        super().__init__(Schedule(steps=[4]), draws=5)
+        self.needs = needs  # type: ignore[misc, assignment]
+        self.views: list[View] = []
+        self.state: dict[str, Tensor] = {}
+
+    def measure(self, seen: View) -> dict[str, Tensor]:
+        if seen.original is None:
+            self.state = {name: value.clone() for name, value in seen.module.state_dict().items()}
+        self.views.append(seen)
+        return {"after": training_loss(seen.module, seen.batch)}
+
+
+def test_the_null_of_a_measure_of_the_module_is_taken_where_chance_would_have_led(tmp_path: Path) -> None:
+    probe = LossAfter(("update",))
+    train(tmp_path / "with", probe)
+    train(tmp_path / "without")
+    losses = []
+    twin = probe.views[0].module.eval()
+    twin.load_state_dict(probe.state)
+    for view in probe.views:
+        after = view.selection.unflatten(Vector(view.weights.values + view.update.values, view.selection))
+        with torch.no_grad():
+            for name, weight in twin.named_parameters():
+                if name in after:
+                    weight.copy_(after[name])
+            losses.append(float(training_loss(twin, view.batch)))
+    row = metrics(tmp_path / "with")[4]
+    assert row["loss/trunk/after"] == pytest.approx(losses[0], rel=1e-5)
+    assert row["loss/trunk/after_null"] == pytest.approx(float(np.mean(losses[1:])), rel=1e-6)
+    assert row["loss/trunk/after_excess"] == pytest.approx(losses[0] - float(np.mean(losses[1:])), rel=1e-2)
+    assert len(losses) == 6 and len(set(losses)) == 6
+    bare, probed = (read_path(tmp_path / name, "trunk")[1] for name in ("without", "with"))
+    assert np.array_equal(bare, probed)
+
+
+def test_without_the_update_the_null_of_a_measure_of_the_module_is_unknown(tmp_path: Path) -> None:
+    train(tmp_path, LossAfter(("gradient",)))
+    assert [name for name in metrics(tmp_path)[4] if name.startswith("loss/")] == ["loss/trunk/after"]

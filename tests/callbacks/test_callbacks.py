@@ -291,7 +291,7 @@ def test_resuming_bfloat16_rows_continues_them_exactly(place: str, tmp_path: Pat
 def test_no_snapshot_files_if_none_are_wanted(tmp_path: Path) -> None:
     follow = recorder(write_snapshots=False, dirpath=str(tmp_path / "elsewhere"))
     quiet_trainer(tmp_path, [follow], max_steps=4).fit(tiny_gpt(), datamodule=tiny_stories())
-    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["trajectory.safetensors"]
+    assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == {"run.json", "trajectory.safetensors"}
     assert Trajectory.load(tmp_path / "elsewhere/trajectory.safetensors").steps == [0, 2, 4]
 
 
@@ -329,12 +329,12 @@ def test_a_second_fit_starts_a_new_trajectory(tmp_path: Path) -> None:
     """Also after a checkpoint has been validated, which loads the callbacks' states."""
     follow, align = recorder(), GradientAlignment(Schedule(every=1))
     survivals = []
-    for _ in range(2):
-        trainer = quiet_trainer(tmp_path, [follow, align, checkpoints(tmp_path)], max_steps=4, limit_val_batches=1)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        trainer = quiet_trainer(folder, [follow, align, checkpoints(folder)], max_steps=4, limit_val_batches=1)
         trainer.fit(tiny_gpt(), datamodule=tiny_stories())
         assert follow.trajectory is not None and follow.trajectory.steps == [0, 2, 4]
         survivals.append((follow.trajectory.survival, align.state_dict()))
-        trainer.validate(tiny_gpt(), tiny_stories(), ckpt_path=tmp_path / "checkpoints/000002.ckpt", verbose=False)
+        trainer.validate(tiny_gpt(), tiny_stories(), ckpt_path=folder / "checkpoints/000002.ckpt", verbose=False)
     assert survivals[0] == survivals[1]
 
 

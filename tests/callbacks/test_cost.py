@@ -172,3 +172,40 @@ def test_deferred_numbers_keep_step_and_name() -> None:
     assert not deferred and deferred.take() == []
     with pytest.raises(AssertionError):
         deferred.add(1, ["a"], torch.zeros(2))
+
+
+def test_a_second_fit_is_measured_by_itself(tmp_path: Path) -> None:
+    """Neither the time between two fits nor the stretching of the first one counts."""
+    probe, control = Sleeper(Schedule(every=1)), CostControl(0.1, warmup=5)
+    for name in ("first", "second"):
+        before = len(probe.at)
+        logger = MetricsCSV(tmp_path / name / "metrics.csv")
+        trainer = Trainer(
+            max_steps=60, accelerator="cpu", callbacks=[probe, control], logger=logger, log_every_n_steps=10, **QUIET
+        )
+        trainer.fit(Slow(), DataLoader(torch.ones(60, 1), 1))  # type: ignore[arg-type]
+        rows = pd.read_csv(tmp_path / name / "metrics.csv", index_col="step")["overhead/fraction"].dropna()
+        assert rows.index[0] == 10 and rows.iloc[0] == pytest.approx(1.0, abs=0.03)
+        assert probe.at[before : before + 5] == [1, 2, 3, 4, 5]
+        CLOCK.now += 1000.0
+
+
+@pytest.mark.parametrize("settings", [{"max_time": {"minutes": 5}}, {"max_epochs": -1, "limit_train_batches": 3}])
+def test_the_number_of_steps_may_be_unknown(tmp_path: Path, settings: dict[str, Any]) -> None:
+    told: list[str] = []
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.should_stop = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mini_gpt_pl.callbacks.cost.rank_zero_info", told.append)
+        callbacks = [Heavy(Schedule(every=1)), CostControl(), Stop()]
+        trainer = Trainer(
+            max_steps=-1, accelerator="cpu", callbacks=callbacks, logger=False, log_every_n_steps=1, **QUIET, **settings
+        )
+        trainer.fit(Slow(), DataLoader(torch.ones(4, 1), 1))  # type: ignore[arg-type]
+    assert told == [
+        "Heavy: about 3 MiB with the model, and 50.0% of the time that a step's forward and backward passes take, "
+        "in the first 10,000 steps"
+    ]
