@@ -298,7 +298,6 @@ class TrajectoryRecorder(Probe):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._restored is None and not _need(self.trajectory).steps:
             self._require_free_folder(trainer)
-        record_run(trainer, pl_module, self._root(trainer))
         self._device = pl_module.device
         self._writes = trainer.is_global_zero if (shards := self.selection.shards) is None else shards.first_replica
         parameters = self.selection.parameters(pl_module)
@@ -311,6 +310,7 @@ class TrajectoryRecorder(Probe):
             self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
             self._record(trainer.global_step)
+        record_run(trainer, pl_module, self._root(trainer))  # a refused resume leaves the folder as it was
         self._steps.__enter__()
 
     @override
