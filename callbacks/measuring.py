@@ -38,7 +38,7 @@ class _BySignature(type(Protocol)):  # type: ignore[misc]
         if not callable(found) or isinstance(found, nn.Module | type):
             return False
         bound = inspect.ismethod(found)
-        return _takes(found.__func__ if bound else found, bound, vars(cls)[name])  # type: ignore[attr-defined]
+        return _takes(found.__func__ if bound else found, bound, vars(cls)[name])
 
 
 @lru_cache(maxsize=256)

@@ -50,7 +50,7 @@ def _made_like(nest: Any, parts: Mapping[Any, Any]) -> Any:
     if isinstance(nest, tuple) and hasattr(nest, "_make"):
         return nest._make(parts.values())
     if isinstance(nest, list | tuple) or (isinstance(nest, Mapping) and not isinstance(nest, MutableMapping)):
-        return kind(parts if isinstance(nest, Mapping) else parts.values())  # type: ignore[call-arg]
+        return kind(parts if isinstance(nest, Mapping) else parts.values())
     made = copy.copy(nest)
     if isinstance(nest, MutableMapping):
         for key in [key for key in made if key not in parts]:

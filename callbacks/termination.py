@@ -64,7 +64,8 @@ class AgreedTermination(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        loop, connector = trainer.fit_loop.epoch_loop, getattr(trainer, _CONNECTOR, None)
+        loop: Any = trainer.fit_loop.epoch_loop
+        connector: Any = getattr(trainer, _CONNECTOR, None)
         if stage != "fit" or trainer.world_size == 1 or not (hasattr(loop, _ASK) and hasattr(connector, _NOTICE)):
             return
         self._told = False

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 from conftest import one_line_error
 from hypothesis import given
 from hypothesis import strategies as st

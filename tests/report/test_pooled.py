@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 from report_runs import ADAMW, config, learning_curve, numbers, path_of, write_run
 
 from mini_gpt_pl.report.pooled import LEAST, mean_row, over_seeds, pool
