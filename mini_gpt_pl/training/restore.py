@@ -43,9 +43,8 @@ def restore(run: Run, overrides: Sequence[str] = ()) -> tuple[LightningModule, L
         raise UserError(f"{run.path} is a run of no task that is installed here: give one of {', '.join(tasks())}")
     parser = _parser(task)
     # Nothing is trained here, so that an optimizer which is not installed, or was only a default, does no harm.
-    kept = trusted_config(run)
-    model = {option: value for option, value in kept["model"].items() if option != "optimizer"}
-    base = yaml.safe_dump({"model": model, "data": kept["data"]})
+    kept = trusted_config(run, unused=[("trainer",), ("model", "optimizer")])
+    base = yaml.safe_dump({"model": kept["model"], "data": kept["data"]})
     seeds = [f"--{option}={run.config['seed_everything']}" for option in task.from_seed]
     try:
         config = parser.parse_args(["--config", base, *seeds, *(f"--{override}" for override in overrides)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,24 @@ def split_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, packages
 
 
-def trusted_config(run: Run, trusted: Sequence[str] = ()) -> dict[str, Any]:
+def trusted_config(run: Run, trusted: Sequence[str] = (), *, unused: Sequence[tuple[str, ...]] = ()) -> dict[str, Any]:
     """A run's configuration, once nothing in it asks for more than a training is made of.
 
     Args:
         run: The run.
         trusted: Further packages whose classes may be made.
+        unused: Options that the command makes nothing of, each by the keys that lead to it; they are left out.
 
     Raises:
         UserError: It names something else, or a folder to write to that is not in the run's own.
     """
-    texts = dict(_leaves(run.config))
+    config = deepcopy(run.config)
+    for *path, last in unused:
+        part = config
+        for key in path:
+            part = part.get(key) if isinstance(part.get(key), dict) else {}
+        part.pop(last, None)
+    texts = dict(_leaves(config))
     for where, value in texts.items():
         if where[0] == "data" and where[-1] != "class_path":
             continue  # texts and tokenizers are files, whose names have dots
@@ -96,7 +104,6 @@ def trusted_config(run: Run, trusted: Sequence[str] = ()) -> dict[str, Any]:
                 f"{run.path / CONFIG}: {'.'.join(where)} is {value}, outside of the run's folder, and a folder that "
                 "was sent writes nothing elsewhere: give the option on the command line, or take it out of the file"
             )
-    config = dict(run.config)
     if isinstance(data := config.get("data"), dict) and not _inside(run, str(data.get("cache_dir") or run.path)):
         config["data"] = {**data, "cache_dir": None}  # texts are tokenized into the reader's own cache
     return config

@@ -81,6 +81,14 @@ def test_a_package_is_trusted_by_name_and_with_what_is_below_it(tmp_path: Path) 
             trusted_config(run, [other])
 
 
+def test_what_a_command_makes_nothing_of_is_left_out_and_not_looked_at(tmp_path: Path) -> None:
+    run = sent(tmp_path, model={"optimizer": "os.system", "width": 3}, trainer={"profiler": "os.system"}, data={})
+    unused = [("trainer",), ("model", "optimizer"), ("model", "absent", "deeper")]
+    kept = trusted_config(run, unused=unused)
+    assert kept == {"run_dir": "runs/theirs", "model": {"width": 3}, "data": {}}
+    assert run.config["model"]["optimizer"] == "os.system"  # the run's own record is as it was
+
+
 def test_trust_is_taken_out_of_the_command_line() -> None:
     words, packages = split_trust(["fit", "--trust", "a", "--ckpt_path", "x", "--trust=b.c"])
     assert (words, packages) == (["fit", "--ckpt_path", "x"], ["a", "b.c"])
