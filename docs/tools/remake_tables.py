@@ -45,6 +45,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "speed": ("-m", "benchmarks.page"),
     "scale": ("-m", "benchmarks.scale", "--show"),
     "notebooks": ("-m", "notebooks.execute"),
+    "what_works": ("-m", "docs.tools.what_works"),
 }
 """How each command is called, behind `python`. Where a module moves, its line here is all that changes."""
 
@@ -238,6 +239,7 @@ RECIPES: tuple[Recipe, ...] = (
     ),
     Recipe(("docs/metrics.md",), "glossary", write=_into_file("docs/metrics.md")),
     Recipe(("docs/speed.md#*",), "speed"),
+    Recipe(("docs/what-works.md",), "what_works"),
     Recipe(
         ("docs/concepts/scale.md#2",),
         "scale",
@@ -286,6 +288,8 @@ CANNOT: dict[str, str] = {
             "docs/how-to/tinystories.md#1",
             "docs/how-to/write-a-probe.md#[123]",
             "docs/index.md#1",
+            "docs/reference/callbacks.md#1",
+            "docs/reference/geometry.md#1",
             "docs/reference/index.md#1",
             "docs/replication/README.md#1",
         ),
@@ -306,7 +310,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Tables are looked for here; what runs logged is what tables are made of.
 _PLACES = ("README.md", "docs/*", "notebooks/*.ipynb")
 _NO_TABLES = ("docs/*/runs/*", "docs/h100_full/*")
-_WHOLE = ("docs/metrics.md", "*/tables/*.md", "runs/*.md")
+_WHOLE = ("docs/metrics.md", "docs/what-works.md", "*/tables/*.md", "runs/*.md")
 _EXTRA = "runs"  # folder of what --runs adds
 _INSIDE = ("callbacks", "configs")  # what an installed package has inside, so that the copy is run and nothing else
 _MARKED = re.compile(r"(<!-- (?:table )?(?P<name>[\w./-]+) -->\n).*?(<!-- (?:end|/(?P=name)) -->)", re.DOTALL)
