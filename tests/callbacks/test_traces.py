@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -55,8 +55,8 @@ class Rows(DummyLogger):
         self.by_step: dict[int, dict[str, float]] = {}
 
     @override
-    def log_metrics(self, metrics: Any, step: int = 0) -> None:
-        self.by_step.setdefault(step, {}).update(metrics)
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.by_step.setdefault(step or 0, {}).update(metrics)
 
 
 def samples(count: int = 48) -> TensorDataset:
@@ -90,7 +90,7 @@ class Small(LightningModule):
 
 
 def train(
-    folder: Path, module: LightningModule, probes: list[Callback], loader: Any = None, **settings: Any
+    folder: Path, module: LightningModule, probes: Sequence[Callback], loader: Any = None, **settings: Any
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, float]]]:
     """Twelve steps; what the state dictionary is afterwards, and all that was logged."""
     rows, resume = Rows(), settings.pop("ckpt_path", None)
@@ -98,7 +98,7 @@ def train(
     keeps = any(isinstance(probe, ModelCheckpoint) for probe in probes)
     trainer = Trainer(
         **{**quiet, "max_steps": 12, "max_epochs": -1, "enable_checkpointing": keeps, "logger": rows, **settings},
-        callbacks=probes,
+        callbacks=list(probes),
         default_root_dir=folder,
     )
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -162,6 +162,9 @@ class Drawing(Small):
 class Writing(Small):
     """Every forward writes into a buffer, exchanges another, and makes a third, whatever the mode."""
 
+    total: Tensor
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(3))
@@ -222,19 +225,19 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_buffers_and_random_states_are_put_back(fails: bool) -> None:
     """Also where the measurement raises; parts that were folded before stay folded."""
-    module = nn.ModuleList([Writing(), LowRank()])
-    owner = module[0]
-    owner.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    owner, folding = Writing(), LowRank()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     whole = Small()
-    whole.both = module
-    whole.both[1].net[0].eval()
+    whole.both = nn.ModuleList([owner, folding])
+    kept, folded = (part for part in folding.net if isinstance(part, Folding))
+    kept.eval()
     before = {name: value.clone() for name, value in whole.state_dict().items()}
     modes = {name: part.training for name, part in whole.named_modules()}
     states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
     try:
-        with measuring(owner.trainer, whole):
+        with measuring(trainer, whole):
             assert not any(part.training for part in whole.modules())
-            assert whole.both[1].net[2].is_folded
+            assert folded.is_folded
             owner(torch.ones(2, 5))
             random.random(), np.random.random(), torch.randn(2)
             if fails:
@@ -247,7 +250,7 @@ def test_weights_buffers_and_random_states_are_put_back(fails: bool) -> None:
     assert (random.getstate(), str(np.random.get_state())) == states[:2] and torch.equal(
         torch.get_rng_state(), states[2]
     )
-    assert whole.both[1].net[0].is_folded and not whole.both[1].net[2].is_folded
+    assert kept.is_folded and not folded.is_folded
 
 
 class Dropping(Small):
@@ -321,7 +324,8 @@ def test_a_hidden_weight_is_an_error_where_training_would_hear_of_the_backward_p
     batch = [column[:6] for column in samples().tensors]
     selection = ParameterSelection.of(module, PATTERN)
     heard: list[int] = []
-    module.net[2].bias.register_post_accumulate_grad_hook(lambda parameter: heard.append(1))
+    bias = dict(module.named_parameters())["net.2.bias"]
+    bias.register_post_accumulate_grad_hook(lambda parameter: heard.append(1))
     with one_line_error(r"depends on 'net.0.weight'.*use_reentrant=False"):
         gradient_of(lambda: module.batch_loss(batch), selection, module)
     assert not heard and all(parameter.grad is None for parameter in module.parameters())
@@ -477,7 +481,10 @@ def test_a_packed_batch_is_read_back_without_trusting_anybody(tmp_path: Path) ->
     batch = {"g": Graph(torch.ones(2), torch.ones(2)), "n": np.float32(0.5), "t": Pair(torch.ones(1), torch.zeros(1))}
     torch.save(packed(batch), tmp_path / "batch.pt")
     read = torch.load(tmp_path / "batch.pt", weights_only=True)
-    like = {"g": Graph(torch.zeros(1), torch.zeros(1), "other"), "t": Pair(torch.zeros(3), torch.zeros(3))}
+    like: dict[str, Any] = {
+        "g": Graph(torch.zeros(1), torch.zeros(1), "other"),
+        "t": Pair(torch.zeros(3), torch.zeros(3)),
+    }
     again = unpacked(read, like)
     assert digest_of([again]) == digest_of([batch]) and again["g"].name == "g" and isinstance(again["t"], Pair)
     assert like["g"].name == "other"
