@@ -177,7 +177,7 @@ def test_every_sweep_can_be_parsed(
     for point in (sweep.points[0], sweep.points[-1]):
         words = sweep.expand(point.options)
         with pytest.raises(SystemExit) as caught:
-            command(*words[words.index(str(sweep.program)) + 1 :], "--print_config")
+            command(*words[words.index(sweep.program[-1]) + 1 :], "--print_config")
         assert not caught.value.code
         config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
         for key, value in point.parameters.items():
