@@ -72,7 +72,8 @@ class _Class:
     def prepare(self, optimizer: Optimizer, sparse: bool) -> None:
         """Give the twin the settings that the step has, and its shadows their gradients."""
         group = optimizer.param_groups[self.key[0]]
-        decays = any("decay" in name and isinstance(v, int | float) and v != 0 for name, v in group.items())
+        # A flag such as decoupled_weight_decay says how, not how much.
+        decays = any("decay" in name and type(v) in (int, float) and v != 0 for name, v in group.items())
         late, self.decays = decays and not self.decays, decays
         if self.twin is None:
             self.twin = _twin(optimizer, group, _new_shadows(self.key[1]))
