@@ -67,7 +67,7 @@ _PATIENCE = 200
 
 
 class _Resume(Callback):
-    """Lets a table take up its file once the trainer knows the step that it resumes from."""
+    """Lets a table begin, or take up its file, once the trainer knows the step that it starts from."""
 
     def __init__(self, table: MetricsCSV) -> None:
         super().__init__()
@@ -75,7 +75,10 @@ class _Resume(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path is not None:
+        # Not earlier: where the ranks share the weights, Lightning names the checkpoint once they have been laid out.
+        if trainer.ckpt_path is None:
+            self.table.begin(trainer.global_step)
+        else:
             self.table.resume(trainer.global_step)
 
 
@@ -158,15 +161,19 @@ class MetricsCSV(Logger):
             rank_zero_info(f"{self.path} holds another process's run: this evaluation is not added to it")
         if not fits:
             return
-        if trainer.ckpt_path is None:
-            self._begin(trainer.global_step)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _Resume) and callback.table is self for callback in callbacks):
             callbacks.insert(0, _Resume(self))
 
     @rank_zero_only
-    def _begin(self, step: int) -> None:
-        """Begin anew, where nothing or nothing behind this step has been logged."""
+    def begin(self, step: int) -> None:
+        """Begin anew, where nothing or nothing behind this step has been logged.
+
+        Raises:
+            UserError: The file holds the rows of a longer run, and `overwrite` does not say that they may go.
+        """
+        if self._resumed:
+            return
         last = max(self.rows or self._read(math.inf), default=0)
         if self.overwrite and last > step:
             self.rows, self._columns, self._resumed = {}, {}, True

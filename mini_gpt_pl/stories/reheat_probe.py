@@ -58,6 +58,8 @@ class ReheatProbe(Callback):
             of ||r||. What there is none of is left out.
     """
 
+    may_refuse = True  # the optimizer's moments may be of another form: before anything is recorded
+
     def __init__(
         self,
         p0: float,

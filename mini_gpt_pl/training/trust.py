@@ -87,9 +87,10 @@ def trusted_config(run: Run, trusted: Sequence[str] = (), *, unused: Sequence[tu
     """
     config = deepcopy(run.config)
     for *path, last in unused:
-        part = config
+        part: dict[str, Any] = config
         for key in path:
-            part = part.get(key) if isinstance(part.get(key), dict) else {}
+            inner = part.get(key)
+            part = inner if isinstance(inner, dict) else {}
         part.pop(last, None)
     texts = dict(_leaves(config))
     for where, value in texts.items():
