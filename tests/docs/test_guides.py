@@ -141,7 +141,10 @@ def parser(task: str = "stories") -> ArgumentParser:
             task,
             save_config_callback=trainer_cli.RunConfig,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in _TRAINER}},
+            parser_kwargs={
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in trainer_cli.subcommands(task)},
+            },
             args=[],
         )
     found: ArgumentParser = caught.value.args[0]
