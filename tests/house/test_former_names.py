@@ -74,6 +74,7 @@ def test_a_readers_own_module_of_a_former_name_wins(tmp_path: Path, monkeypatch:
     (tmp_path / "callbacks.py").write_text("MINE = True\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "callbacks", raising=False)  # a stand-in that another test has let in
     before = {name: sys.modules.get(name) for name in former_names.MODULES}
     former_names.install()
     try:
