@@ -213,7 +213,7 @@ def _parse_plain(main: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
 def options() -> frozenset[str]:
     """Every option of every command."""
     found: set[str] = set()
-    for task, name in [(task, name) for task in tasks() for name in trainer_cli.subcommands(task)]:
+    for task, name in [(listed, name) for listed in tasks() for name in trainer_cli.subcommands(listed)]:
         found |= set(parser(task)._subcommands_action._name_parser_map[name]._option_string_actions)  # type: ignore[union-attr]
     for file in [*(ROOT / "mini_gpt_pl").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         found |= set(re.findall(r"add(?:_argument)?\(\s*\"(--\w+)\"", file.read_text()))
