@@ -35,7 +35,7 @@ class InThisProcess:
     """Stands in for the process that a sweep starts for a run: loading the libraries takes longer than the run."""
 
     def __init__(self, command: list[str], stdout: BinaryIO, **settings: Any) -> None:
-        program = command.index(str(REPOSITORY / "cli.py"))  # behind what starts it
+        program = command.index("mini_gpt_pl")  # behind what starts it
         told = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(told):
             patch.setattr(trainer_cli, "draw_all", lambda run: [])  # seconds; nobody looks at them
