@@ -88,7 +88,6 @@ class Measured:
             recorded: As in `add`, and what the recorded weights together are called.
         """
         lengths = Lengths.stack(self.lengths)
-        lengths = lengths.with_columns(lengths.columns.cpu())
         resolved = lengths.resolved > 0
         found = length_metrics(lengths)
         if self.steps:

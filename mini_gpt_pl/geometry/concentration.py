@@ -50,9 +50,7 @@ def keep_top(k: int) -> Change:
 def keep_random(k: int, generator: torch.Generator) -> Change:
     """Keep k visible positions of each row drawn by chance, scaled to sum to 1: what `keep_top` is to be better than.
 
-    Args:
-        k: How many; rows with fewer visible positions keep them all.
-        generator: The one source of randomness, on the weights' device.
+    Rows with fewer visible positions keep them all. The generator is on the weights' device.
     """
 
     def change(weights: Float[Tensor, "*rows T"]) -> Float[Tensor, "*rows T"]:

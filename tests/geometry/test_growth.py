@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -139,18 +138,6 @@ def test_a_free_walk_drifts_as_the_square_root() -> None:
     assert fitted(power_law(range(1, 401), length, 0, 400)).exponent == pytest.approx(0.5, abs=1e-9)
 
 
-def test_rates_are_differences_over_time() -> None:
-    steps = [0, *itertools.accumulate(k % 3 + 1 for k in range(T))]
-    part = pca.pca(H, pca.drifts(T + 1)[1:], normalise=True)
-    v = part.backbone @ basis_of(WEIGHTS)
-    drift, span = WEIGHTS - WEIGHTS[0], torch.tensor(steps).double().diff()
-    along = drift @ v
-    across = drift - along[:, None] * v
-    found = growth.rates(H, steps, part.backbone)
-    torch.testing.assert_close(found.along, along.diff() / span, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(found.across, across.diff(dim=0).norm(dim=1) / span, rtol=1e-8, atol=1e-8)
-
-
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=3, max_size=20))
 def test_correlation_is_pearsons(pairs: list[tuple[float, float]]) -> None:
     x, y = map(list, zip(*pairs, strict=True))
@@ -218,8 +205,6 @@ def test_curves_compare_windows_with_both_phases(width: int) -> None:
         assert curves.centres[k] == pytest.approx(np.mean(STEPS[first : first + width]))
         assert float(curves.early[k]) == pytest.approx(float((v @ early).abs()), abs=1e-8)
         assert float(curves.late[k]) == pytest.approx(float((v @ late).abs()), abs=1e-8)
-        unit = window / window.norm(dim=1, keepdim=True)
-        assert float(curves.pc1[k]) == pytest.approx(float((unit @ v).square().mean()), abs=1e-8)
 
 
 def test_curves_of_the_paper_have_41_windows() -> None:

@@ -27,10 +27,7 @@ from mini_gpt_pl.geometry.path.sketch import (
     Sketch,
     SketchedRows,
     cosine_error,
-    participation_bias,
     share_error,
-    standard_error,
-    width_for,
 )
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
@@ -44,6 +41,17 @@ def dense(sketch: Sketch) -> Tensor:
     selection = sketch.weights
     columns = torch.eye(selection.local_dim)
     return torch.stack([sketch(Vector(column, selection)).values for column in columns], 1)
+
+
+def standard_error(gram: Tensor, width: int) -> Tensor:
+    """The bound of the standard deviation of sketched inner products that the module states."""
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    return ((squares[..., :, None] * squares[..., None, :] + gram.square()) / width).sqrt()
+
+
+def participation_bias(participation: float, width: int) -> float:
+    """Expected participation ratio of sketched rows: the squares of estimated inner products hold their variance."""
+    return 1.0 / (1.0 / participation + (1.0 + 1.0 / participation) / width)
 
 
 def products(a: Tensor, b: Tensor, width: int, seeds: int) -> Tensor:
@@ -241,11 +249,8 @@ def test_a_flat_spectrum_is_biased_and_drifts_are_not() -> None:
     assert found["pc1"] == pytest.approx(exact["pc1"], abs=0.1)
 
 
-def test_widths() -> None:
-    assert width_for(0.01) == 10_000 and width_for(1 / 64) == 4096
+def test_the_error_of_a_cosine() -> None:
     assert cosine_error(0.0, 4096) == 1 / 64 and cosine_error(1.0, 10) == 0.0
-    with one_line_error("a sketch has some error"):
-        width_for(0.0)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

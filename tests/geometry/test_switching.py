@@ -150,15 +150,6 @@ def test_docstring_examples() -> None:
     assert doctest.testmod(switching).failed == 0
 
 
-@given(st.sets(st.integers(0, 50), min_size=1).map(sorted), st.integers(0, 60))
-def test_the_snapshot_of_a_step_is_the_last_not_after_it(steps: list[int], step: int) -> None:
-    if step < steps[0]:
-        with pytest.raises(ValueError, match=f"no snapshot at step {step}"):
-            switching.snapshot_at(steps, step)
-    else:
-        assert steps[switching.snapshot_at(steps, step)] == max(s for s in steps if s <= step)
-
-
 def a_switch(peak: int, trough: int) -> switching.Switch:
     """Between two evaluation steps."""
     events = (switching.Event("peak", 1, peak, 0.5, 2), switching.Event("trough", 2, trough, 0.1, 3))

@@ -66,19 +66,6 @@ def test_until_is_what_had_been_recorded_by_then() -> None:
     assert len(whole) == 7 and whole.grams.shape == (2, 7, 7)
 
 
-def test_merge_joins_groups_of_one_run() -> None:
-    parts = [ParameterSelection((name,), ((SMALL.dims[k],),), (name,)) for k, name in enumerate(SMALL.groups)]
-    _, whole = record(SMALL, WEIGHTS)
-    (_, first), (_, second) = (record(s, WEIGHTS[:, cut]) for s, cut in zip(parts, SMALL.slices, strict=True))
-    joined = first.merge(second)
-    assert torch.equal(joined.grams, whole.grams) and joined.groups == whole.groups and joined.dims == whole.dims
-    assert joined.fingerprint not in (first.fingerprint, second.fingerprint) and joined.survival == whole.survival
-    with pytest.raises(ValueError, match="share a parameter group"):
-        first.merge(first)
-    with pytest.raises(ValueError, match="different steps"):
-        first.merge(second.until(300))
-
-
 @pytest.mark.parametrize(
     ("step", "row", "message"),
     [

@@ -19,7 +19,7 @@ gradients, in the dtype of theta, float64 if possible.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -66,8 +66,7 @@ def gradient(loss: Loss, theta: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
     """Gradient of a loss at some weights."""
     point = theta.detach().requires_grad_()
     with torch.enable_grad():
-        (found,) = torch.autograd.grad(loss(point), point)
-    return found
+        return torch.autograd.grad(loss(point), point)[0]
 
 
 def by_hessian(loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> Commutator:
@@ -83,7 +82,7 @@ def by_hessian(loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> Commut
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        loss_a(theta)  # an error of the loss itself is told as it is
+        loss_a(theta)  # raises an error of the loss itself as it is
         reason = str(error).splitlines()[0]
         raise NotTwiceError(f"the loss cannot be differentiated twice ({reason})") from None
     noise = _ROUNDING * _eps(theta) * (_length(b_along_a) + _length(a_along_b))
@@ -111,12 +110,7 @@ def finite(
 
     delta / eta = [g_A(theta - eta g_B) - g_A(theta)] - [g_B(theta - eta g_A) - g_B(theta)]
 
-    Args:
-        found: Gives the gradients at theta.
-        loss_a: Of batch A.
-        loss_b: Of batch B.
-        theta: The weights.
-        eta: Step size. The result tends to the bracket as it tends to 0.
+    The gradients at theta are those of the commutator, whose bracket is the limit as eta tends to 0.
     """
     after_b = gradient(loss_a, theta - eta * found.grad_b) - found.grad_a
     after_a = gradient(loss_b, theta - eta * found.grad_a) - found.grad_b
@@ -153,14 +147,7 @@ class Lengths:
 
     @classmethod
     def of(cls, found: Commutator, stepped: Float[Tensor, " D"], theta: Float[Tensor, " D"], eta: float) -> Lengths:
-        """Measure one sample, on its device.
-
-        Args:
-            found: The sample.
-            stepped: `finite` of it.
-            theta: The weights.
-            eta: Step size.
-        """
+        """Measure one sample, and its steps of `finite` size eta, on its device."""
         vectors = (found.grad_a, found.grad_b, found.bracket, stepped, theta)
         a, b, bracket, moved, weights = (_length(vector)[None] for vector in vectors)
         pulled = (_length(found.b_along_a) + _length(found.a_along_b))[None]
@@ -169,19 +156,10 @@ class Lengths:
 
     @classmethod
     def stack(cls, samples: Sequence[Lengths]) -> Lengths:
-        """Put samples of one point together."""
-        return samples[0].with_columns(torch.cat([sample.columns for sample in samples], 1))
-
-    @property
-    def columns(self) -> Float[Tensor, "8 K"]:
-        """The measured lengths in the order of the arguments."""
-        gradients = (self.norm_a, self.norm_b, self.inner)
-        return torch.stack([*gradients, self.bracket, self.pulled, self.noise, self.stepped, self.weights])
-
-    def with_columns(self, columns: Float[Tensor, "8 K"]) -> Lengths:
-        """The same with other lengths, such as those that have moved to the host."""
-        a, b, inner, bracket, pulled, noise, stepped, weights = columns
-        return Lengths(a, b, inner, bracket, pulled, noise, stepped, weights, self.eta)
+        """Put samples of one point together, on the host, in one transfer."""
+        *names, _ = (field.name for field in fields(cls))
+        columns = torch.stack([torch.cat([getattr(sample, name) for sample in samples]) for name in names])
+        return cls(*columns.cpu(), eta=samples[0].eta)
 
     @property
     def resolved(self) -> Float[Tensor, " K"]:
@@ -281,14 +259,7 @@ class _Field:
 
 
 def _slope(loss: Loss, theta: Tensor, grad: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-    """H v by symmetric differences of gradients, and how much of it may be rounding.
-
-    Args:
-        loss: Whose H.
-        theta: Where.
-        grad: Its gradient there.
-        along: v.
-    """
+    """H v, v being `along`, by symmetric differences of gradients, and how much of it may be rounding."""
     tiny = torch.finfo(torch.float64).tiny
     length, reach, eps = _length(along).clamp_min(tiny), 1.0 + _length(theta), _eps(theta)
     first = (eps**0.5 * reach / length).to(theta.dtype)

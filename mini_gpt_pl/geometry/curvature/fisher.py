@@ -5,7 +5,7 @@ be held at a time: ||g_i||^2 and <g_i, v> give every Rayleigh quotient, the trac
 Which Fisher F estimates depends on the gradients alone, and the three differ:
 
 * batch-mean second moment: g_i of mini-batch losses. F = mu mu' + Sigma / B depends on the batch size B. This is what
-  the paper calls the empirical Fisher;
+  arXiv 2602.23696 calls the empirical Fisher;
 * per-sample empirical Fisher: g_i of the losses of single samples with their true labels;
 * Monte-Carlo true Fisher: g_i = sqrt(n) times the gradient of the mean negative log-likelihood of n labels drawn from
   the model itself. Scores of independent draws are uncorrelated with mean zero, so E[g g'] is the Fisher per label, and
@@ -17,8 +17,8 @@ Coordinates cannot be mixed up: gradients and directions are `Vector`s, and thos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,17 +27,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mini_gpt_pl.geometry.directions.axes import Axes, Axis, RandomDirections
+from mini_gpt_pl.geometry.vectors.alignment import with_total
 from mini_gpt_pl.geometry.vectors.products import inner_products, squared_norms
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 
 class Estimated(NamedTuple):
-    """A mean over gradients and its standard error, per group and, last, for the whole selection.
-
-    Attributes:
-        value: The estimate.
-        error: Its standard error over the M gradients.
-    """
+    """A mean over M gradients and its standard error, per group and, last, for the whole selection."""
 
     value: Float[Tensor, " G1"]
     error: Float[Tensor, " G1"]
@@ -66,16 +62,13 @@ class Survey:
         """Move everything to the host, in one transfer."""
         tensors = [self.squares, *self.projections.values()]
         tensors += [t for t in (self.random, self.grams) if t is not None]
-        flat = torch.cat([t.reshape(-1) for t in tensors]).cpu()
-        parts = [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-        names = list(self.projections)
-        rest = parts[1 + len(names) :]
-        return replace(
-            self,
-            squares=parts[0],
-            projections=dict(zip(names, parts[1:], strict=False)),
-            random=None if self.random is None else rest[0],
-            grams=None if self.grams is None else rest[-1],
+        flat = torch.cat([t.reshape(-1) for t in tensors]).cpu().split([t.numel() for t in tensors])
+        parts = iter([part.view(t.shape) for part, t in zip(flat, tensors, strict=True)])
+        return Survey(
+            next(parts),
+            {name: next(parts) for name in self.projections},
+            None if self.random is None else next(parts),
+            None if self.grams is None else next(parts),
         )
 
 
@@ -100,7 +93,7 @@ def survey(
         count: M.
         axes: Directions to project on.
         block: Gradients held at a time.
-        gram: Whether to find the inner products of all pairs.
+        gram: Whether to take the inner products of all pairs.
         random: Random directions to project on.
 
     Raises:
@@ -112,22 +105,25 @@ def survey(
     table = Axes.of(axes) if axes else None
     squares, along, drawn, bands = [], [], [], []
     for begin, held, selection in _blocks(gradient, count, block):
-        squares.append(_with_whole(squared_norms(held, selection).T))
+        squares.append(with_total(squared_norms(held, selection).T))
         if table is not None:
             table.selection.accept(selection)
             along.append(table.project(held))
         if random is not None:
             random.axis.own.selection.accept(selection)
             drawn.append(random.project(held))
-        if gram:
-            later = (_values(gradient(i), selection) for i in range(begin + len(held), count))
-            bands.append(_band(held, later, selection))
+        if gram:  # of the held gradients with one another, then with each that comes after them
+            band = [inner_products(held, held, selection)]
+            for i in range(begin + len(held), count):
+                band.append(inner_products(held, _values(gradient(i), selection)[None], selection))
+            bands.append(pad(torch.cat(band, -1), (begin, 0)))
     projected = torch.cat(along).unbind(1) if along else ()
+    upper = torch.cat(bands, 1) if gram else None
     return Survey(
         torch.cat(squares),
         dict(zip(axes, projected, strict=True)),
         torch.cat(drawn) if drawn else None,
-        _symmetric(bands, count) if gram else None,
+        None if upper is None else upper.triu() + upper.triu(1).mT,
     )
 
 
@@ -150,25 +146,6 @@ def _blocks(
 def _values(gradient: Vector, selection: ParameterSelection) -> Float[Tensor, " D"]:
     selection.accept(gradient.selection)
     return gradient.values
-
-
-def _with_whole(groups: Float[Tensor, "M G"]) -> Float[Tensor, "M G1"]:
-    return torch.cat([groups, groups.sum(-1, keepdim=True)], -1)
-
-
-def _band(
-    held: Float[Tensor, "B D"], later: Iterable[Float[Tensor, " D"]], selection: ParameterSelection
-) -> Float[Tensor, "G B rest"]:
-    """Inner products of held gradients with one another, then with each that comes after them."""
-    found = [inner_products(held, held, selection)]
-    found += [inner_products(held, values[None], selection) for values in later]
-    return torch.cat(found, -1)
-
-
-def _symmetric(bands: Sequence[Float[Tensor, "G _ _"]], count: int) -> Float[Tensor, "G M M"]:
-    """Put together a Gram whose rows are known from the diagonal on, block by block."""
-    upper = torch.cat([pad(band, (count - band.shape[-1], 0)) for band in bands], 1)
-    return upper.triu() + upper.triu(1).mT
 
 
 def gradient_of_rows(matrix: Float[Tensor, "M D"], selection: ParameterSelection) -> Callable[[int], Vector]:
@@ -214,12 +191,12 @@ def anisotropy(quotients: Float[Tensor, "M G1"], squares: Float[Tensor, "M G1"],
         visible = (others > 0) & (across > 1e-6 * total.abs())
         return torch.where(visible, along * others / across, float("nan"))
 
-    replicates = ratio(_leave_one_out(quotients), _leave_one_out(squares))
-    return Estimated(ratio(quotients.mean(0), squares.mean(0)), _jackknife(replicates))
+    without = [(values.sum(0) - values) / (len(values) - 1) for values in (quotients, squares)]  # each in turn
+    return Estimated(ratio(quotients.mean(0), squares.mean(0)), _jackknife(ratio(*without)))
 
 
 def sampled_anisotropy(projections: Float[Tensor, "M G1"], random: Float[Tensor, "M K G1"]) -> Float[Tensor, " G1"]:
-    """q(v) over the mean Rayleigh quotient of K random directions across v, the paper's estimate of `anisotropy`."""
+    """q(v) over the mean Rayleigh quotient of K random directions across v: an estimate of `anisotropy`."""
     return projections.square().mean(0) / random.square().mean((0, 1))
 
 
@@ -243,24 +220,13 @@ class Spectrum:
 
 
 def spectrum(gram: Float[Tensor, "M M"]) -> Spectrum:
-    """Eigenvalues of F through its Gram: G'G/M and GG'/M share them.
-
-    Args:
-        gram: <g_i, g_j> of one group, or summed over groups.
-    """
+    """Eigenvalues of F through the Gram <g_i, g_j> of one group, or summed over groups: G'G/M and GG'/M share them."""
     energy, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     return Spectrum(energy.flip(0).clamp_min(0.0) / len(gram), vectors.flip(1).T)
 
 
 class Leading(NamedTuple):
-    """The first mode of F.
-
-    Attributes:
-        value: lambda_1.
-        value_error: Jackknife standard error over gradients.
-        overlap: |<u_1, v>|.
-        overlap_error: Jackknife standard error over gradients.
-    """
+    """The first mode of F: lambda_1 and |<u_1, v>|, each with its jackknife standard error over gradients."""
 
     value: float
     value_error: float
@@ -313,13 +279,8 @@ def split_moments(
 ) -> Moments:
     """Solve E[x_b^2] = mean + noise / b at two batch sizes (McCandlish et al. 2018, appendix A).
 
-    Both parts are unbiased, so either can come out negative where it is small.
-
-    Args:
-        small: Second moment of gradients of small batches.
-        large: Second moment of gradients of large batches.
-        small_size: Samples in a small batch.
-        large_size: Samples in a large batch.
+    `small` and `large` are second moments of gradients of batches of these sizes. Both parts are unbiased, so either
+    can come out negative where it is small.
 
     Raises:
         ValueError: The sizes are equal, or not in this order.
@@ -328,14 +289,6 @@ def split_moments(
         raise ValueError(f"two batch sizes, the smaller one first, are needed, got {small_size} and {large_size}")
     noise = (small - large) / (1.0 / small_size - 1.0 / large_size)
     return Moments(large - noise / large_size, noise)
-
-
-# ------------------------------------------------------------------------------------------------------- summation
-
-
-def _leave_one_out(values: Float[Tensor, "M G1"]) -> Float[Tensor, "M G1"]:
-    """Means over all gradients but one."""
-    return (values.sum(0) - values) / (len(values) - 1)
 
 
 def _jackknife(replicates: Float[Tensor, "M k"]) -> Float[Tensor, " k"]:

@@ -64,14 +64,10 @@ class TwoSteps:
 
 
 class OptimizerSteps:
-    """Takes steps of an optimizer on copies.
+    """Takes steps of an optimizer on copies of the selected weights, theta, and of its state; it is never changed.
 
-    Args:
-        optimizer: As it is before a step; it is read and never changed.
-        module: Owner of the weights.
-        selection: The weights that move; others that the optimizer trains stay where they are.
-        theta: Their values, in the dtype of the copies.
-        clip_norm: Gradients are clipped to this norm over the selected weights, as training does; None does not clip.
+    Other weights that the optimizer trains stay where they are. Gradients are clipped to `clip_norm` over the selected
+    weights, as training does; None does not clip.
     """
 
     def __init__(
@@ -106,14 +102,7 @@ class OptimizerSteps:
         return places
 
     def order(self, loss_a: Loss, loss_b: Loss, grad_a: Float[Tensor, " D"], grad_b: Float[Tensor, " D"]) -> TwoSteps:
-        """Take A then B, and B then A; two gradients beside those at theta.
-
-        Args:
-            loss_a: Of batch A.
-            loss_b: Of batch B.
-            grad_a: g_A at theta.
-            grad_b: g_B at theta.
-        """
+        """Take A then B, and B then A, whose gradients at theta are given; two gradients beside those."""
 
         def pair(first: Tensor, second: Field) -> list[Tensor]:
             return self.path([lambda _: first, second])
@@ -137,18 +126,15 @@ def _twin(optimizer: Optimizer, parameters: Sequence[Tensor], moving: Sequence[T
             setattr(twin, name, type(value)())
         elif not callable(value):
             setattr(twin, name, copy.deepcopy(value, memo))
-    _adopt(twin, {id(new) for new in moving}, moving[0].dtype)
-    return twin
-
-
-def _adopt(twin: Optimizer, moving: set[int], dtype: torch.dtype) -> None:
+    copies, dtype = {id(new) for new in moving}, moving[0].dtype
     for group in twin.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in moving]
+        group["params"] = [p for p in group["params"] if id(p) in copies]
         # One tensor after the other: fused kernels are choosy about dtypes.
         group.update({name: False for name in ("fused", "foreach") if name in group})
-    for parameter in [p for p in twin.state if id(p) not in moving]:
+    for parameter in [p for p in twin.state if id(p) not in copies]:
         del twin.state[parameter]
     for state in twin.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim:  # a count of steps stays
                 state[name] = value.to(dtype)
+    return twin

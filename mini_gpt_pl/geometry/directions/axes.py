@@ -72,7 +72,7 @@ class Axes(Mapping[str, Axis]):
 
     @classmethod
     def of(cls, axes: Mapping[str, Axis]) -> Axes:
-        """Copy given axes, at least one, into a matrix; one that is such a matrix already stays as it is.
+        """Copy axes, at least one, into a matrix; what is such a matrix already stays as it is.
 
         Raises:
             FingerprintError: They order their coordinates differently.
@@ -96,22 +96,18 @@ class Axes(Mapping[str, Axis]):
         directions: Callable[[Sequence[Float[Tensor, "G n"]]], Float[Tensor, "K D"]],
         selection: ParameterSelection,
     ) -> Axes:
-        """Materialise directions that are known by their coefficients, all at once.
+        """Materialise named directions from their coefficients, a row per group, then the whole's.
 
-        Args:
-            coefficients: By name; a row per group, then the whole's.
-            directions: Makes vectors, each of one set of coefficients per group, in one pass over their parts.
-            selection: Of its vectors.
+        `directions` makes vectors of the selection, each of one set of coefficients per group, in one pass.
         """
-        wanted: list[Float[Tensor, "G n"]] = []
+        sets: list[Float[Tensor, "G n"]] = []
         places = {}
-        for name, found in coefficients.items():
-            own, whole = found[:-1], found[-1:].expand(len(found) - 1, -1)
-            first = len(wanted)
-            wanted += [own] if bool((own == whole).all()) else [own, whole]
-            places[name] = (first, len(wanted) - 1)
-        rows = directions(wanted) if wanted else torch.empty(0, selection.local_dim)
-        return cls(rows, places, selection)
+        for name, rows in coefficients.items():
+            own, whole = rows[:-1], rows[-1:].expand(len(rows) - 1, -1)
+            first = len(sets)
+            sets += [own] if bool((own == whole).all()) else [own, whole]
+            places[name] = (first, len(sets) - 1)
+        return cls(directions(sets) if sets else torch.empty(0, selection.local_dim), places, selection)
 
     def __getitem__(self, name: str) -> Axis:
         first, second = self.places[name]
@@ -126,11 +122,7 @@ class Axes(Mapping[str, Axis]):
         return len(self.places)
 
     def index(self, name: str) -> int:
-        """Where a name's coordinates stand among the N that `project` and `meet` give.
-
-        Raises:
-            ValueError: There is no such axis.
-        """
+        """Where a name's coordinates stand among the N that `project` and `meet` give; ValueError without it."""
         return list(self.places).index(name)
 
     def project(self, vectors: Float[Tensor, "M D"]) -> Float[Tensor, "M N G1"]:
@@ -146,11 +138,11 @@ class Axes(Mapping[str, Axis]):
         """
         self.selection.accept(vector.selection)
         row = vector.values[None]
-        found = products_at_once([*self.rows, vector.values], vector.values, self.selection)
-        if found is None:
+        products = products_at_once([*self.rows, vector.values], vector.values, self.selection)
+        if products is None:
             return with_total(squared_norms(row, self.selection)[:, 0]), self.project(row)[0]
-        inner = self._of_places(found[:, None, :-1])
-        return with_total(found[:, -1]), torch.where(self._lengths > 0, inner / self._lengths, 0.0)[0]
+        inner = self._of_places(products[:, None, :-1])
+        return with_total(products[:, -1]), torch.where(self._lengths > 0, inner / self._lengths, 0.0)[0]
 
     @cached_property
     def _lengths(self) -> Float[Tensor, "N G1"]:
@@ -162,10 +154,10 @@ class Axes(Mapping[str, Axis]):
         own, whole = zip(*self.places.values(), strict=True)
         return torch.tensor(own, device=self.rows.device), torch.tensor(whole, device=self.rows.device)
 
-    def _of_places(self, found: Float[Tensor, "G M K"]) -> Float[Tensor, "M N G1"]:
-        """Take what belongs to each name from what was found for each row and group."""
+    def _of_places(self, of_rows: Float[Tensor, "G M K"]) -> Float[Tensor, "M N G1"]:
+        """Take what belongs to each name from what belongs to each row and group."""
         own, whole = self._places
-        return torch.cat([found[..., own].permute(1, 2, 0), found[..., whole].sum(0)[..., None]], -1)
+        return torch.cat([of_rows[..., own].permute(1, 2, 0), of_rows[..., whole].sum(0)[..., None]], -1)
 
 
 def path_coefficients(
@@ -173,14 +165,10 @@ def path_coefficients(
 ) -> dict[str, Float[Tensor, "G1 n"]]:
     """Name the directions that the snapshots so far offer, as coefficients over (theta_0, d_1, ..., d_T).
 
-    Args:
-        trajectory: The snapshots up to now.
-        segments: Displacements theta(second step) - theta(first step) by name, such as a switch from peak to trough;
-            one whose snapshots have not both been taken is left out.
-
-    Returns:
-        `backbone`, `pc2` (where the path has a second component in every group), `theta0` (the initial weights, with
-        which weight decay aligns any backbone) and the segments: a row per group, then the whole's.
+    `backbone`, `pc2` (where the path has a second component in every group), `theta0` (the initial weights, with which
+    weight decay aligns any backbone) and the segments, each with a row per group, then the whole's; none where nothing
+    has moved. Segments are displacements theta(second step) - theta(first step), such as a switch from peak to trough;
+    one whose snapshots have not both been taken is left out.
     """
     n = len(trajectory)
     if n < 2:
@@ -190,53 +178,45 @@ def path_coefficients(
     if min(float(pca.norms(gram, rows).max()) for gram in grams) == 0.0:
         return {}  # nothing has moved yet
     parts = [pca.pca(gram, rows).directions for gram in grams]
-    found = {BACKBONE: torch.stack([part[0] for part in parts])}
+    coefficients = {BACKBONE: torch.stack([part[0] for part in parts])}
     if min(len(part) for part in parts) > 1:
-        found["pc2"] = torch.stack([part[1] for part in parts])
-    found["theta0"] = pca.theta0(n).expand(len(grams), n)
+        coefficients["pc2"] = torch.stack([part[1] for part in parts])
+    coefficients["theta0"] = pca.theta0(n).expand(len(grams), n)
     path = pca.drifts(n)
     for name, (first, last) in segments.items():
         if first in trajectory.steps and last in trajectory.steps:
             line = path[trajectory.steps.index(last)] - path[trajectory.steps.index(first)]
-            found[name] = line.expand(len(grams), n)
-    return found
+            coefficients[name] = line.expand(len(grams), n)
+    return coefficients
 
 
 class RandomDirections:
-    """K Gaussian directions made orthogonal to an axis: the paper's denominator of the anisotropy.
+    """K (`count`) Gaussian directions made orthogonal to an axis, group by group and as a whole.
 
-    They are drawn again for every few gradients rather than stored, so they take D values and not K x D.
-    `fisher.anisotropy` knows their mean exactly and costs nothing: this is for comparison.
-
-    Args:
-        axis: What they are orthogonal to, group by group and as a whole.
-        count: K.
-        seed: Of the generators; direction k is a function of (seed, k) on one kind of device.
+    They are the denominator of the anisotropy of arXiv 2602.23696; `fisher.anisotropy` knows their mean exactly and
+    costs nothing: this is for comparison. Direction k is a function of (seed, k) on one kind of device, drawn again for
+    every few gradients rather than stored, so they take D values and not K x D.
     """
 
     def __init__(self, axis: Axis, count: int, seed: int = 0) -> None:
         self.axis = axis
         self.count = count
         self.seed = seed
-        self._known: list[tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]] = []
+        self._along: list[tuple[Float[Tensor, " G1"], Float[Tensor, " G1"]]] = []
 
     def project(self, vectors: Float[Tensor, "M D"]) -> Float[Tensor, "M K G1"]:
         """Coordinates of vectors of the axis' selection along each of the unit directions."""
         selection = self.axis.own.selection
         along = Axes.of({"": self.axis}).project(vectors)[:, 0]
-        found = []
+        coordinates = []
         for k in range(self.count):
-            draw = self._draw(k, vectors)
-            if k == len(self._known):
-                self._known.append((self.axis.project(draw), with_total(draw.dots(draw))))
-            shared, square = self._known[k]
+            generator = torch.Generator(vectors.device).manual_seed((self.seed << 16) + k)
+            draw = Vector(torch.randn(vectors.shape[1], generator=generator, device=vectors.device), selection)
+            if k == len(self._along):
+                self._along.append((self.axis.project(draw), with_total(draw.dots(draw))))
+            shared, square = self._along[k]
             across = (square - shared.square()).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
             inner = inner_products(vectors, draw.values[None], selection)[..., 0]  # (G, M)
             inner = torch.cat([inner, inner.sum(0, keepdim=True)]).T
-            found.append((inner - shared * along) / across)
-        return torch.stack(found, 1)
-
-    def _draw(self, k: int, like: Float[Tensor, "M D"]) -> Vector:
-        generator = torch.Generator(like.device).manual_seed((self.seed << 16) + k)
-        values = torch.randn(like.shape[1], generator=generator, device=like.device)
-        return Vector(values, self.axis.own.selection)
+            coordinates.append((inner - shared * along) / across)
+        return torch.stack(coordinates, 1)

@@ -15,10 +15,10 @@ from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights lie, seen from a point of a run's basis, in parameter units.
+    """Where weights lie, seen from theta_0 or another origin, in parameter units.
 
     Args:
-        coordinate: a = <theta - origin, v_b>, signed; the origin is theta_0 unless another is named.
+        coordinate: a = <theta - origin, v_b>, signed.
         residual_norm: ||theta - origin - a v_b||.
     """
 
@@ -28,13 +28,7 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class FrozenBasis:
-    """Initial weights and whole-run backbone of a run, up to one of its steps.
-
-    Args:
-        theta0: Initial weights.
-        backbone: Unit vector v_b of the drifts up to `step`.
-        step: Last snapshot that entered.
-    """
+    """Initial weights of a run, and the unit vector v_b of its drifts up to a step, that of the last snapshot."""
 
     theta0: Vector
     backbone: Vector
@@ -51,24 +45,18 @@ class FrozenBasis:
         selection.require(trajectory.fingerprint)
         part = trajectory.until(step)
         n = len(part)
-        wanted = {"theta0": pca.theta0(n), "backbone": pca.pca(part.gram(), pca.drifts(n)[1:]).backbone}
-        coefficients = {name: direction.expand(len(part.groups), n) for name, direction in wanted.items()}
+        directions = {"theta0": pca.theta0(n), "backbone": pca.pca(part.gram(), pca.drifts(n)[1:]).backbone}
+        coefficients = {name: direction.expand(len(part.groups), n) for name, direction in directions.items()}
         files = SnapshotFolder(folder, selection)
         vectors = combine(part.steps, files.read, coefficients, selection, torch.device("cpu"))
         return cls(vectors["theta0"], vectors["backbone"], part.steps[-1])
 
     def to(self, device: torch.device) -> FrozenBasis:
         """Move both vectors."""
-        selection = self.theta0.selection
-        theta0, backbone = (Vector(v.values.to(device), selection) for v in (self.theta0, self.backbone))
-        return FrozenBasis(theta0, backbone, self.step)
+        return FrozenBasis(self.theta0.to(device), self.backbone.to(device), self.step)
 
     def place(self, weights: Vector, origin: Vector | None = None) -> Placement:
-        """Split the displacement of selected weights into its part along the backbone and across it.
-
-        Args:
-            weights: The weights.
-            origin: Where the displacement begins; theta_0 for None.
+        """Split the displacement of weights from an origin (theta_0 for None) along the backbone and across it.
 
         Raises:
             FingerprintError: They are of another selection.

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.geometry.directions.subspace import Basis
+from mini_gpt_pl.geometry.vectors.products import squared_length
 from mini_gpt_pl.geometry.vectors.selection import Vector
 
 
@@ -34,11 +35,8 @@ from mini_gpt_pl.geometry.vectors.selection import Vector
 class Steering:
     """The map x -> a P x + b (x - P x), on tensors by the name of their weight.
 
-    Args:
-        basis: Of the subspace; None where both gains are the same.
-        parallel: a.
-        orthogonal: b.
-        others: Whether weights that are not the basis' belong to the orthogonal part; else they stay as they are.
+    The basis is None where both gains, `parallel` a and `orthogonal` b, are the same. With `others`, weights that are
+    not the basis' belong to the orthogonal part; else they stay as they are.
 
     Raises:
         ValueError: The gains differ, and there is no basis to tell the parts by.
@@ -69,34 +67,31 @@ class Steering:
 
     @torch.no_grad()
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Change tensors in place; weights of the basis that have none count as zero.
+        """Change tensors in place: one for each weight that there is, such as gradients, by plain name.
 
-        Args:
-            tensors: One for each weight that there is, such as gradients, by plain name.
+        Weights of the basis that have none count as zero.
         """
         changed = {name: tensor for name, tensor in tensors.items() if self._is_mine(name)}
-        # Before anything changes.
-        inside = {} if self.parallel == self.orthogonal else self._inside(tensors)
+        inside: dict[str, Tensor] = {}
+        if self.parallel != self.orthogonal:  # before anything changes
+            assert self.basis is not None
+            inside = self.basis.selection.unflatten(self.basis.parallel(self._flat(tensors)))
         if self.orthogonal != 1.0 and changed:
             torch._foreach_mul_(list(changed.values()), self.orthogonal)
-        met = [name for name in inside if name in changed]
-        if met:
+        if met := [name for name in inside if name in changed]:
             parts = [inside[name].to(changed[name].dtype) for name in met]
             torch._foreach_add_([changed[name] for name in met], parts, alpha=self.parallel - self.orthogonal)
 
     @torch.no_grad()
     def measure(self, tensors: Mapping[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
-        """What there is to change: lengths as shares of |x|, on the tensors' device, NaN for a zero vector.
+        """What `apply_` would change: lengths as shares of |x|, on the tensors' device, NaN for a zero vector.
 
-        Args:
-            tensors: As for `apply_`, before it.
-
-        Returns:
-            `change` = |x' - x| / |x|; with a basis also `parallel` = |P x| / |x| and `parallel_null`, the root of
-            the share that as many random directions in the same blocks hold on average.
+        `change` = |x' - x| / |x|; with a basis also `parallel` = |P x| / |x| and `parallel_null`, the root of the share
+        that as many random directions in the same blocks hold on average.
         """
-        total = torch.stack([_square(tensor) for tensor in tensors.values()]).sum()
-        mine = torch.stack([_square(t) for name, t in tensors.items() if self._is_mine(name)] or [0.0 * total]).sum()
+        squares = {name: squared_length(tensor) for name, tensor in tensors.items()}
+        total = torch.stack(list(squares.values())).sum()
+        mine = torch.stack([s for name, s in squares.items() if self._is_mine(name)] or [0.0 * total]).sum()
         if self.basis is None:
             return {"change": torch.where(total > 0, (mine / total).sqrt() * abs(self.orthogonal - 1.0), torch.nan)}
         dim = sum(tensor.numel() for tensor in tensors.values())
@@ -113,16 +108,6 @@ class Steering:
         """The tensors of the basis' weights as one vector, in the dtype of its rows."""
         assert self.basis is not None
         selection, rows = self.basis.selection, self.basis.blocks[0].rows
-        found = [
-            tensors[name] if name in tensors else rows.new_zeros(shape)
-            for name, shape in zip(selection.names, selection.shapes, strict=True)
-        ]
-        return selection.flatten(found, rows.dtype)
-
-    def _inside(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert self.basis is not None
-        return self.basis.selection.unflatten(self.basis.parallel(self._flat(tensors)))
-
-
-def _square(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+        shaped = zip(selection.names, selection.shapes, strict=True)
+        parts = [tensors[name] if name in tensors else rows.new_zeros(shape) for name, shape in shaped]
+        return selection.flatten(parts, rows.dtype)

@@ -24,6 +24,7 @@ from mini_gpt_pl.geometry.path import centred as centring
 from mini_gpt_pl.geometry.path import pca
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, combine
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
+from mini_gpt_pl.geometry.vectors.products import squared_length
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 
 Combine = Callable[[Sequence[Float[Tensor, "G n"]]], Float[Tensor, "N D"]]
@@ -32,12 +33,9 @@ Combine = Callable[[Sequence[Float[Tensor, "G n"]]], Float[Tensor, "N D"]]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Orthonormal directions within one stretch of the weights.
+    """Orthonormal directions, `rows`, within one stretch of the weights: a group or a weight, named by `label`.
 
-    Args:
-        label: Of the stretch: a group or a weight.
-        span: Where it lies in the flat vectors of the basis' selection.
-        rows: The directions.
+    `span` is where the stretch lies in the flat vectors of the basis' selection.
     """
 
     label: str
@@ -47,11 +45,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Orthonormal vectors of a subspace.
-
-    Args:
-        selection: The weights that they live in, and their order.
-        blocks: In disjoint stretches.
+    """Orthonormal vectors of a subspace of the selected weights, in blocks of disjoint stretches.
 
     Example:
         >>> selection = ParameterSelection(("w",), ((3,),), ("all",))
@@ -65,11 +59,9 @@ class Basis:
 
     @classmethod
     def of(cls, selection: ParameterSelection, blocks: Sequence[tuple[str, slice, Tensor]]) -> Basis:
-        """Orthonormalise independent rows, in float64; blocks without rows are left out.
+        """Orthonormalise independent rows, in float64; a block is a label, a stretch and rows (k, d).
 
-        Args:
-            selection: Owner of the order.
-            blocks: Label, stretch and rows (k, d) of each block.
+        Blocks without rows are left out.
 
         Raises:
             UserError: The ranks share the weights, or there are more rows than values in a block, or none at all.
@@ -77,18 +69,18 @@ class Basis:
         """
         if selection.shards is not None:
             raise UserError("a basis needs whole weights, and here the ranks share them: use one device or DDP")
-        kept = [(label, span, rows) for label, span, rows in blocks if len(rows)]
-        spans = sorted((span.start, span.stop) for _, span, _ in kept)
+        filled = [(label, span, rows) for label, span, rows in blocks if len(rows)]
+        spans = sorted((span.start, span.stop) for _, span, _ in filled)
         if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
             raise ValueError("blocks of a basis overlap: their rows need not be orthogonal")
-        for label, span, rows in kept:
+        for label, span, rows in filled:
             if len(rows) > span.stop - span.start:
                 raise UserError(
                     f"a basis of {len(rows)} directions in {label}, which has {span.stop - span.start} values"
                 )
-        if not kept:
+        if not filled:
             raise UserError("a basis without directions: nothing has moved yet, or no direction was asked for")
-        return cls(selection, tuple(Block(label, span, _orthonormal(rows)) for label, span, rows in kept))
+        return cls(selection, tuple(Block(label, span, _orthonormal(rows)) for label, span, rows in filled))
 
     @property
     def size(self) -> int:
@@ -120,17 +112,13 @@ class Basis:
         return Vector(inside.values.to(vector.values.dtype), self.selection)
 
     def project(self, vector: Vector) -> Projection:
-        """Split a vector's squared length by the blocks, inside and outside of the subspace.
-
-        Args:
-            vector: Of the basis' weights, or of more.
-        """
+        """Split a vector's squared length, of the basis' weights or of more, by the blocks, inside and outside."""
         values = restrict(vector, self.selection).values
         inside = self.coefficients(vector).double().square().split([len(block.rows) for block in self.blocks])
         return Projection(
             along=torch.stack([part.sum() for part in inside]),
-            energy=torch.stack([_square(values[block.span]) for block in self.blocks]),
-            total=_square(vector.values),
+            energy=torch.stack([squared_length(values[block.span]) for block in self.blocks]),
+            total=squared_length(vector.values),
             sizes=tuple(len(block.rows) for block in self.blocks),
             dims=tuple(block.span.stop - block.span.start for block in self.blocks),
             dim=vector.selection.dim,
@@ -168,15 +156,8 @@ def principal(
 
     Centred: PCA of the weights themselves, the snapshot of theta_0 included. Uncentred: of the drift from theta_0, as
     the backbone is. Without theta_0: of the path with each group's own theta_0 projected out, to which all directions
-    are then orthogonal. A group that has moved in fewer directions gives fewer.
-
-    Args:
-        trajectory: Up to now; `Trajectory.until` for an earlier point.
-        combine_rows: Gives vectors from coefficients; asked once.
-        selection: Of the trajectory.
-        k: Directions of each group.
-        centred: Which PCA.
-        without_theta0: Take the axis theta_0 out first: paths that only decay share it.
+    are then orthogonal, as paths that only decay share it. A group that has moved in fewer directions gives fewer.
+    `combine_rows` is asked once.
 
     Raises:
         UserError: Nothing has moved yet.
@@ -187,15 +168,13 @@ def principal(
         raise UserError("a path of one snapshot has no principal direction: take another")
     if without_theta0:
         rows = centring.off_theta0(trajectory.grams, rows)
-    found = pca.spectra(trajectory.grams, rows)
-    counts = torch.where(found.moved > 0, found.ranks, 0).clamp_max(k)
-    top = found.directions[:, :k].clone()
+    spectra = pca.spectra(trajectory.grams, rows)
+    counts = torch.where(spectra.moved > 0, spectra.ranks, 0).clamp_max(k)
+    top = spectra.directions[:, :k].clone()
     top[torch.arange(top.shape[1]) >= counts[:, None]] = 0.0
     vectors = combine_rows([top[:, j] for j in range(int(counts.max()))]) if counts.any() else top[:0]
-    blocks = []
-    for (group, span), count in zip(selection.items(), counts.tolist(), strict=True):
-        blocks.append((group, span, vectors[:count, span]))
-    return Basis.of(selection, blocks)
+    parts = zip(selection.items(), counts.tolist(), strict=True)
+    return Basis.of(selection, [(group, span, vectors[:count, span]) for (group, span), count in parts])
 
 
 def of_run(
@@ -207,9 +186,7 @@ def of_run(
     centred: bool = True,
     without_theta0: bool = False,
 ) -> Basis:
-    """Principal directions of another run's path, from its snapshot files: the wrong subspace, as a control.
-
-    Arguments are those of `principal`.
+    """`principal` directions of another run's path, from its snapshot files: the wrong subspace, as a control.
 
     Raises:
         UserError: A snapshot is missing, or of another model.
@@ -218,8 +195,8 @@ def of_run(
 
     def read(coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "N D"]:
         named = {str(position): rows for position, rows in enumerate(coefficients)}
-        found = combine(trajectory.steps, folder.read, named, folder.selection, device)
-        return torch.stack([found[name].values for name in named])
+        vectors = combine(trajectory.steps, folder.read, named, folder.selection, device)
+        return torch.stack([vector.values for vector in vectors.values()])
 
     return principal(trajectory, read, folder.selection, k, centred=centred, without_theta0=without_theta0)
 
@@ -241,8 +218,7 @@ def singular(weights: Vector, k: int) -> Basis:
         wide = shape[0] <= shape[1]
         # Through the smaller product: a decomposition of the matrix itself takes many times as long on a GPU.
         squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
-        kept = int((squares[-k:] > 1e-12 * squares[-1]).sum())
-        one = vectors.T.flip(0)[:kept]
+        one = vectors.T.flip(0)[: int((squares[-k:] > 1e-12 * squares[-1]).sum())]
         other = one @ matrix if wide else one @ matrix.T
         other = other / torch.linalg.vector_norm(other, dim=1, keepdim=True)
         blocks.append((name, span, _outer(one, other) if wide else _outer(other, one)))
@@ -250,13 +226,7 @@ def singular(weights: Vector, k: int) -> Basis:
 
 
 def isotropic(selection: ParameterSelection, k: int, generator: torch.Generator) -> Basis:
-    """Random directions of the whole space.
-
-    Args:
-        selection: The weights.
-        k: How many.
-        generator: The one source of randomness; its device is the basis'.
-    """
+    """Draw k random directions of the whole space; the generator's device is the basis'."""
     return Basis.of(selection, [("all", slice(0, selection.dim), _gaussian(k, selection.dim, generator))])
 
 
@@ -288,13 +258,8 @@ def cross(a: Basis, b: Basis) -> Float[Tensor, "Ka Kb"]:
     a.selection.accept(b.selection)
     lines = []
     for one in a.blocks:
-        line = []
-        for other in b.blocks:
-            lo, hi = max(one.span.start, other.span.start), min(one.span.stop, other.span.stop)
-            mine = one.rows[:, lo - one.span.start : hi - one.span.start] if lo < hi else one.rows[:, :0]
-            theirs = other.rows[:, lo - other.span.start : hi - other.span.start] if lo < hi else other.rows[:, :0]
-            line.append(mine.double() @ theirs.double().T)
-        lines.append(torch.cat(line, 1))
+        parts = [_shared(one, other) for other in b.blocks]
+        lines.append(torch.cat([mine.double() @ theirs.double().T for mine, theirs in parts], 1))
     return torch.cat(lines)
 
 
@@ -312,14 +277,17 @@ def expected_overlap(a: Basis, b: Basis) -> float:
     """Overlap if the second basis were random in its blocks: each of its rows spreads evenly over its stretch."""
     total = 0.0
     for other in b.blocks:
-        share = 0.0
-        for one in a.blocks:
-            lo, hi = max(one.span.start, other.span.start), min(one.span.stop, other.span.stop)
-            if lo < hi:
-                part = one.rows[:, lo - one.span.start : hi - one.span.start]
-                share += float(_square(part.reshape(-1)))
+        share = sum(float(squared_length(_shared(one, other)[0].reshape(-1))) for one in a.blocks)
         total += len(other.rows) * share / (other.span.stop - other.span.start)
     return total / min(a.size, b.size)
+
+
+def _shared(a: Block, b: Block) -> tuple[Float[Tensor, "ka d"], Float[Tensor, "kb d"]]:
+    """Rows of two blocks over the stretch that both have; it may be empty."""
+    lo = max(a.span.start, b.span.start)
+    hi = max(lo, min(a.span.stop, b.span.stop))
+    mine, theirs = (block.rows[:, lo - block.span.start : hi - block.span.start] for block in (a, b))
+    return mine, theirs
 
 
 def _orthonormal(rows: Tensor) -> Float[Tensor, "k d"]:
@@ -341,13 +309,10 @@ def _outer(u: Float[Tensor, "k m"], v: Float[Tensor, "k n"]) -> Float[Tensor, "k
 
 def _matrices(selection: ParameterSelection) -> list[tuple[str, slice, tuple[int, int]]]:
     """Name, stretch and shape of every weight of two axes or more."""
-    found, start = [], 0
-    for name, shape, size in zip(selection.names, selection.shapes, selection.sizes, strict=True):
-        if len(shape) >= 2:
-            found.append((name, slice(start, start + size), (shape[0], size // shape[0])))
-        start += size
-    return found
-
-
-def _square(values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    stops = itertools.accumulate(selection.sizes)
+    weights = zip(selection.names, selection.shapes, selection.sizes, stops, strict=True)
+    return [
+        (name, slice(stop - size, stop), (shape[0], size // shape[0]))
+        for name, shape, size, stop in weights
+        if len(shape) >= 2
+    ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -52,12 +52,12 @@ class Projection:
     @classmethod
     def stack(cls, parts: Sequence[Projection]) -> Projection:
         """Put projections on one basis together, along a new first axis."""
-        along, energy, total = (torch.stack([getattr(p, name) for p in parts]) for name in ("along", "energy", "total"))
-        return cls(along, energy, total, parts[0].sizes, parts[0].dims, parts[0].dim)
+        lengths = ("along", "energy", "total")
+        return replace(parts[0], **{name: torch.stack([getattr(part, name) for part in parts]) for name in lengths})
 
     def cpu(self) -> Projection:
         """Move to the host."""
-        return Projection(self.along.cpu(), self.energy.cpu(), self.total.cpu(), self.sizes, self.dims, self.dim)
+        return replace(self, along=self.along.cpu(), energy=self.energy.cpu(), total=self.total.cpu())
 
     @property
     def share(self) -> Float[Tensor, "*batch"]:
@@ -102,12 +102,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class ShareNull:
-    """Beta distribution of a share by its first two moments.
-
-    Args:
-        mean: Of the share.
-        variance: Of the share.
-    """
+    """Beta distribution of a share by its mean and variance."""
 
     mean: float
     variance: float
@@ -150,19 +145,6 @@ class ShareNull:
         density = np.exp(logs[0] + logs[1] - np.nanmax(logs[0] + logs[1]))
         steps = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         return np.sin(phi) ** 2, steps / steps[-1]
-
-
-def rank_one_variance(matrix: Float[Tensor, "m n"]) -> float:
-    """Variance of <u v', M>^2 / |M|^2 for independent random unit u and v; its mean is 1 / mn, as for any direction.
-
-    With S = M'M, E <u v', M>^4 = 3 ((tr S)^2 + 2 tr S^2) / (m (m+2) n (n+2)). A matrix of low rank meets rank-one
-    directions more unevenly than others.
-    """
-    m, n = matrix.shape
-    gram = matrix.double().T @ matrix.double()
-    trace = float(gram.trace())
-    fourth = 3 * (trace**2 + 2 * float(gram.square().sum())) / (m * (m + 2) * n * (n + 2))
-    return fourth / trace**2 - 1 / (m * n) ** 2
 
 
 def flipped_cosine(u: Float[Tensor, " D"], v: Float[Tensor, " D"]) -> Float[Tensor, ""]:

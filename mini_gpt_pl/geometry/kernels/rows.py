@@ -45,25 +45,22 @@ def _add_rows(  # type: ignore[no-untyped-def]
     direction = tl.arange(0, M)
     own = weights + (direction * G + tl.load(groups + program)) * rows
     place = out + direction[:, None].to(tl.int64) * dim + column[None, :]
-    asked = (direction < N)[:, None] & inside[None, :]
-    total = tl.load(place, mask=asked, other=0.0)
+    present = (direction < N)[:, None] & inside[None, :]
+    total = tl.load(place, mask=present, other=0.0)
     for row in range(rows):
         start = tl.multiple_of(tl.load(table + row).to(tl.pointer_type(KIND)), 16)
         value = tl.load(start + column, mask=column < dim, other=0.0).to(tl.float32)
         weight = tl.load(own + row, mask=direction < N, other=0.0)
         total += weight[:, None] * value[None, :]
-    tl.store(place, total, mask=asked)
+    tl.store(place, total, mask=present)
 
 
 def inner_products(
     rows: Sequence[Float[Tensor, " D"]], new: Float[Tensor, " D"], spans: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "G n"]:
-    """Inner products of a vector with rows, per span, accumulated in float64; products of float32 values are exact.
+    """Inner products of a vector with rows that `takes` takes, per group, in float64; those of float32 are exact.
 
-    Args:
-        rows: On one GPU, float32 or bfloat16, each contiguous.
-        new: On the same.
-        spans: First and last-plus-one column of each group.
+    Spans are first and last-plus-one column of each group.
     """
     blocks, lows, highs, _, edges = _blocks(tuple(spans), new.device, _COLUMNS)
     partial = torch.empty(len(blocks), len(rows), dtype=torch.float64, device=new.device)
@@ -82,12 +79,9 @@ def inner_products(
 def combine(
     rows: Sequence[Float[Tensor, " D"]], weights: Float[Tensor, "N G n"], spans: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "N D"]:
-    """Sums of rows, several in one pass, with a weight for each row and group, in float32.
+    """Sums of rows that `takes` takes, several in one pass, with a weight for each row and group, in float32.
 
-    Args:
-        rows: On one GPU, float32 or bfloat16, each contiguous.
-        weights: For each sum, group and row.
-        spans: First and last-plus-one column of each group; together they are all columns.
+    Spans as for `inner_products`; together they are all columns.
     """
     device, dim, count = rows[0].device, len(rows[0]), len(weights)
     out = torch.zeros(count, dim, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""Triton kernels that read AdamW's step off its state: each value of a weight is met once, whatever is made of it.
+"""Triton kernels that read AdamW's step off its state, in one pass over the weights, however many outputs.
 
 A step of training leaves some microseconds for every pass over the weights, and for every kernel that is started. As
 plain operations the account of a step is some forty passes in a thousand kernels; here it is one kernel for all weights
@@ -109,9 +109,7 @@ def account(
 def feed(weights: Sequence[Sequence[Tensor]], betas: Float[Tensor, " K"]) -> None:
     """Take gradients' squares into K averages, each of another memory, in place.
 
-    Args:
-        weights: For each weight its gradient, then its averages.
-        betas: What each average keeps, on the same device.
+    Each weight has its gradient, then its averages; `betas` is what each average keeps, on the same device.
     """
     layout, aligned = _layout(weights)
     _feed[(len(layout[1]),)](

@@ -32,31 +32,21 @@ def centred(rows: Rows) -> Rows:
 
 
 def off_theta0(grams: Float[Tensor, "B n n"], rows: Rows) -> Float[Tensor, "B R n"]:
-    """Project theta_0 out of rows, path by path: coefficients of x - <x, theta_0> theta_0 / ||theta_0||^2.
-
-    Of no effect where theta_0 is zero.
-    """
+    """Project theta_0 out of rows, path by path: x - <x, theta_0> theta_0 / ||theta_0||^2; x itself without theta_0."""
     square = grams[:, :1, 0]
     along = torch.where(square > 0, (rows @ grams)[..., 0] / square.clamp_min(1e-300), 0.0)
     return rows - along[..., None] * pca.theta0(rows.shape[-1])
 
 
 def effective_ranks(energy: Float[Tensor, "*batch R"]) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Effective number of components, exp of the entropy of the shares, in two kinds.
+    """Effective number of components, exp of the entropy of the shares, in two kinds, from squared singular values.
 
-    Args:
-        energy: Squared singular values s_k^2.
-
-    Returns:
-        Of variances, p_k = s_k^2 / sum s^2, and of singular values, p_k = s_k / sum s (Roy and Vetterli 2007), which is
-        what arXiv 2602.10496 prints and the larger of the two.
+    Of variances, p_k = s_k^2 / sum s^2, and of singular values, p_k = s_k / sum s (Roy and Vetterli 2007), which is
+    what arXiv 2602.10496 prints and the larger of the two.
     """
-    return _exp_entropy(energy), _exp_entropy(energy.clamp_min(0.0).sqrt())
-
-
-def _exp_entropy(weights: Float[Tensor, "*batch R"]) -> Float[Tensor, "*batch"]:
-    shares = weights / weights.sum(-1, keepdim=True)
-    return torch.special.entr(shares).sum(-1).exp()
+    both = torch.stack([energy, energy.clamp_min(0.0).sqrt()])
+    variances, singular_values = torch.special.entr(both / both.sum(-1, keepdim=True)).sum(-1).exp()
+    return variances, singular_values
 
 
 def growing_pc1(gram: Float[Tensor, "*batch n n"], ends: Sequence[int]) -> Float[Tensor, "*batch W"]:
@@ -87,38 +77,29 @@ def turnover(curve: Float[Tensor, " W"]) -> int | None:
 
 
 def centred_statistics(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> dict[str, Float[Tensor, " B"]]:
-    """Single numbers of paths for centred PCA, as `nulls.statistics_of` gives for uncentred PCA.
+    """Single numbers of paths that have moved, with the same decay, as `nulls.statistics_of` for uncentred PCA.
 
-    Args:
-        grams: H of each path; all have moved, and have the same decay.
-        survival: Share of theta_0 that decay alone leaves at each snapshot.
-
-    Returns:
-        A value a path for each name. Of centred PCA: `pc1_centred`, `pc2_centred`, `k90_centred`, `k95_centred`,
-        `k99_centred`, `rank_variances`, `rank_singular_values`, and `pc1_centred_off`, PC1 with the axis theta_0 taken
-        out (NaN where nothing is left). Of uncentred PCA: `pc1`. How much is theta_0: `cos_theta0_centred`,
-        `cos_theta0` (raw v_b), `cos_theta0_unit` (v_b of unit rows), their signs as in `pca`, and `energy_theta0`, the
-        share of sum ||x_t||^2 along theta_0. Correlations at lag 1: `autocorrelation` of increments,
-        `autocorrelation_innovations`, `autocorrelation_tangential` (see `innovations.correlation`).
+    Of centred PCA: `pc1_centred`, `pc2_centred`, `k90_centred`, `k95_centred`, `k99_centred`, `rank_variances`,
+    `rank_singular_values`, and `pc1_centred_off`, PC1 with the axis theta_0 taken out (NaN where nothing is left). Of
+    uncentred PCA: `pc1`. How much is theta_0: `cos_theta0_centred`, `cos_theta0` (raw v_b), `cos_theta0_unit` (v_b of
+    unit rows), their signs as in `pca`, and `energy_theta0`, the share of sum ||x_t||^2 along theta_0. Correlations at
+    lag 1: `autocorrelation` of increments, `autocorrelation_innovations`, `autocorrelation_tangential` (see
+    `innovations.correlation`).
     """
     drifts = pca.drifts(grams.shape[-1])
     rows = centred(drifts)
     main, raw = pca.spectra(grams, rows), pca.spectra(grams, drifts[1:])
-    found = nulls.spectral(main.energy, "_centred", (90, 95, 99))
-    found["rank_variances"], found["rank_singular_values"] = effective_ranks(main.energy)
-    found["pc1_centred_off"] = nulls.first_share(pca.energies(grams, off_theta0(grams, rows)))
-    found["pc1"] = nulls.first_share(raw.energy)
+    numbers = nulls.spectral(main.energy, "_centred", (90, 95, 99))
+    numbers["rank_variances"], numbers["rank_singular_values"] = effective_ranks(main.energy)
+    numbers["pc1_centred_off"] = nulls.first_share(pca.energies(grams, off_theta0(grams, rows)))
+    numbers["pc1"] = nulls.first_share(raw.energy)
     unit = pca.spectra(grams, drifts[1:], normalise=True)
+    length = grams[:, 0, 0].sqrt().clamp_min(1e-300)
     for suffix, part in (("_centred", main), ("", raw), ("_unit", unit)):
-        found[f"cos_theta0{suffix}"] = _cos_theta0(grams, part.directions[:, 0])
+        numbers[f"cos_theta0{suffix}"] = (part.directions[:, 0] * grams[:, 0]).sum(-1) / length
     along = (drifts @ grams)[..., 0].square().sum(-1) / grams[:, 0, 0].clamp_min(1e-300)
-    found["energy_theta0"] = along / pca.norms(grams, drifts).square().sum(-1)
-    found["autocorrelation"] = nulls.autocorrelation(grams, 1)[:, 0]
-    found["autocorrelation_innovations"] = nulls.autocorrelation(innovations.innovations(grams, survival), 1)[:, 0]
-    across = innovations.tangential_innovations(grams, survival)
-    found["autocorrelation_tangential"] = nulls.autocorrelation(across, 1)[:, 0]
-    return found
-
-
-def _cos_theta0(grams: Float[Tensor, "B n n"], unit: Float[Tensor, "B n"]) -> Float[Tensor, " B"]:
-    return (unit * grams[:, 0]).sum(-1) / grams[:, 0, 0].sqrt().clamp_min(1e-300)
+    numbers["energy_theta0"] = along / pca.norms(grams, drifts).square().sum(-1)
+    steps = innovations.innovations(grams, survival), innovations.innovations(grams, survival, tangential=True)
+    for suffix, products in zip(("", "_innovations", "_tangential"), (grams, *steps), strict=True):
+        numbers[f"autocorrelation{suffix}"] = nulls.autocorrelation(products, 1)[:, 0]
+    return numbers

@@ -3,6 +3,9 @@ r"""How the backbone coordinate and the residual grow, and how the direction of 
 Everything comes from the Gram matrix of `trajectory`, so the same functions give the null: hand them the Gram matrix of
 a walk. That is not idle. Decoupled weight decay under a linear warm-up alone moves weights as t^2, and exponents fitted
 to one run describe that run's schedule as much as its geometry.
+
+Windows (lo, hi) are lo < t <= hi in optimizer steps; `steps` are those of all snapshots, theta_0's included, unless
+another series is named.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,7 +23,7 @@ from mini_gpt_pl.geometry.path import pca
 
 Window = tuple[int, int]
 
-# Optimizer steps lo < t <= hi of the windows of the paper's 10,000-step runs.
+# The windows of the 10,000-step runs of arXiv 2602.23696.
 WINDOWS: tuple[Window, ...] = ((0, 2000), (2000, 4000), (0, 4000), (4000, 6000), (4000, 10000), (6000, 10000))
 _FEWEST = 3
 
@@ -34,13 +38,9 @@ def scaled_windows(last: int) -> tuple[Window, ...]:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """A fit |y| = prefactor * t^exponent.
+    """A fit |y| = prefactor * t^exponent to a number of points.
 
-    Args:
-        exponent: Slope of ln |y| on ln t.
-        prefactor: In the units of y.
-        r2: Share of the variance of ln |y| that the line explains; 1 where there is no variance.
-        points: Number of points.
+    `r2` is the share of the variance of ln |y| that the line explains; 1 where there is no variance.
     """
 
     exponent: float
@@ -50,30 +50,23 @@ class PowerLaw:
 
 
 def power_law(steps: Sequence[int | float], values: Sequence[float], lo: int, hi: int | float) -> PowerLaw | None:
-    """Fit a power law by least squares of ln |y| on ln t over lo < t <= hi.
+    """Fit a power law by least squares of ln |y| on ln t in a window; None with fewer than three points.
 
-    Args:
-        steps: t, such as optimizer steps.
-        values: y; those that are zero or not finite are left out.
-        lo: Open end of the window.
-        hi: Closed end of the window.
-
-    Returns:
-        The fit, or None with fewer than three points.
+    `values` y at `steps` t that are zero or not finite are left out.
     """
-    kept = [
+    points = [
         (math.log(step), math.log(abs(value)))
         for step, value in zip(steps, values, strict=True)
         if lo < step <= hi and step > 0 and math.isfinite(value) and value != 0
     ]
-    if len(kept) < _FEWEST:
+    if len(points) < _FEWEST:
         return None
-    t, y = torch.tensor(kept, dtype=torch.float64).T
+    t, y = torch.tensor(points, dtype=torch.float64).T
     t_off, y_off = t - t.mean(), y - y.mean()
     exponent = float(t_off @ y_off / (t_off @ t_off))
     left, total = float((y_off - exponent * t_off).square().sum()), float(y_off @ y_off)
     prefactor = math.exp(float(y.mean()) - exponent * float(t.mean()))
-    return PowerLaw(exponent, prefactor, 1.0 if _constant(y) else 1.0 - left / total, len(kept))
+    return PowerLaw(exponent, prefactor, 1.0 if _constant(y) else 1.0 - left / total, len(points))
 
 
 def _constant(values: Float[Tensor, " k"]) -> bool:
@@ -82,16 +75,8 @@ def _constant(values: Float[Tensor, " k"]) -> bool:
     return spread <= 4 * torch.finfo(torch.float64).eps * float(values.abs().max())
 
 
-@dataclass(frozen=True)
-class Regime:
-    """Growth in one window.
-
-    Args:
-        lo: Open end of the window, in optimizer steps.
-        hi: Closed end.
-        coordinate: Fit of |a(t)|; None with fewer than three points.
-        residual: Fit of ||r(t)||.
-    """
+class Regime(NamedTuple):
+    """Power laws of |a(t)| and of ||r(t)|| in one window; None with fewer than three points."""
 
     lo: int
     hi: int
@@ -100,11 +85,7 @@ class Regime:
 
 
 def split_drift(gram: pca.Gram, *, normalise: bool = True) -> pca.Decomposition:
-    """Split the drifts x_1 .. x_T along and across the whole run's backbone.
-
-    Args:
-        gram: H.
-        normalise: Fit the backbone to rows of unit length; a and r are those of the raw drift either way.
+    """Split the raw drifts x_1 .. x_T along and across the whole run's backbone, which is of unit rows or of raw ones.
 
     Raises:
         ValueError: Nothing has moved.
@@ -114,86 +95,42 @@ def split_drift(gram: pca.Gram, *, normalise: bool = True) -> pca.Decomposition:
 
 
 def regimes(steps: Sequence[int], split: pca.Decomposition, windows: Sequence[Window] = WINDOWS) -> list[Regime]:
-    """Fit power laws to a(t) and ||r(t)||, window by window.
-
-    Args:
-        steps: Of the rows that were split, x_1 .. x_T.
-        split: From `split_drift`.
-        windows: (lo, hi) for lo < t <= hi.
-    """
+    """Fit power laws to a(t) and ||r(t)|| of `split_drift`, window by window; `steps` are those of x_1 .. x_T."""
     coordinate, residual = split.coordinate.tolist(), split.residual_norm.tolist()
     return [
         Regime(lo, hi, power_law(steps, coordinate, lo, hi), power_law(steps, residual, lo, hi)) for lo, hi in windows
     ]
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Speeds along and across a direction, per optimizer step, of the intervals that end at snapshots 1 .. T.
-
-    Args:
-        along: (a_i - a_{i-1}) / dt, signed.
-        across: ||r_i - r_{i-1}|| / dt.
-    """
-
-    along: Float[Tensor, " T"]
-    across: Float[Tensor, " T"]
-
-
-def rates(gram: pca.Gram, steps: Sequence[int], direction: pca.Direction) -> Rates:
-    """Measure how fast the weights move along a unit direction and across it.
-
-    Args:
-        gram: H.
-        steps: Of all snapshots, theta_0's included.
-        direction: Coefficients of a unit vector.
-    """
-    span = torch.tensor(steps, dtype=torch.float64).diff()
-    split = pca.decompose(gram, torch.eye(len(gram), dtype=torch.float64)[1:], direction)
-    return Rates(split.coordinate / span, split.residual_norm / span)
-
-
 def correlation(
     steps: Sequence[int], x: Sequence[float], y: Sequence[float], lo: int = 0, hi: int | float = math.inf
 ) -> float | None:
-    """Pearson correlation of two series over lo < t <= hi, such as p_ood and ||r||.
+    """Pearson correlation of two series at the same steps in a window, such as p_ood and ||r||.
 
-    Both drift with the schedule, and their values are anything but independent: it describes, it tests nothing.
-
-    Args:
-        steps: t of both series, in optimizer steps.
-        x: Pairs with a value that is not finite are left out.
-        y: As long as x.
-        lo: Open end of the window.
-        hi: Closed end of the window.
-
-    Returns:
-        The coefficient, or None with fewer than three points or where a series is constant.
+    Both drift with the schedule, and their values are anything but independent: it describes, it tests nothing. Pairs
+    with a value that is not finite are left out. None with fewer than three points or where a series is constant.
     """
     rows = zip(steps, x, y, strict=True)
-    kept = [(u, v) for t, u, v in rows if lo < t <= hi and math.isfinite(u) and math.isfinite(v)]
-    if len(kept) < _FEWEST:
+    points = [(u, v) for t, u, v in rows if lo < t <= hi and math.isfinite(u) and math.isfinite(v)]
+    if len(points) < _FEWEST:
         return None
-    pairs = torch.tensor(kept, dtype=torch.float64).T
+    pairs = torch.tensor(points, dtype=torch.float64).T
     return None if _constant(pairs[0]) or _constant(pairs[1]) else float(torch.corrcoef(pairs)[0, 1])
 
 
 def at_steps(steps: Sequence[int], values: Sequence[float], wanted: Sequence[int]) -> list[float]:
     """Read a series at other steps, NaN where it has no value: pairs evaluations with snapshots of the same step."""
-    known = dict(zip(steps, values, strict=True))
-    return [known.get(step, math.nan) for step in wanted]
+    series = dict(zip(steps, values, strict=True))
+    return [series.get(step, math.nan) for step in wanted]
 
 
 # ---------------------------------------------------------------------------------------------------- phases
 
 
-@dataclass(frozen=True)
-class Phases:
-    """First directions before and after a border, each from drifts of unit length.
+class Phases(NamedTuple):
+    """First directions, each from drifts of unit length: v_E of theta(t) - theta_0 up to a border, and after it v_L.
 
-    Args:
-        early: v_E, of theta(t) - theta_0 up to the border.
-        late: v_L, of theta(t) - theta(border) after it.
+    v_L is of theta(t) - theta(border).
     """
 
     early: pca.Direction
@@ -201,115 +138,77 @@ class Phases:
 
 
 def phases(gram: pca.Gram, steps: Sequence[int], border: int) -> Phases | None:
-    """Fit v_E and v_L on the two sides of a border.
+    """Fit v_E and v_L on the two sides of a border; None where a side has no snapshot, or did not move.
 
-    Args:
-        gram: H.
-        steps: Of all snapshots, theta_0's included.
-        border: In optimizer steps; the last snapshot not after it anchors the late phase.
-
-    Returns:
-        The two directions, or None where a side has no snapshot, or did not move.
+    The last snapshot not after the border anchors the late phase.
     """
     n, middle = len(gram), sum(step <= border for step in steps) - 1
     if not 1 <= middle < n - 1:
         return None
-    early = _first(gram, pca.drifts(n)[1 : middle + 1])
-    late = _first(gram, pca.drifts(n, middle)[middle + 1 :])
-    return None if early is None or late is None else Phases(early, late)
+    sides = pca.drifts(n)[1 : middle + 1], pca.drifts(n, middle)[middle + 1 :]
+    try:
+        return Phases(*(pca.pca(gram, rows, normalise=True).backbone for rows in sides))
+    except ValueError:  # every row of one is zero
+        return None
 
 
 def phase_alignment(gram: pca.Gram, steps: Sequence[int], border: int) -> float:
     """|<v_E, v_L>| of the phases before and after a border; NaN where there are none. A walk gives zero."""
-    found = phases(gram, steps, border)
-    return math.nan if found is None else abs(pca.cosine(gram, found.early, found.late))
+    sides = phases(gram, steps, border)
+    return math.nan if sides is None else abs(pca.cosine(gram, *sides))
 
 
 @dataclass(frozen=True)
 class AlignmentCurves:
     """How a windowed first direction leaves that of the early phase for that of the late one.
 
-    Args:
-        centres: Mean step of each window's snapshots.
-        early: A_E = |<v_w, v_E>|.
-        late: A_L = |<v_w, v_L>|.
-        pc1: Share of the window's first component.
+    A_E = |<v_w, v_E>| and A_L = |<v_w, v_L>| at the mean step of each window's snapshots.
     """
 
     centres: list[float]
     early: Float[Tensor, " W"]
     late: Float[Tensor, " W"]
-    pc1: Float[Tensor, " W"]
 
 
 def alignment_curves(gram: pca.Gram, steps: Sequence[int], border: int, width: int = 10) -> AlignmentCurves | None:
-    """Compare each window's first direction with v_E and with v_L.
+    """Compare each window's first direction with v_E and with v_L; NaN where a window did not move.
 
     Windows are `width` consecutive snapshots among 1 .. T, drifts from the window's own first one, unit rows. A window
-    inside a phase is part of what that phase's direction was fitted to, so a walk shows no zero here either.
-
-    Args:
-        gram: H.
-        steps: Of all snapshots, theta_0's included.
-        border: Between the phases, in optimizer steps.
-        width: Snapshots a window.
-
-    Returns:
-        The curves (NaN where a window did not move), or None where there are no two phases or no window.
+    inside a phase is part of what that phase's direction was fitted to, so a walk shows no zero here either. None where
+    there are no two phases or no window.
     """
-    found, n = phases(gram, steps, border), len(gram)
-    if found is None or n - 1 < width:
+    sides, n = phases(gram, steps, border), len(gram)
+    if sides is None or n - 1 < width:
         return None
     rows = []
     for first in range(1, n - width + 1):
-        window = pca.drifts(n, first)[first : first + width]
-        centre = math.fsum(steps[first : first + width]) / width
-        rows.append((centre, *_against(gram, window, found)))
-    centres, early, late, pc1 = zip(*rows, strict=True)
-    return AlignmentCurves(list(centres), *(torch.tensor(curve, dtype=torch.float64) for curve in (early, late, pc1)))
-
-
-def _against(gram: pca.Gram, window: pca.Rows, found: Phases) -> tuple[float, float, float]:
-    """|cos| of a window's first direction with v_E and v_L, and its share."""
-    try:
-        part = pca.pca(gram, window, normalise=True)
-    except ValueError:  # the window did not move
-        return math.nan, math.nan, math.nan
-    early, late = (abs(pca.cosine(gram, part.backbone, side)) for side in (found.early, found.late))
-    return early, late, part.pc1
-
-
-def _first(gram: pca.Gram, rows: pca.Rows) -> pca.Direction | None:
-    try:
-        return pca.pca(gram, rows, normalise=True).backbone
-    except ValueError:  # every row is zero
-        return None
+        try:
+            part = pca.pca(gram, pca.drifts(n, first)[first : first + width], normalise=True)
+            rows.append([abs(pca.cosine(gram, part.backbone, side)) for side in sides])
+        except ValueError:  # the window did not move
+            rows.append([math.nan] * 2)
+    centres = [math.fsum(steps[first : first + width]) / width for first in range(1, n - width + 1)]
+    return AlignmentCurves(centres, *torch.tensor(rows, dtype=torch.float64).T)
 
 
 # --------------------------------------------------------------------------------------------------- summary
 
 
 def summary(gram: pca.Gram, steps: Sequence[int], border: int, windows: Sequence[Window] = WINDOWS) -> dict[str, float]:
-    """Single numbers of a run, for a table or a logger; what cannot be fitted is left out.
+    """Single numbers of a run or of a null of it, for a table or a logger; what cannot be fitted is left out.
 
     `exponent_a_<lo>_<hi>`, `exponent_r_<lo>_<hi>` and their `r2_...` per window, and `early_late`, the alignment of the
-    two phases.
-
-    Args:
-        gram: H of the run, or of a null of it.
-        steps: Of all snapshots, theta_0's included.
-        border: Between the phases, in optimizer steps.
-        windows: Of the power laws.
+    phases before and after the border.
     """
-    found: dict[str, float] = {}
     try:
         split = split_drift(gram)
     except ValueError:  # nothing has moved
-        return found
+        return {}
+    numbers: dict[str, float] = {}
     for regime in regimes(steps[1:], split, windows):
         for name, fit in (("a", regime.coordinate), ("r", regime.residual)):
             if fit is not None:
-                found[f"exponent_{name}_{regime.lo}_{regime.hi}"] = fit.exponent
-                found[f"r2_{name}_{regime.lo}_{regime.hi}"] = fit.r2
+                numbers[f"exponent_{name}_{regime.lo}_{regime.hi}"] = fit.exponent
+                numbers[f"r2_{name}_{regime.lo}_{regime.hi}"] = fit.r2
     alignment = phase_alignment(gram, steps, border)
-    return found if math.isnan(alignment) else found | {"early_late": alignment}
+    return numbers if math.isnan(alignment) else numbers | {"early_late": alignment}

@@ -6,7 +6,8 @@ With rho_k = S_k / S_{k-1} the share of the weights that decay leaves over inter
 
 Both ways are linear, so the Gram matrix of (theta_0, e_1, ..., e_T) and that of (theta_0, d_1, ..., d_T) are two
 views of one path (`innovations`, `path_of`), and a null is a Gram matrix of innovations brought back to a path. Without
-decay, innovations are increments.
+decay, innovations are increments. `gram` is H of one path or of several, and `survival` S, as in `nulls`, whose
+ValueError is raised where there is not one share per snapshot.
 
 PC1 cannot tell a drift from a walk; the correlation of successive innovations can: it is zero for every walk, decaying
 or not, whatever its step lengths.
@@ -34,18 +35,23 @@ def innovation_rows(survival: Sequence[float]) -> Rows:
     return rows
 
 
-def innovations(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> Float[Tensor, "*batch n n"]:
-    """Gram matrix of (theta_0, e_1, ..., e_T); of one path or of several.
+def innovations(
+    gram: Float[Tensor, "*batch n n"], survival: Sequence[float], *, tangential: bool = False
+) -> Float[Tensor, "*batch n n"]:
+    """Gram matrix of (theta_0, e_1, ..., e_T); those that are rounding are zero: pure decay has no innovations.
 
-    Args:
-        gram: H of the run.
-        survival: Share of theta_0 that decay alone leaves at each snapshot.
-
-    Raises:
-        ValueError: There is not one share per snapshot.
+    With `tangential`, e_k are without their part along the weights that they start from, theta_{k-1}.
     """
     nulls.check_survival(gram, survival)
-    return _resolved(gram, innovation_rows(survival))
+    rows = innovation_rows(survival)
+    if tangential:
+        start = pca.weights(len(survival))[:-1]
+        along = (rows[1:] @ gram).mul(start).sum(-1) / (start @ gram).mul(start).sum(-1).clamp_min(1e-300)
+        rows = rows.expand(*gram.shape[:-2], -1, -1).clone()
+        rows[..., 1:, :] -= along[..., None] * start
+    products = pca.inner_products(gram, rows)
+    real = products.diagonal(dim1=-2, dim2=-1) > pca.rounding(gram, rows)
+    return torch.where(real[..., :, None] & real[..., None, :], products, 0.0)
 
 
 def path_of(innovation_gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> Float[Tensor, "*batch n n"]:
@@ -75,11 +81,8 @@ def autoregressive_walk(
     """Gram of a walk whose steps are a first-order autoregression, with the measured lengths and lag-1 correlation.
 
     The directions u_k = e_k / ||e_k|| follow u_k = phi u_{k-1} + sqrt(1 - phi^2) z_k with z_k orthogonal to all that
-    was before, so <u_j, u_k> = phi^|j-k|: a persistence that is forgotten after about 1 / (1 - phi) snapshots.
-
-    Args:
-        gram: H of the run; of one path or of several.
-        survival: Put decay beside the autoregression, which is then one of the innovations. None: of the increments.
+    was before, so <u_j, u_k> = phi^|j-k|: a persistence that is forgotten after about 1 / (1 - phi) snapshots. The
+    autoregression is one of the innovations under decay; of the increments for None.
     """
     shares = [1.0] * gram.shape[-1] if survival is None else survival
     own = innovations(gram, shares)
@@ -124,7 +127,7 @@ class Correlation:
 
 
 def correlation(gram: Gram, survival: Sequence[float], dim: int, *, tangential: bool = False) -> Correlation:
-    r"""Correlation of innovations at lag 1, with two errors: is there a drift that decay does not explain?
+    r"""Correlation of innovations of `dim` weights at lag 1: is there a drift that decay does not explain?
 
     `error` says how far another stretch of such a path would lie off, `chance` how far a walk lies from 0: the pairs of
     a walk are uncorrelated with variance ||e_k||^2 ||e_{k+1}||^2 / D. Real innovations spread over fewer directions
@@ -132,15 +135,8 @@ def correlation(gram: Gram, survival: Sequence[float], dim: int, *, tangential: 
 
     A positive value is a push that lasts, not yet a motion: weights that rest where the loss's pull balances decay
     have e_k = (1 - rho_k) theta_{k-1}, correlation 1. `tangential` looks past that.
-
-    Args:
-        gram: H of the run.
-        survival: Share of theta_0 that decay alone leaves at each snapshot.
-        dim: Number of weights, D.
-        tangential: Take theta_{k-1} out of every e_k first.
     """
-    own = tangential_innovations(gram, survival) if tangential else innovations(gram, survival)
-    products = own[1:, 1:]
+    products = innovations(gram, survival, tangential=tangential)[1:, 1:]
     lengths = products.diagonal().clamp_min(0.0).sqrt()
     pairs, scale = products.diagonal(1), lengths[:-1] * lengths[1:]
     total = float(scale.sum())
@@ -151,20 +147,3 @@ def correlation(gram: Gram, survival: Sequence[float], dim: int, *, tangential: 
     count = len(pairs)
     error = math.sqrt(scatter * count / (count - 1)) / total if count > 2 else math.nan
     return Correlation(value, error, float(scale.square().sum().sqrt()) / total / math.sqrt(dim))
-
-
-def tangential_innovations(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> Float[Tensor, "*batch n n"]:
-    """Gram of theta_0 and of the innovations without their part along the weights that they start from, theta_{k-1}."""
-    nulls.check_survival(gram, survival)
-    rows, start = innovation_rows(survival), pca.weights(len(survival))[:-1]
-    along = (rows[1:] @ gram).mul(start).sum(-1) / (start @ gram).mul(start).sum(-1).clamp_min(1e-300)
-    rows = rows.expand(*gram.shape[:-2], -1, -1).clone()
-    rows[..., 1:, :] -= along[..., None] * start
-    return _resolved(gram, rows)
-
-
-def _resolved(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch n n"]) -> Float[Tensor, "*batch n n"]:
-    """Inner products of rows, those that are rounding set to zero: pure decay has no innovations."""
-    found = pca.inner_products(gram, rows)
-    real = found.diagonal(dim1=-2, dim2=-1) > pca.rounding(gram, rows)
-    return torch.where(real[..., :, None] & real[..., None, :], found, 0.0)

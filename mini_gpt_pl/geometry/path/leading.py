@@ -28,11 +28,7 @@ _RANK = 1e-12
 
 
 class LeadingDirections:
-    """theta_0 and, for each group, K principal directions of the path so far: (K + 1) D values, whatever T is.
-
-    Args:
-        selection: Of the weights.
-        count: K.
+    """theta_0 and, for each group, K (`count`) principal directions of the path so far: (K + 1) D values for any T.
 
     Attributes:
         theta0: The initial weights; None before the first snapshot.
@@ -48,41 +44,34 @@ class LeadingDirections:
         self.coefficients: Float[Tensor, "G K n"] = torch.zeros(len(selection.groups), count, 0, dtype=torch.float64)
 
     def grow(self, grams: Float[Tensor, "G n n"], weights: Vector) -> None:
-        """Take up a new snapshot.
-
-        Args:
-            grams: Of the basis, the new snapshot's increment included.
-            weights: At the new snapshot.
+        """Take up the weights of a new snapshot, whose increment the Gram matrices of the basis include.
 
         Raises:
             FingerprintError: The weights are others.
         """
         self.selection.accept(weights.selection)
-        self.coefficients = F.pad(self.coefficients, (0, grams.shape[-1] - self.coefficients.shape[-1]))
+        n = grams.shape[-1]
+        self.coefficients = F.pad(self.coefficients, (0, n - self.coefficients.shape[-1]))
         if self.theta0 is None:
             self.theta0 = Vector(weights.values.float().clone(), self.selection)
             self.values = torch.zeros(self.count, len(weights.values), device=weights.values.device)
             return
-        path = pca.drifts(grams.shape[-1])[1:]
-        for group, span in enumerate(self.selection.slices):
-            found = torch.cat([self.coefficients[group], path[-1:]])
-            mix = leading_mix(grams[group], found, path, self.count)
-            self.coefficients[group] = mix @ found
-            self._mix(span, mix.float().to(self.values.device), weights.values, self.theta0.values)
-
-    def _mix(self, span: slice, mix: Float[Tensor, "K K1"], weights: Tensor, theta0: Tensor) -> None:
+        path, theta0 = pca.drifts(n)[1:], self.theta0.values
         step = _CPU_VALUES if theta0.device.type == "cpu" else _GPU_VALUES
-        for lo in range(span.start, span.stop, step):
-            part = slice(lo, min(lo + step, span.stop))
-            drift = weights[part].float() - theta0[part]
-            self.values[:, part] = mix[:, :-1] @ self.values[:, part] + mix[:, -1:] * drift
+        for group, span in enumerate(self.selection.slices):
+            rows = torch.cat([self.coefficients[group], path[-1:]])
+            mix = leading_mix(grams[group], rows, path, self.count)
+            self.coefficients[group] = mix @ rows
+            mix = mix.float().to(self.values.device)
+            for lo in range(span.start, span.stop, step):
+                part = slice(lo, min(lo + step, span.stop))
+                drift = weights.values[part].float() - theta0[part]
+                self.values[:, part] = mix[:, :-1] @ self.values[:, part] + mix[:, -1:] * drift
 
     def nearest(self, grams: Float[Tensor, "G n n"], coefficients: Float[Tensor, "G n"]) -> Vector:
         """Give, group by group, the vector of the kept span that is nearest to a direction, in float32.
 
-        Args:
-            grams: Of the basis.
-            coefficients: Of the direction; fewer columns than there are snapshots name the first.
+        Coefficients of fewer columns than there are snapshots name the first.
         """
         if self.theta0 is None:
             raise ValueError("there is no snapshot yet")
@@ -90,8 +79,8 @@ class LeadingDirections:
         for group, span in enumerate(self.selection.slices):
             first, *rest = self._project(grams, group, coefficients[group])[1].tolist()
             out[span] = first * self.theta0.values[span]
-            for weight, kept in zip(rest, self.values, strict=True):
-                out[span].add_(kept[span], alpha=weight)
+            for weight, direction in zip(rest, self.values, strict=True):
+                out[span].add_(direction[span], alpha=weight)
         return Vector(out, self.selection)
 
     def kept(self, grams: Float[Tensor, "G n n"], coefficients: Float[Tensor, "G n"]) -> float:
@@ -116,13 +105,10 @@ class LeadingDirections:
 
 
 def leading_mix(gram: pca.Gram, found: Float[Tensor, "F n"], path: pca.Rows, count: int) -> Float[Tensor, "K F"]:
-    """Weights of the combinations of some vectors that hold most of a path's energy: orthonormal, best first.
+    """Weights of the `count` combinations of vectors that hold most of a path's energy: orthonormal, best first.
 
-    Args:
-        gram: H.
-        found: Coefficients of the vectors.
-        path: Coefficients of the path's rows.
-        count: K; where the vectors span less, the last combinations are zero.
+    The vectors and the path's rows are given by their coefficients; where the vectors span less than `count`, the last
+    combinations are zero.
     """
     lengths = pca.norms(gram, found)
     scaled = found / torch.where(lengths > 0, lengths, 1.0)[:, None]  # so that a short vector is not taken for rounding
@@ -136,13 +122,7 @@ def leading_mix(gram: pca.Gram, found: Float[Tensor, "F n"], path: pca.Rows, cou
 
 
 class LeadingFiles:
-    """The kept directions on disk, for a run to be resumed: one folder for theta_0 and one for each direction.
-
-    Args:
-        path: The folder.
-        selection: Of the weights.
-        count: K.
-    """
+    """The `count` kept directions on disk, for a run to be resumed: one folder for theta_0 and one for each of them."""
 
     def __init__(self, path: Path, selection: ParameterSelection, count: int) -> None:
         self._theta0 = SnapshotFolder(path / "theta_0", selection)
@@ -156,7 +136,8 @@ class LeadingFiles:
             self._theta0.write(0, leading.theta0)
         for folder, values in zip(self._directions, leading.values, strict=True):
             folder.write(step, Vector(values, leading.selection))
-        self.close()
+        for folder in (self._theta0, *self._directions):
+            folder.close()
 
     def load(self, step: int, leading: LeadingDirections, device: torch.device) -> None:
         """Take up the directions of a snapshot; `leading.coefficients` are the caller's to restore.
@@ -166,8 +147,3 @@ class LeadingFiles:
         """
         leading.theta0 = self._theta0.read(0).to(device)
         leading.values = torch.stack([folder.read(step).values.to(device) for folder in self._directions])
-
-    def close(self) -> None:
-        """Write what is queued."""
-        for folder in (self._theta0, *self._directions):
-            folder.close()

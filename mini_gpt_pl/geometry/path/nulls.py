@@ -9,7 +9,8 @@ of `pca` applies to it unchanged and nothing has to be sampled:
   leaves over interval k, and the innovations e_k are mutually orthogonal, as long as they must be for ||d_k|| to be the
   measured length. Decay pulls on theta_0 and on the accumulated noise alike, so d_k = (rho_k - 1) theta_{k-1} + e_k.
 
-Without weight decay the second is the first.
+Without weight decay the second is the first. Throughout, `gram` is H of a run, and `survival` the share of theta_0 that
+decay alone leaves at each snapshot: 1 at the first, NaN where it is not known.
 """
 
 from __future__ import annotations
@@ -36,13 +37,8 @@ def walk(gram: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
 def decaying_walk(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> Float[Tensor, "*batch n n"]:
     """Gram of a decaying walk with the measured increment lengths; of one path or of several.
 
-    Args:
-        gram: H of the run, for ||theta_0|| and the increment lengths.
-        survival: Share of theta_0 that decay alone leaves at each snapshot, 1 at the first; NaN where it is not known.
-
-    Returns:
-        H of the null, NaN where the decay is not known. An interval in which decay alone moves further than was
-        measured gets no innovation, so its increment is the decay's (longer than the measured one).
+    NaN where the decay is not known. An interval in which decay alone moves further than was measured gets no
+    innovation, so its increment is the decay's (longer than the measured one).
 
     Raises:
         ValueError: There is not one share per snapshot.
@@ -70,28 +66,18 @@ def decaying_walk_of_parts(
     """Gram of a decaying walk whose weights decay at several rates.
 
     The weights of each rate walk by themselves, theta_k^r = rho_k^r theta_{k-1}^r + e_k^r, and their inner products add
-    up, as those of any disjoint weights do. A decaying walk asks for the lengths of theta_0 and of the increments only,
-    so these are all that has to be known of each part.
-
-    Args:
-        squares: Squared length of theta_0 and of each increment, of the weights of each rate.
-        curves: Share of theta_0 that decay alone leaves at each snapshot, for each rate; a rate that is not known (NaN)
-            makes the walk unknown where it has any weights.
+    up, as those of any disjoint weights do. A decaying walk asks for the squared lengths of theta_0 and of the
+    increments only, so these and the survival curve are all that has to be known of each rate. An unknown curve makes
+    the walk unknown where the rate has any weights.
     """
-    there = (squares > 0).any(-1)
-    walks = [
-        decaying_walk(part.diag_embed(), curve.tolist()) for part, curve in zip(squares.unbind(-2), curves, strict=True)
-    ]
-    found = torch.stack(walks, -3)
-    return torch.where(there[..., None, None], found, 0.0).sum(-3)
+    present = (squares > 0).any(-1)[..., None, None]
+    parts = zip(squares.unbind(-2), curves, strict=True)
+    walks = torch.stack([decaying_walk(part.diag_embed(), curve.tolist()) for part, curve in parts], -3)
+    return torch.where(present, walks, 0.0).sum(-3)
 
 
 def check_survival(gram: Float[Tensor, "*batch n n"], survival: Sequence[float]) -> None:
-    """Refuse a decay that is not the path's.
-
-    Raises:
-        ValueError: There is not one share per snapshot.
-    """
+    """Raise ValueError where there is not one surviving share per snapshot of a path."""
     if len(survival) != gram.shape[-1]:
         raise ValueError(f"expected one surviving share per snapshot, {gram.shape[-1]}, got {len(survival)}")
 
@@ -118,12 +104,8 @@ def autocorrelation(
     """Correlation of increments by lag, sum <d_k, d_{k+L}> / sum ||d_k|| ||d_{k+L}||, for L = 1 .. lags.
 
     Zero for a free walk, whatever its PC1. Decay alone makes it differ from zero: positive where it pulls theta_0 in,
-    negative where it pulls back what has just been walked, so compare with the decaying walk.
-
-    Args:
-        gram: H, of one path or of several.
-        lags: Largest lag; lags beyond T - 1 are NaN.
-        off_theta0: Project theta_0 out of every increment first.
+    negative where it pulls back what has just been walked, so compare with the decaying walk. Lags beyond T - 1 are
+    NaN. `off_theta0` projects theta_0 out of every increment first.
     """
     n = gram.shape[-1]
     products = gram[..., 1:, 1:]
@@ -178,24 +160,24 @@ def statistics_of(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> d
     n = grams.shape[-1]
     rows = pca.drifts(n)[1:]
     raw = pca.spectra(grams, rows)
-    found = spectral(raw.energy, "") | spectral(pca.energies(grams, rows, normalise=True), "_unit")
+    numbers = spectral(raw.energy, "") | spectral(pca.energies(grams, rows, normalise=True), "_unit")
     backbone = raw.directions[:, 0]
     along = torch.einsum("bn,bn->b", backbone, grams[:, 0])
-    found["cos_theta0"] = along / grams[:, 0, 0].sqrt().clamp_min(1e-300)  # v_b has unit length
+    numbers["cos_theta0"] = along / grams[:, 0, 0].sqrt().clamp_min(1e-300)  # v_b has unit length
     without = corrected(grams, survival)
-    found["pc1_corrected"] = without["pc1_corrected"]
-    drift = found["drift"] = pca.norms(grams, rows[-1:])[:, 0]
-    coordinate = found["coordinate"] = torch.einsum("bn,bnm,m->b", backbone, grams, rows[-1])
-    found["residual"] = pca.norms(grams, rows[-1] - coordinate[:, None, None] * backbone[:, None])[:, 0]
-    found["fraction"] = coordinate.square() / drift.square().clamp_min(1e-300)
-    found["drift_corrected"] = without["drift_corrected"]
-    found["persistence"] = persistence(grams)[:, -1]
-    found["participation"] = participation(grams, rows)
-    found["participation_updates"] = participation(grams, torch.eye(n, dtype=torch.float64)[1:])
-    found["autocorrelation"] = autocorrelation(grams, 1)[:, 0]
-    found["autocorrelation_off"] = autocorrelation(grams, 1, off_theta0=True)[:, 0]
+    numbers["pc1_corrected"] = without["pc1_corrected"]
+    drift = numbers["drift"] = pca.norms(grams, rows[-1:])[:, 0]
+    coordinate = numbers["coordinate"] = torch.einsum("bn,bnm,m->b", backbone, grams, rows[-1])
+    numbers["residual"] = pca.norms(grams, rows[-1] - coordinate[:, None, None] * backbone[:, None])[:, 0]
+    numbers["fraction"] = coordinate.square() / drift.square().clamp_min(1e-300)
+    numbers["drift_corrected"] = without["drift_corrected"]
+    numbers["persistence"] = persistence(grams)[:, -1]
+    numbers["participation"] = participation(grams, rows)
+    numbers["participation_updates"] = participation(grams, torch.eye(n, dtype=torch.float64)[1:])
+    numbers["autocorrelation"] = autocorrelation(grams, 1)[:, 0]
+    numbers["autocorrelation_off"] = autocorrelation(grams, 1, off_theta0=True)[:, 0]
     unknown = grams.isnan().any(-1).any(-1)
-    return {name: torch.where(unknown, torch.nan, values) for name, values in found.items()}
+    return {name: torch.where(unknown, torch.nan, values) for name, values in numbers.items()}
 
 
 def corrected(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> dict[str, Float[Tensor, " B"]]:
@@ -208,16 +190,16 @@ def corrected(grams: Float[Tensor, "B n n"], survival: Sequence[float]) -> dict[
 
 
 def spectral(
-    energy: Float[Tensor, "B R"], suffix: str, percents: Sequence[int] = (95, 99)
-) -> dict[str, Float[Tensor, " B"]]:
+    energy: Float[Tensor, "*batch R"], suffix: str, percents: Sequence[int] = (95, 99)
+) -> dict[str, Float[Tensor, "*batch"]]:
     """PC1, PC2 and the fewest components for each share (k95 for 95) of spectra of squared singular values."""
     ratios = energy / energy.sum(-1, keepdim=True)
     reached = torch.cumsum(ratios, -1)
-    second = ratios[:, 1] if ratios.shape[1] > 1 else torch.zeros(len(ratios), dtype=torch.float64)
-    found = {f"pc1{suffix}": ratios[:, 0], f"pc2{suffix}": second}
+    second = ratios[..., 1] if ratios.shape[-1] > 1 else torch.zeros_like(ratios[..., 0])
+    numbers = {f"pc1{suffix}": ratios[..., 0], f"pc2{suffix}": second}
     for percent in percents:
-        found[f"k{percent}{suffix}"] = (reached < percent / 100 - 1e-12).sum(-1).double() + 1.0
-    return found
+        numbers[f"k{percent}{suffix}"] = (reached < percent / 100 - 1e-12).sum(-1).double() + 1.0
+    return numbers
 
 
 def first_share(energy: Float[Tensor, "B R"]) -> Float[Tensor, " B"]:
@@ -232,15 +214,13 @@ def profile_statistics(gram: Gram, width: int = 10) -> dict[str, float]:
     Means of |cos| between windows (left out where the run has fewer than `width` + 1 snapshots) and of the cosine of
     increments with the whole-run and with the past-only backbone.
     """
-    found: dict[str, float] = {}
-    if len(gram) > width + 1:
-        for name, rolling in _ROLLING.items():
-            found[name] = float(rolling(gram, width).cosines.mean())
+    rolling = _ROLLING.items() if len(gram) > width + 1 else ()
+    means = {name: float(curve(gram, width).cosines.mean()) for name, curve in rolling}
     direction = pca.pca(gram, pca.drifts(len(gram))[1:]).backbone
-    found["update_alignment"] = float(pca.update_alignment(gram, direction).abs().mean())
+    means["update_alignment"] = float(pca.update_alignment(gram, direction).abs().mean())
     past = pca.past_update_alignment(gram)
-    found["update_alignment_past"] = float(past[~past.isnan()].mean()) if (~past.isnan()).any() else math.nan
-    return found
+    past = past[~past.isnan()]
+    return means | {"update_alignment_past": float(past.mean()) if len(past) else math.nan}
 
 
 _ROLLING: Mapping[str, Callable[[Gram, int], pca.RollingBackbone]] = {
@@ -252,14 +232,9 @@ _ROLLING: Mapping[str, Callable[[Gram, int], pca.RollingBackbone]] = {
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A number beside its nulls.
+    """A measured value beside those of the walk and of the decaying walk with the same step lengths.
 
-    Args:
-        value: As measured.
-        walk: Of the walk with the same step lengths.
-        decay: Of the decaying walk with the same step lengths.
-        low: Lower end of the 95 % interval of the excess, NaN if none was asked for.
-        high: Its upper end.
+    `low` and `high` are the ends of the 95 % interval of the excess, NaN if none was asked for.
     """
 
     value: float
@@ -277,14 +252,9 @@ class Calibrated:
 def calibrate(
     gram: Gram, survival: Sequence[float], *, curves: bool = False, bootstrap: int = 0, seed: int = 0
 ) -> dict[str, Calibrated]:
-    """Put every statistic beside its two nulls.
+    """Put every statistic beside its two nulls, with `curves` those of `profile_statistics` too.
 
-    Args:
-        gram: H of the run.
-        survival: Share of theta_0 that decay alone leaves, per snapshot.
-        curves: Include `profile_statistics`.
-        bootstrap: Resamples for 95 % intervals of the excess of PC1 and of the other spectral numbers; 0 for none.
-        seed: Of the resampling.
+    With `bootstrap`, the number of resamples, the spectral numbers have 95 % intervals of their excess.
     """
 
     def describe(h: Gram) -> dict[str, float]:
@@ -292,8 +262,8 @@ def calibrate(
 
     null = decaying_walk(gram, survival)
     measured, free, decaying = describe(gram), describe(walk(gram)), describe(null)
-    known = bool(torch.isfinite(null).all())
-    intervals = block_bootstrap(gram, null, draws=bootstrap, seed=seed) if bootstrap and known else {}
+    finite = bool(torch.isfinite(null).all())
+    intervals = block_bootstrap(gram, null, draws=bootstrap, seed=seed) if bootstrap and finite else {}
     return {
         name: Calibrated(value, free[name], decaying[name], *intervals.get(name, (math.nan, math.nan)))
         for name, value in measured.items()
@@ -301,7 +271,7 @@ def calibrate(
 
 
 def block_bootstrap(gram: Gram, null: Gram, draws: int = 200, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the excess of spectral numbers over a null, by a moving-block bootstrap over snapshots.
+    """95 % intervals of the excess of PC1 and k95 over a null, by a moving-block bootstrap over snapshots.
 
     Rows are resampled in blocks of about T^(1/3) consecutive snapshots (Kuensch 1989), because neighbours on a path are
     anything but independent, and the same rows are taken of the measured and of the null path, because fewer distinct
@@ -319,16 +289,16 @@ def block_bootstrap(gram: Gram, null: Gram, draws: int = 200, seed: int = 0) -> 
     return {name: (float(low), float(high)) for name, (low, high) in quantiles.items()}
 
 
-def _resampled_spectra(gram: Gram, rows: Rows, chosen: Int[Tensor, "draws R"]) -> dict[str, np.ndarray]:
+def _resampled_spectra(
+    gram: Gram, rows: Rows, chosen: Int[Tensor, "draws R"]
+) -> dict[str, Float[np.ndarray, " draws"]]:
     """PC1 and k95 of resampled rows, raw and of unit length, a value a draw, from the Gram matrices of the rows."""
     products = rows @ gram @ rows.T
     lengths = products.diagonal().clamp_min(0.0).sqrt()
     unit = products / (lengths[:, None] * lengths).clamp_min(1e-300)
-    found = {}
+    numbers: dict[str, Tensor] = {}
     for suffix, table in (("", products), ("_unit", unit)):
         # One batch of eigenvalue problems: single ones of this size are all overhead.
         energy = torch.linalg.eigvalsh(table[chosen[:, :, None], chosen[:, None, :]]).flip(-1).clamp_min(0.0)
-        ratios = energy / energy.sum(-1, keepdim=True)
-        found[f"pc1{suffix}"] = ratios[:, 0].numpy()
-        found[f"k95{suffix}"] = (ratios.cumsum(-1) < 0.95 - 1e-12).sum(-1).numpy() + 1.0
-    return found
+        numbers |= spectral(energy, suffix, (95,))
+    return {name: values.numpy() for name, values in numbers.items() if not name.startswith("pc2")}

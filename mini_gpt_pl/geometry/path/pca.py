@@ -23,9 +23,7 @@ Direction = Float[Tensor, " n"]
 
 
 def drifts(n: int, anchor: int = 0) -> Rows:
-    """Coefficients of the drifts x_t = theta_t - theta_anchor of all n snapshots t = 0 .. n-1.
-
-    Row t of the result is over the basis (theta_0, d_1, ..., d_{n-1}); row `anchor` is zero.
+    """Coefficients of the drifts x_t = theta_t - theta_anchor of all n snapshots t = 0 .. n-1; row `anchor` is zero.
 
     Example:
         >>> drifts(3)
@@ -61,8 +59,8 @@ def inner_products(
     gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]
 ) -> Float[Tensor, "*batch R R"]:
     """Inner products of vectors given by coefficients, symmetric to the last bit."""
-    found = rows @ gram @ rows.mT
-    return (found + found.mT) / 2
+    products = rows @ gram @ rows.mT
+    return (products + products.mT) / 2
 
 
 def rounding(gram: Float[Tensor, "*batch n n"], rows: Float[Tensor, "*#batch R n"]) -> Float[Tensor, "*batch R"]:
@@ -82,11 +80,9 @@ def cosine(gram: Gram, u: Direction, w: Direction) -> float:
 
 @dataclass(frozen=True)
 class PCA:
-    """Uncentred principal components of some rows.
+    """Uncentred principal components: singular values of the matrix of rows, descending, and unit directions.
 
-    Args:
-        singular_values: Of the matrix of rows, descending.
-        directions: Coefficients of the unit right singular vectors with a non-zero singular value.
+    Directions are coefficients of the right singular vectors with a non-zero singular value.
     """
 
     singular_values: Float[Tensor, " R"]
@@ -115,24 +111,17 @@ class PCA:
 
 
 def pca(gram: Gram, rows: Rows, *, normalise: bool = False) -> PCA:
-    """Uncentred PCA of rows given by coefficients, through their Gram matrix.
+    """Uncentred PCA of rows, scaled to unit length with `normalise`, through their Gram matrix.
 
-    Args:
-        gram: H, inner products of the basis.
-        rows: The rows' coefficients; rows of length zero (to rounding) are ignored.
-        normalise: Scale every row to unit length first.
-
-    Returns:
-        Components whose signs are fixed so that the last row's coordinate is positive.
+    Rows of length zero (to rounding) are ignored. Signs are fixed so that the last row's coordinate is positive.
 
     Raises:
         ValueError: No row has a length.
     """
-    found = spectra(gram[None], rows, normalise=normalise) if len(rows) else None
-    if found is None or not found.moved[0]:
+    parts = spectra(gram[None], rows, normalise=normalise) if len(rows) else None
+    if parts is None or not parts.moved[0]:
         raise ValueError("every row is zero: a trajectory without movement has no principal direction")
-    directions = found.directions[0]
-    return PCA(found.energy[0, : int(found.moved[0])].sqrt(), directions[: int(found.ranks[0])])
+    return PCA(parts.energy[0, : int(parts.moved[0])].sqrt(), parts.directions[0, : int(parts.ranks[0])])
 
 
 @dataclass(frozen=True)
@@ -153,22 +142,15 @@ class Spectra:
 
 
 def spectra(grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], *, normalise: bool = False) -> Spectra:
-    """`pca` of several paths at once: single eigenvalue problems of this size are all overhead.
-
-    Args:
-        grams: A Gram matrix a path.
-        rows: The rows' coefficients, the same in each path or its own.
-        normalise: Scale every row to unit length first.
-    """
+    """`pca` of several paths at once (single eigenvalue problems of this size are all overhead), NaN for NaN paths."""
     rows, products, noise = _products(grams, rows, normalise)
-    unknown = products.isnan().any(-1).any(-1)  # a null that is not known is no eigenvalue problem
-    energy, left = torch.linalg.eigh(torch.where(unknown[:, None, None], 0.0, products))
-    energy = torch.where(unknown[:, None], torch.nan, energy)
+    energy, left = torch.linalg.eigh(products)
     energy, left = energy.flip(-1).clamp_min(0.0), left.flip(-1)
+    energy = torch.where(noise.isnan().any(-1, keepdim=True), torch.nan, energy)
     # Below this an eigenvalue is rounding, and its direction would be noise divided by noise.
     ranks = (energy > noise.sum(-1, keepdim=True)).sum(-1).clamp_min(1)
-    kept = torch.arange(energy.shape[-1]) < ranks[:, None]
-    directions = (left.mT @ rows) * torch.where(kept, energy, torch.inf).rsqrt()[..., None]
+    present = torch.arange(energy.shape[-1]) < ranks[:, None]
+    directions = (left.mT @ rows) * torch.where(present, energy, torch.inf).rsqrt()[..., None]
     lengths = products.diagonal(dim1=-2, dim2=-1)
     # The last row that has a length gets a positive coordinate on each component: sigma times `left`.
     last = (torch.arange(lengths.shape[-1]) * (lengths > 0)).amax(-1)
@@ -180,30 +162,35 @@ def energies(
     grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], *, normalise: bool = False
 ) -> Float[Tensor, "B R"]:
     """Squared singular values as in `spectra`, where no direction is asked for: half the work."""
-    products = _products(grams, rows, normalise)[1]
-    unknown = products.isnan().any(-1).any(-1)
-    energy = torch.linalg.eigvalsh(torch.where(unknown[:, None, None], 0.0, products))
-    return torch.where(unknown[:, None], torch.nan, energy.flip(-1).clamp_min(0.0))
+    _, products, noise = _products(grams, rows, normalise)
+    energy = torch.linalg.eigvalsh(products).flip(-1).clamp_min(0.0)
+    return torch.where(noise.isnan().any(-1, keepdim=True), torch.nan, energy)
 
 
 def _products(
     grams: Float[Tensor, "B n n"], rows: Float[Tensor, "*#B R n"], normalise: bool
 ) -> tuple[Float[Tensor, "B R n"], Float[Tensor, "B R R"], Float[Tensor, "B R"]]:
-    """Rows without those whose length is rounding, their inner products, and the rounding of their squared lengths."""
+    """Rows without those whose length is rounding, their inner products, and the rounding of their squared lengths.
+
+    A path that is not known is no eigenvalue problem: its products are zero and its rounding NaN.
+    """
     rows = rows.expand(len(grams), *rows.shape[-2:])
     lengths, noise = norms(grams, rows), rounding(grams, rows)
     unit = lengths if normalise else torch.ones_like(lengths)
     scale = torch.where(lengths.square() > noise, 1.0 / unit, 0.0)
     rows = rows * scale[..., None]
-    return rows, inner_products(grams, rows), noise * scale.square()
+    products = inner_products(grams, rows)
+    unknown = products.isnan().any(-1).any(-1)[:, None]
+    noise = torch.where(unknown, torch.nan, noise * scale.square())
+    return rows, torch.where(unknown[..., None], 0.0, products), noise
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Drift split along a direction and across it (paper, eqs. 6 to 9).
+    """Drift split along a direction and across it (arXiv 2602.23696, eqs. 6 to 9), in parameter units.
 
     Args:
-        coordinate: a(t) = <x(t), v>, in parameter units.
+        coordinate: a(t) = <x(t), v>.
         residual_norm: ||x(t) - a(t) v||.
         drift_norm: ||x(t)||.
     """
@@ -227,7 +214,7 @@ def decompose(gram: Gram, rows: Rows, direction: Direction) -> Decomposition:
 
 
 def update_alignment(gram: Gram, direction: Direction) -> Float[Tensor, " T"]:
-    """Cosines of the increments d_1 .. d_T with a direction that knows them all (paper, eq. 23).
+    """Cosines of the increments d_1 .. d_T with a direction that knows them all (arXiv 2602.23696, eq. 23).
 
     The direction lies in the span of the increments, so even a random walk shows about 1/sqrt(T) here.
     """
@@ -259,7 +246,7 @@ def past_update_alignment(gram: Gram, *, normalise: bool = False) -> Float[Tenso
 
 @dataclass(frozen=True)
 class RollingBackbone:
-    """How a windowed first direction turns along the run.
+    """How the first direction of windows of consecutive snapshots among 1 .. T turns along the run.
 
     Args:
         ends: Index of the last snapshot of each window; for adjacent windows, of the later one.
@@ -272,41 +259,34 @@ class RollingBackbone:
     pc1: Float[Tensor, " W"]
 
 
-def _windows(gram: Gram, width: int, *, self_anchored: bool, normalise: bool) -> tuple[list[int], list[PCA]]:
-    """PCA of every window of `width` snapshots among 1 .. T."""
+def _rolling(gram: Gram, width: int, *, own_anchor: bool = False, against: Direction | None = None) -> RollingBackbone:
+    """Compare each window with the one before it, or with a direction; rows from an own anchor are of unit length."""
     n = len(gram)
-    ends, parts = [], []
-    for first in range(1, n - width + 1):
-        rows = drifts(n, first if self_anchored else 0)[first : first + width]
-        ends.append(first + width - 1)
-        parts.append(pca(gram, rows, normalise=normalise))
-    return ends, parts
-
-
-def _rolling(gram: Gram, ends: list[int], parts: list[PCA], against: Direction | None) -> RollingBackbone:
-    shares = torch.tensor([part.pc1 for part in parts], dtype=torch.float64)
-    if against is not None:
-        values = [abs(cosine(gram, part.backbone, against)) for part in parts]
-        return RollingBackbone(ends, torch.tensor(values, dtype=torch.float64), shares)
-    pairs = itertools.pairwise(parts)
-    values = [abs(cosine(gram, earlier.backbone, later.backbone)) for earlier, later in pairs]
-    return RollingBackbone(ends[1:], torch.tensor(values, dtype=torch.float64), shares[1:])
+    windows = [
+        pca(gram, drifts(n, first if own_anchor else 0)[first : first + width], normalise=own_anchor)
+        for first in range(1, n - width + 1)
+    ]
+    directions = [window.backbone for window in windows]
+    pairs = itertools.pairwise(directions) if against is None else ((window, against) for window in directions)
+    cosines = torch.tensor([abs(cosine(gram, *pair)) for pair in pairs], dtype=torch.float64)
+    shares = torch.tensor([window.pc1 for window in windows], dtype=torch.float64)
+    without = 1 if against is None else 0
+    return RollingBackbone(list(range(width + without, n)), cosines, shares[without:])
 
 
 def rolling_origin_anchored(gram: Gram, width: int = 10) -> RollingBackbone:
-    """|cos| of adjacent windows of drifts from theta_0, raw rows: what the paper's 0.997 is.
+    """|cos| of adjacent windows of drifts from theta_0, raw rows: what the 0.997 of arXiv 2602.23696 is.
 
     Windows that share all but one row and the common origin are nearly parallel on any path: a random walk gives 0.998.
     """
-    return _rolling(gram, *_windows(gram, width, self_anchored=False, normalise=False), None)
+    return _rolling(gram, width)
 
 
 def rolling_self_anchored(gram: Gram, width: int = 10) -> RollingBackbone:
     """|cos| of adjacent windows of drifts from the window's own first snapshot, unit rows (rotation curve)."""
-    return _rolling(gram, *_windows(gram, width, self_anchored=True, normalise=True), None)
+    return _rolling(gram, width, own_anchor=True)
 
 
 def rolling_against_global(gram: Gram, width: int = 10) -> RollingBackbone:
-    """|cos| of each window's first direction with the whole run's v_b, raw rows from theta_0 (paper, eq. 5)."""
-    whole = pca(gram, drifts(len(gram))).backbone
-    return _rolling(gram, *_windows(gram, width, self_anchored=False, normalise=False), whole)
+    """|cos| of each window's first direction with the whole run's v_b, raw rows (arXiv 2602.23696, eq. 5)."""
+    return _rolling(gram, width, against=pca(gram, drifts(len(gram))).backbone)

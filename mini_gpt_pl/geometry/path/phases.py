@@ -16,20 +16,12 @@ from torch import Tensor
 
 
 def phase_randomised(series: Float[Tensor, " n"], draws: int, seed: int = 0) -> Float[Tensor, "draws n"]:
-    """Draw series of the same mean and power spectrum with independent uniform phases.
-
-    Args:
-        series: Evenly spaced values.
-        draws: Number of surrogates.
-        seed: Of the phases.
-    """
+    """Draw series of the same mean and power spectrum with independent uniform phases."""
     n = len(series)
     spectrum = torch.fft.rfft(series.double())
     rng = np.random.Generator(np.random.Philox(key=seed))
-    turns = torch.polar(
-        torch.ones(draws, len(spectrum), dtype=torch.float64),
-        torch.from_numpy(rng.uniform(0, 2 * np.pi, (draws, len(spectrum)))),
-    )
+    angles = torch.from_numpy(rng.uniform(0, 2 * np.pi, (draws, len(spectrum))))
+    turns = torch.polar(torch.ones_like(angles), angles)
     turns[:, 0] = 1.0  # the mean
     if n % 2 == 0:
         # The last frequency of an even number of values is real: its phase is a sign.
@@ -53,16 +45,9 @@ class Correlated:
 
 
 def correlate(x: Float[Tensor, " n"], y: Float[Tensor, " n"], draws: int = 999, seed: int = 0) -> Correlated:
-    """Correlate two series and compare with surrogates of the second.
+    """Correlate changes of two quantities at the same steps, and compare with surrogates of the second.
 
-    Args:
-        x: Evenly spaced changes of one quantity.
-        y: Of the other, at the same steps.
-        draws: Number of surrogates.
-        seed: Of the phases.
-
-    Returns:
-        NaN throughout if a series is constant.
+    NaN throughout if a series is constant.
     """
     drawn = _unit(torch.cat([y.double()[None], phase_randomised(y, draws, seed)])) @ _unit(x.double()[None])[0]
     value, others = float(drawn[0]), drawn[1:].abs()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ def rebuild(
     r"""Compute the Gram matrices of a folder of snapshots, in float64.
 
     Takes one pass over the files, as many float64 operations as D times the square of the snapshots, and 1 MiB of
-    memory for each snapshot and thread.
+    memory for each snapshot and thread. The trajectory is the recorder's where nothing else is asked for.
 
     Args:
         folder: What the recorder calls `snapshots`; of a run whose ranks shared the weights it has a folder for each.
@@ -49,9 +49,6 @@ def rebuild(
             recorded for None.
         survival: Share of theta_0 that weight decay alone would have left at each snapshot; from the files for None.
         steps: Of the snapshots to take; all for None.
-
-    Returns:
-        The trajectory, which is the recorder's where nothing else is asked for.
 
     Raises:
         UserError: There are no snapshots, one is missing, corrupt or of another model, or they do not say what is asked
@@ -70,16 +67,16 @@ def rebuild(
         if file.meta.get("fingerprint") != first.meta.get("fingerprint") or file.shapes.keys() != first.shapes.keys():
             raise UserError(f"{file.path} and {first.path} are snapshots of different models: keep those of one run")
     selection = _selection(first, pattern)
-    left = list(survival) if survival is not None else [_survival(file) for file in files[0]]
+    for file in files[0]:
+        if survival is None and "survival" not in file.meta:
+            raise UserError(f"{file.path} does not say what weight decay left of the initial weights: give survival")
+    left = [float(file.meta["survival"]) for file in files[0]] if survival is None else list(survival)
     grams = torch.stack([gram_of_files(of_part, selection) for of_part in files]).sum(0)
     return Trajectory(selection.fingerprint, selection.groups, selection.dims, list(steps), grams, left)
 
 
 def recorded_selection(folder: Path) -> ParameterSelection:
-    """Read off the snapshots which weights were recorded, in which groups.
-
-    Args:
-        folder: What the recorder calls `snapshots`.
+    """Read off a folder of snapshots which weights were recorded, in which groups.
 
     Raises:
         UserError: There are no snapshots, or they are too old to know the groups.
@@ -92,11 +89,7 @@ def recorded_selection(folder: Path) -> ParameterSelection:
 
 
 def gram_of_files(files: Sequence[FlatFile], selection: ParameterSelection) -> Float[Tensor, "G n n"]:
-    """Inner products of vectors in files, group by group, each value being read once.
-
-    Args:
-        files: Of one rank, with the same tensors.
-        selection: Which of their tensors, in which groups.
+    """Inner products of the selected tensors in files of one rank, group by group, each value being read once.
 
     Raises:
         UserError: A file is gone or cut short, or its tensors have another shape than the first one's.
@@ -112,16 +105,13 @@ def gram_of_files(files: Sequence[FlatFile], selection: ParameterSelection) -> F
         jobs += [(number, places, lo, min(lo + _PART, columns)) for lo in range(0, columns, _PART)]
     grams = torch.zeros(len(selection.groups), len(files), len(files), dtype=torch.float64)
     count = torch.get_num_threads() + _READERS
-    desks: SimpleQueue[_Desk] = SimpleQueue()
-    for _ in range(count):
-        desks.put(_Desk(files))
+    local = threading.local()
 
     def work(job: tuple[int, list[list[Piece]], int, int]) -> Float[Tensor, "n n"]:
-        desk = desks.get()
-        try:
-            return desk.gram(*job[1:])
-        finally:
-            desks.put(desk)
+        if not hasattr(local, "desk"):
+            local.desk = _Desk(files)
+        gram: Float[Tensor, "n n"] = local.desk.gram(*job[1:])
+        return gram
 
     with _workers(count) as pool:
         # In the order of the jobs, so that the sum does not depend on which thread is faster.
@@ -168,10 +158,10 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
 
 def _parts(folder: Path) -> list[Path]:
     """Folders of the ranks that shared the weights; the folder itself where none did."""
-    found = sorted(folder.glob("shard_*_of_*"))
-    if not found:
+    folders = sorted(folder.glob("shard_*_of_*"))
+    if not folders:
         return [folder]
-    counts = {int(match[1]) for path in found if (match := re.fullmatch(r"shard_\d+_of_(\d+)", path.name))}
+    counts = {int(match[1]) for path in folders if (match := re.fullmatch(r"shard_\d+_of_(\d+)", path.name))}
     expected = [folder / f"shard_{rank + 1}_of_{max(counts)}" for rank in range(max(counts))]
     if missing := [path for path in expected if not path.is_dir()]:
         raise UserError(f"there is no {missing[0]}: the snapshots of all ranks that shared the weights are needed")
@@ -181,8 +171,8 @@ def _parts(folder: Path) -> list[Path]:
 def _selection(file: FlatFile, pattern: str | None) -> ParameterSelection:
     """The recorded selection as a file knows it, or its weights in other groups."""
     names = list(file.shapes)
-    known = json.loads(file.meta.get("shapes", "null"))
-    shapes = dict(zip(names, map(tuple, known), strict=True)) if known else file.shapes
+    recorded = json.loads(file.meta.get("shapes", "null"))
+    shapes = dict(zip(names, map(tuple, recorded), strict=True)) if recorded else file.shapes
     if pattern is not None:
         owners = assign_groups(names, pattern)
     elif "owners" in file.meta:
@@ -192,9 +182,3 @@ def _selection(file: FlatFile, pattern: str | None) -> ParameterSelection:
     if not owners:
         raise UserError(f"the weight pattern {pattern!r} selects none of the recorded weights, such as {names[0]}")
     return ParameterSelection(tuple(owners), tuple(shapes[name] for name in owners), tuple(owners.values()))
-
-
-def _survival(file: FlatFile) -> float:
-    if "survival" not in file.meta:
-        raise UserError(f"{file.path} does not say what weight decay left of the initial weights: give survival")
-    return float(file.meta["survival"])

@@ -7,6 +7,9 @@ weights, and says nothing of how unlike a walk the path is.
 
 Gram matrices are drawn directly, not D-vectors: inner products of n independent Gaussian vectors in D dimensions are a
 Wishart matrix, A A' with A lower triangular, chi-distributed on and normal below its diagonal (Bartlett 1933).
+
+Throughout, `gram` is H of the run, `survival` its decay as in `nulls`, `dim` its number of weights D, and `seed` that
+of `draws` paths.
 """
 
 from __future__ import annotations
@@ -31,14 +34,9 @@ def permuted(
 ) -> Float[Tensor, "draws n n"]:
     """Grams of the measured steps in random orders: exact, their lengths and all their inner products are kept.
 
-    The end point stays where it was, so a path that goes somewhere does so in any order. (Permuting the *rows* of a
-    drift matrix changes no singular value and is no null.)
-
-    Args:
-        gram: H of the run.
-        draws: Number of orders.
-        seed: Of the orders.
-        survival: Permute the innovations under this decay; the increments for None.
+    The steps are the innovations under a decay; the increments for None. The end point stays where it was, so a path
+    that goes somewhere does so in any order. (Permuting the *rows* of a drift matrix changes no singular value and is
+    no null.)
     """
     shares = [1.0] * len(gram) if survival is None else survival
     own = innovations.innovations(gram, shares)
@@ -53,20 +51,14 @@ def sampled_walk(
 ) -> Float[Tensor, "draws n n"]:
     """Grams of walks in `dim` dimensions with the measured step lengths, in independent isotropic directions.
 
-    Args:
-        gram: H of the run.
-        dim: Number of weights, D.
-        draws: Number of walks.
-        seed: Of the directions.
-        survival: Decay of the walk; its steps then have the lengths of the innovations, as in
-            `innovations.innovation_walk`. None: a free walk with the lengths of the increments.
-        phi: Correlation of successive directions, as in `innovations.autoregressive_walk`.
+    Under a decay the steps have the lengths of the innovations, as in `innovations.innovation_walk`; for None a free
+    walk with those of the increments. Successive directions correlate by `phi`, as in
+    `innovations.autoregressive_walk`.
     """
     shares = [1.0] * len(gram) if survival is None else survival
     lengths = innovations.innovations(gram, shares).diagonal().clamp_min(0.0).sqrt()
     shape = innovations.autoregressive_cosines(torch.tensor(phi, dtype=torch.float64), len(gram))
-    mixed = torch.linalg.cholesky(shape) @ _factors(len(gram), dim, draws, _rng(seed, 1))
-    steps = _unit(mixed) * lengths[:, None]
+    steps = _unit(torch.linalg.cholesky(shape) @ _factors(len(gram), dim, draws, seed)) * lengths[:, None]
     return innovations.path_of(steps @ steps.mT, shares)
 
 
@@ -77,21 +69,14 @@ def sampled_decaying_walk(
 
     The innovation's length is the positive root of ||(rho_k - 1) theta_{k-1} + a u_k|| = ||d_k||, u_k isotropic; zero
     where decay alone is longer.
-
-    Args:
-        gram: H of the run.
-        survival: Share of theta_0 that decay alone leaves at each snapshot.
-        dim: Number of weights, D.
-        draws: Number of walks.
-        seed: Of the directions.
     """
     nulls.check_survival(gram, survival)
-    units = _unit(_factors(len(gram), dim, draws, _rng(seed, 1)))
+    units = _unit(_factors(len(gram), dim, draws, seed))
     square = gram.diagonal().clamp_min(0.0)
     position = square[0].sqrt() * units[:, 0]
     basis = [position]
-    for k, kept in enumerate(nulls.kept(survival), start=1):
-        pull = (kept - 1.0) * position
+    for k, share in enumerate(nulls.kept(survival), start=1):
+        pull = (share - 1.0) * position
         along = (pull * units[:, k]).sum(-1)
         left = square[k] - pull.square().sum(-1)
         length = torch.where(left > 0, (along.square() + left).clamp_min(0.0).sqrt() - along, 0.0)
@@ -105,8 +90,9 @@ def _unit(rows: Float[Tensor, "draws n k"]) -> Float[Tensor, "draws n k"]:
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
-def _factors(n: int, dim: int, draws: int, rng: np.random.Generator) -> Float[Tensor, "draws n k"]:
+def _factors(n: int, dim: int, draws: int, seed: int) -> Float[Tensor, "draws n k"]:
     """Rows whose inner products are those of n independent standard normal vectors in `dim` dimensions."""
+    rng = _rng(seed, 1)
     if dim < n:
         return torch.from_numpy(rng.standard_normal((draws, n, dim)))
     factors = np.tril(rng.standard_normal((draws, n, n)), -1)
@@ -123,13 +109,9 @@ def _rng(seed: int, stream: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Band:
-    """Where a null's values lie, and the measured one among them.
+    """The 2.5 %, 50 % and 97.5 % quantiles of a null's values, and the measured one among them.
 
-    Args:
-        low: 2.5 % quantile.
-        median: Of the draws.
-        high: 97.5 % quantile.
-        below: Share of the draws below the measured value, ties half: 0 under all of them, 1 above all.
+    `below` is the share of the draws below the measured value, ties half: 0 under all of them, 1 above all.
     """
 
     low: float
@@ -140,12 +122,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Placed:
-    """A number among its nulls.
-
-    Args:
-        value: As measured.
-        bands: By the null's name.
-    """
+    """A number as measured, and the bands of its nulls by their names."""
 
     value: float
     bands: dict[str, Band]
@@ -160,20 +137,12 @@ def ensembles(
 ) -> dict[str, Float[Tensor, "draws n n"]]:
     """Draw the nulls of a path.
 
-    Args:
-        gram: H of the run.
-        survival: Share of theta_0 that decay alone leaves at each snapshot.
-        dim: Number of weights, D.
-        draws: Paths per null.
-        seed: Of the draws.
-
     Returns:
         `walk`; `decaying_walk` (keeps the lengths of increments) and `innovation_walk` (those of innovations), which
         can be far apart; `autoregressive_walk` (of innovations, under decay); `permuted` (increments) and
         `permuted_innovations`.
     """
-    own = innovations.innovations(gram, survival)
-    phi = float(innovations.lag1(own))
+    phi = float(innovations.lag1(innovations.innovations(gram, survival)))
     return {
         "walk": sampled_walk(gram, dim, draws, seed),
         "decaying_walk": sampled_decaying_walk(gram, survival, dim, draws, seed),
@@ -189,15 +158,8 @@ def place(gram: Gram, survival: Sequence[float], dim: int, draws: int = 100, see
 
     Example:
         trajectory = run.trajectory
-        found = place(trajectory.gram(group), trajectory.survival, trajectory.dim_of(group))
-        found["pc1_centred"].value, found["pc1_centred"].bands["innovation_walk"]
-
-    Args:
-        gram: H of the run.
-        survival: Share of theta_0 that decay alone leaves at each snapshot.
-        dim: Number of weights, D.
-        draws: Paths per null.
-        seed: Of the draws.
+        numbers = place(trajectory.gram(group), trajectory.survival, trajectory.dim_of(group))
+        numbers["pc1_centred"].value, numbers["pc1_centred"].bands["innovation_walk"]
     """
     drawn = ensembles(gram, survival, dim, draws, seed)
     every = centred_statistics(torch.cat([gram[None], *drawn.values()]), survival)  # one batch of eigenvalue problems
@@ -211,9 +173,8 @@ def place(gram: Gram, survival: Sequence[float], dim: int, draws: int = 100, see
 
 def band(value: Float[Tensor, ""], draws: Float[Tensor, " draws"]) -> Band:
     """Quantiles of a null's draws, and the share of them below a value; draws that are NaN are left out."""
-    known = draws[~draws.isnan()].numpy()
-    if not len(known) or value.isnan():
+    numbers = draws[~draws.isnan()].numpy()
+    if not len(numbers) or value.isnan():
         return Band(*[float("nan")] * 4)
-    low, median, high = np.quantile(known, _LEVELS)
-    below = np.mean(known < float(value)) + np.mean(known == float(value)) / 2
-    return Band(float(low), float(median), float(high), float(below))
+    below = np.mean(numbers < float(value)) + np.mean(numbers == float(value)) / 2
+    return Band(*map(float, np.quantile(numbers, _LEVELS)), below=float(below))

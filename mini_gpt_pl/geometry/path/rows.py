@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mini_gpt_pl.geometry.kernels import row_kernels as kernels
 from mini_gpt_pl.geometry.path.snapshots import StoredRow
-from mini_gpt_pl.geometry.vectors.products import products_at_once
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 from mini_gpt_pl.geometry.vectors.staging import Staging
 
@@ -21,10 +20,8 @@ _TILE, _GPU_TILE = 1 << 16, 1 << 22
 # Columns read at a time of rows that are not in memory: 2 MiB a row, twice.
 _PART = 1 << 19
 
-
 Place = Literal["model", "cpu", "disk"]
 """Where rows stay: on the model's device, in memory of the host, or in their files."""
-
 
 Row: TypeAlias = Tensor | StoredRow
 """A vector of which parts can be had: a tensor, or what reads them from a snapshot's file."""
@@ -71,12 +68,7 @@ class IncrementRows:
         return Vector(increment if self.dtype is None else increment.to(self.dtype), self.selection)
 
     def push(self, row: Vector, kept: Row | None = None) -> None:
-        """Add a row made by `increment`, or read back from disk.
-
-        Args:
-            row: Its values.
-            kept: What to keep of it instead of the values: a `StoredRow`, which reads them when they are needed.
-        """
+        """Add a row made by `increment`, or read back from disk; `kept` is what to keep of it instead of its values."""
         self.selection.accept(row.selection)
         self.rows.append(row.values if kept is None else kept)
         self._rebuilt = row.values.clone() if self._rebuilt is None else self._rebuilt + row.values
@@ -90,10 +82,9 @@ class IncrementRows:
         """
         self.selection.accept(new.selection)
         rows = [*self.rows, new.values]
-        spans = [(span.start, span.stop) for span in self.selection.slices]
         tensors = _in_kernels_reach(rows)
-        found = None if tensors is None else products_at_once(tensors, new.values, self.selection)
-        return self.selection.total(inner_products(rows, new.values, spans)) if found is None else found
+        products = inner_products if tensors is None else kernels.inner_products
+        return self.selection.total(products(tensors or rows, new.values, self.selection.spans))
 
     def combine(self, coefficients: Float[Tensor, "G n"]) -> Vector:
         """Turn directions given by coefficients, one set per group, into one flat float32 vector.
@@ -106,29 +97,24 @@ class IncrementRows:
         return Vector(self.combine_all([coefficients])[0], self.selection)
 
     def combine_all(self, coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "N D"]:
-        """Make several directions in one pass over the rows; each as `combine` has it.
-
-        Raises:
-            ValueError: There are more columns than rows.
-        """
+        """Make several directions in one pass over the rows; each as `combine` has it."""
         weights = torch.stack([row.double().cpu() for row in coefficients])
         count = weights.shape[-1]
         if count > len(self.rows):
             raise ValueError(f"{count} coefficients for {len(self.rows)} rows")
         tensors = _in_kernels_reach(self.rows[:count])
         if tensors is not None:
-            spans = [(span.start, span.stop) for span in self.selection.slices]
-            return kernels.combine(tensors, weights, spans)
+            return kernels.combine(tensors, weights, self.selection.spans)
         assert self._rebuilt is not None
         size, device = self.selection.local_dim, self._rebuilt.device
-        found = torch.zeros(len(coefficients), size, dtype=torch.float32, device=device)
+        sums = torch.zeros(len(coefficients), size, dtype=torch.float32, device=device)
         for row, of_row in zip(self.rows, weights.unbind(-1), strict=False):
             if bool(of_row.any()):  # a row that no direction holds is not read
                 values = row[:size].to(device).float()
-                for out, of_group in zip(found, of_row.tolist(), strict=True):
+                for out, of_group in zip(sums, of_row.tolist(), strict=True):
                     for span, weight in zip(self.selection.slices, of_group, strict=True):
                         out[span].add_(values[span], alpha=weight)
-        return found
+        return sums
 
 
 def inner_products(
@@ -136,10 +122,8 @@ def inner_products(
 ) -> Float[Tensor, "G n"]:
     """Inner products of a vector with rows, per span of columns, in float64, in tiles that stay in the cache.
 
-    Args:
-        rows: Each of D values; of those that are no tensors one part is read while another is multiplied.
-        new: The vector; the result lies on its device.
-        spans: First and last-plus-one column of each group.
+    Of rows that are no tensors one part is read while another is multiplied. A span is a group's first and
+    last-plus-one column. The result lies on the vector's device.
     """
     in_memory = all(isinstance(row, Tensor) for row in rows)
     tile = _GPU_TILE if new.is_cuda and in_memory else min(_TILE * torch.get_num_threads(), _PART)
@@ -147,8 +131,9 @@ def inner_products(
     for group, lo, parts in _read_ahead(rows, spans, max(tile, _PART), in_memory):
         for at in range(0, len(parts[0]), tile):
             against = new[lo + at : lo + min(at + tile, len(parts[0]))].double()
-            found = [torch.dot(part[at : at + tile].to(new.device).double(), against) for part in parts]
-            total[group] += torch.stack(found)
+            total[group] += torch.stack(
+                [torch.dot(part[at : at + tile].to(new.device).double(), against) for part in parts]
+            )
     return total
 
 
@@ -200,20 +185,13 @@ def memory_of(
 ) -> Memory:
     """Say what recording takes.
 
-    Let R = 4 D + (snapshots - 1) D itemsize be the bytes of all rows. The rebuilt weights, copies of them while a
-    snapshot is taken, and the two directions of the past that probes ask for are 20 D on the model's device, and a row
-    on its way to the disk is at most 8 D on the host, as page-locked memory comes in powers of two; there `model` adds
-    R to the device. With `cpu` the host has R and 24 D, the device a copy of the weights and the directions (12 D).
-    With `disk` the device has the pending rows beside the 20 D, and the host one row more, and 4 MiB for each snapshot
-    while they are read.
-
-    Args:
-        keep_on: Where the rows stay.
-        snapshots: Number of them, theta_0 included.
-        dim: Number of recorded weights, D.
-        itemsize: Bytes of a value of an increment.
-        writes: Whether snapshot files are written.
-        max_pending: Rows that may wait for the disk.
+    Let R = 4 D + (snapshots - 1) D itemsize be the bytes of all rows: D weights, theta_0 among the snapshots, itemsize
+    bytes a value of an increment. The rebuilt weights, copies of them while a snapshot is taken, and the two directions
+    of the past that probes ask for are 20 D on the model's device, and a row on its way to the disk, where files are
+    written, is at most 8 D on the host, as page-locked memory comes in powers of two; there `model` adds R to the
+    device. With `cpu` the host has R and 24 D, the device a copy of the weights and the directions (12 D). With `disk`
+    the device has the rows that may wait for the disk (`max_pending`) beside the 20 D, and the host one row more, and
+    4 MiB for each snapshot while they are read.
     """
     rows = (4 + itemsize * (snapshots - 1)) * dim
     files = rows if writes else 0

@@ -46,18 +46,11 @@ _SIGN = -(1 << 31)  # the sign bit of a 32-bit number
 
 
 class Sketch:
-    """A linear map of the selected weights to m values for each group, on each rank that shares them.
+    """A linear map of the selected weights to m (`width`) values for each group, on each rank that shares them.
 
     Signs and rotations are functions of (seed, rank's share, group, position), drawn by Philox: a run that is resumed
     with the same sharding goes on with the same map, on a CPU as on a GPU. They take one bit for each value.
-
-    Args:
-        selection: Of the weights.
-        width: m, the values kept for each group on each rank.
-        seed: Of the map.
-
-    Attributes:
-        selection: Names, order and groups of the sketched values; vectors of it and of the weights do not mix.
+    `selection` has names, order and groups of the sketched values; vectors of it and of the weights do not mix.
 
     Raises:
         UserError: The width is below 1.
@@ -76,16 +69,22 @@ class Sketch:
         self.weights = selection
         self.width = width
         self.seed = seed
-        self.selection = _sketched(selection, width, seed)
+        groups, shards = selection.groups, selection.shards
+        ranks = 1 if shards is None else shards.count
+        # Another fingerprint for each map.
+        names = tuple(
+            f"sketch of {group} of {selection.fingerprint[:16]} over {ranks}, seed {seed}" for group in groups
+        )
+        if shards is not None:
+            shards = replace(shards, shapes=((width,),) * len(groups), owned=(True,) * len(groups))
+        self.selection = ParameterSelection(names, ((width * ranks,),) * len(groups), groups, shards)
         self._tables = [self._draw(group, span.stop - span.start) for group, span in enumerate(selection.slices)]
 
     def __call__(self, vector: Vector) -> Vector:
-        """Sketch a vector of weights, a gradient or an update.
+        """Sketch a vector of weights, a gradient or an update, wherever it lies.
 
-        Sums run in float64, so that the difference of two sketches is the sketch of the difference to 1e-12 of them.
-
-        Args:
-            vector: Wherever it lies; of float64 values the two halves are sketched one after the other.
+        Sums run in float64, so that the difference of two sketches is the sketch of the difference to 1e-12 of them. Of
+        float64 values the two halves are sketched one after the other.
 
         Raises:
             FingerprintError: The vector is of other weights than the sketch.
@@ -142,14 +141,8 @@ class SketchedRows:
 
     It stands in for `IncrementRows`: inner products are estimates, and T rows of D values become T rows of m. A
     direction with which a gradient can be compared needs D values; theta_0 and the leading principal directions are
-    kept for that (`LeadingDirections`), and any other direction is given as the nearest that they span.
-
-    Args:
-        selection: Of the weights.
-        width: m, the values kept for each group on each rank.
-        device: Where the directions are kept; None keeps them where the weights are. Sketches are small and stay there.
-        directions: Principal directions kept for each group.
-        seed: Of the map.
+    kept for that (`LeadingDirections`), and any other direction is given as the nearest that they span. These
+    `directions` of each group lie on `device`, where the weights are for None; sketches are small and stay there.
     """
 
     def __init__(
@@ -186,17 +179,11 @@ class SketchedRows:
         return self._rows.increment(sketched.to(self._place))
 
     def dots(self, new: Vector) -> Float[Tensor, "G n"]:
-        """Estimate the inner products of a new row with every row and with itself, per group, in float64.
-
-        Where the ranks share the weights, every rank must call it.
-        """
+        """Estimate what `IncrementRows.dots` gives; every rank must call it where the ranks share the weights."""
         return self._rows.dots(new)
 
     def push(self, row: Vector) -> None:
-        """Add a row made by `increment`, or read back from disk.
-
-        Where the ranks share the weights, every rank must call it.
-        """
+        """Add a row made by `increment`, or read back from disk; every rank must call it, as `dots`."""
         self._place = row.values.device if self._place is None else self._place
         products = self.dots(row).cpu()
         n = len(self)
@@ -231,17 +218,6 @@ class SketchedRows:
         return sketches + self.sketch.table_bytes + 4 * (1 + self.leading.count) * self.selection.local_dim
 
 
-def standard_error(gram: Float[Tensor, "*batch n n"], width: int) -> Float[Tensor, "*batch n n"]:
-    """Bound of the standard deviation of sketched inner products, sqrt((|x|^2 |y|^2 + <x, y>^2) / m).
-
-    Args:
-        gram: Of the exact vectors, or of their sketches.
-        width: m.
-    """
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    return ((squares[..., :, None] * squares[..., None, :] + gram.square()) / width).sqrt()
-
-
 def cosine_error(cosine: float, width: int) -> float:
     """Standard deviation of a cosine taken from sketches, (1 - c^2) / sqrt(m) to first order.
 
@@ -263,37 +239,3 @@ def share_error(ratios: Float[Tensor, " R"], width: int) -> float:
     """
     first, rest = ratios[0], ratios[1:]
     return float(first * (2.0 / width * ((1.0 - first) ** 2 + rest.square().sum())).sqrt())
-
-
-def participation_bias(participation: float, width: int) -> float:
-    """Expected participation ratio of sketched rows whose true one is P: 1 / (1/P + (1 + 1/P) / m) to first order.
-
-    The squares of estimated inner products contain their variance. Flat spectra suffer: T orthogonal increments show
-    T / (1 + T/m) instead of T, while the fast decay of the spectrum of drifts hides it.
-
-    Args:
-        participation: P of the exact rows.
-        width: m.
-    """
-    return 1.0 / (1.0 / participation + (1.0 + 1.0 / participation) / width)
-
-
-def width_for(error: float) -> int:
-    """Smallest m at which cosines near 0 have a standard deviation of at most `error`: 1 / error^2.
-
-    Raises:
-        UserError: The error is not positive.
-    """
-    if error <= 0:
-        raise UserError(f"a sketch has some error: ask for more than {error}, such as 0.01")
-    return int(np.ceil(error**-2 * (1 - 1e-12)))
-
-
-def _sketched(selection: ParameterSelection, width: int, seed: int) -> ParameterSelection:
-    """Names and shapes of the sketched values: another fingerprint for each map."""
-    groups, shards = selection.groups, selection.shards
-    ranks = 1 if shards is None else shards.count
-    names = tuple(f"sketch of {group} of {selection.fingerprint[:16]} over {ranks}, seed {seed}" for group in groups)
-    if shards is not None:
-        shards = replace(shards, shapes=((width,),) * len(groups), owned=(True,) * len(groups))
-    return ParameterSelection(names, ((width * ranks,),) * len(groups), groups, shards)

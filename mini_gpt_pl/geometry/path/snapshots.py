@@ -33,14 +33,10 @@ class SnapshotFolder:
     """A folder of snapshot files, written on one side thread so that training does not wait for the disk.
 
     The thread copies a row from the device on a stream of its own, and the trajectory's file is written behind the
-    snapshots that it names. Host memory: one row where they come from a device, nothing where they are on the host.
-
-    Args:
-        path: The folder; made when the first snapshot is written. A rank that has a share of the weights only uses
-            `shard_<i>_of_<n>` in it.
-        selection: Owner of the coordinates' order; a file of another selection is refused.
-        limit: Rows that may wait for the disk; with more of them, `write` waits for the first. None for any number,
-            for callers that keep the rows in memory anyway.
+    snapshots that it names. Host memory: one row where they come from a device, nothing where they are on the host. The
+    folder is made when the first snapshot is written; a rank that has a share of the weights only uses
+    `shard_<i>_of_<n>` in it. A file of another selection is refused. Where `limit` rows wait for the disk, `write`
+    waits for the first; None for any number, for callers that keep the rows in memory anyway.
     """
 
     def __init__(self, path: Path, selection: ParameterSelection, limit: int | None = None) -> None:
@@ -72,17 +68,14 @@ class SnapshotFolder:
         return len(self._queued)
 
     def write(self, step: int, row: Vector, survival: float = 1.0) -> None:
-        """Queue a row for writing; it must not be changed any more.
+        """Queue a row, theta_0 or an increment on any device, for writing; it must not be changed any more.
 
-        Args:
-            step: Of the snapshot.
-            row: theta_0 or an increment, on any device.
-            survival: Share of theta_0 that weight decay alone would have left, for `rebuild`.
+        `survival` is the share of theta_0 that weight decay alone would have left, for `rebuild`.
 
         Raises:
             UserError: An earlier file could not be written.
         """
-        self._raise_failures(lambda pending: pending.done())
+        self._raise_failures(Future.done)
         self._await_room()
         self._queued[step] = row.values
         self._submit(self._write, step, row, survival, moment(row.values))
@@ -93,7 +86,7 @@ class SnapshotFolder:
         Raises:
             UserError: An earlier file could not be written.
         """
-        self._raise_failures(lambda pending: pending.done())
+        self._raise_failures(Future.done)
         self._submit(trajectory.until(trajectory.steps[-1]).save, path)
 
     def _submit(self, job: Callable[..., None], *arguments: Any) -> None:
@@ -110,7 +103,7 @@ class SnapshotFolder:
             if len(self._queued) < self.limit:
                 break
         self.waited += time.perf_counter() - begun
-        self._raise_failures(lambda pending: pending.done())
+        self._raise_failures(Future.done)
 
     def _write(self, step: int, row: Vector, survival: float = 1.0, ready: torch.cuda.Event | None = None) -> None:
         selection = self.selection
@@ -145,7 +138,7 @@ class SnapshotFolder:
                 raise UserError(f"a snapshot could not be written to {self.path}: {error}") from None
 
     def close(self) -> None:
-        """Write what is queued and end the side thread."""
+        """Write what is queued and end the side thread; raises as `flush` does."""
         try:
             self.flush()
         finally:
@@ -156,38 +149,35 @@ class SnapshotFolder:
     # ---------------------------------------------------------------------------------------------- reading
 
     def read(self, step: int) -> Vector:
-        """Read the row of one snapshot.
+        """Read the row of one snapshot from its file.
 
         Raises:
             UserError: The file is missing, corrupt, or of another model, selection or number of ranks.
         """
-        found = self._open(step)
-        values = torch.empty(self.selection.local_dim, dtype=found.dtype)
-        found.read(found.pieces(self.selection.names), 0, values)
-        return Vector(values, self.selection)
+        return Vector(StoredRow(self, step).from_file(slice(None)), self.selection)
 
     def stored(self, step: int) -> StoredRow:
         """Return the row of one snapshot as what is read when it is asked for, queued rows included."""
         return StoredRow(self, step)
 
     def _open(self, step: int) -> FlatFile:
-        path = self.file(step)
+        path, selection = self.file(step), self.selection
         if not path.is_file():
             self._require_ranks()
-        found, selection = FlatFile.open(path, f"snapshot of step {step}"), self.selection
-        if found.meta.get("fingerprint") != selection.fingerprint or set(found.shapes) != set(selection.names):
+        file = FlatFile.open(path, f"snapshot of step {step}")
+        if file.meta.get("fingerprint") != selection.fingerprint or set(file.shapes) != set(selection.names):
             raise UserError(
                 f"the snapshot {path} belongs to another model or weight pattern: "
                 "give the snapshot folder of the run that this model comes from"
             )
-        if [found.shapes[name] for name in selection.names] != list(selection.local_shapes):
+        if [file.shapes[name] for name in selection.names] != list(selection.local_shapes):
             raise UserError(f"the snapshot {path} was cut otherwise over the ranks: resume with the run's own sharding")
-        return found
+        return file
 
     def _require_ranks(self) -> None:
         """Refuse a folder that another number of ranks has written."""
-        found = [_SHARD.fullmatch(entry.name) for entry in self.root.glob("shard_1_of_*")]
-        written = {int(match[2]) for match in found if match} | ({1} if any(self.root.glob("step_*")) else set())
+        shards = [_SHARD.fullmatch(entry.name) for entry in self.root.glob("shard_1_of_*")]
+        written = {int(match[2]) for match in shards if match} | ({1} if any(self.root.glob("step_*")) else set())
         ranks = 1 if self.selection.shards is None else self.selection.shards.count
         if written and ranks not in written:
             raise UserError(
@@ -206,10 +196,6 @@ class StoredRow:
     """A row of a snapshot folder that takes no memory: `row[lo:hi]` reads that part, onto the host.
 
     Until its file is written, parts come from the queue, wherever the row lies.
-
-    Args:
-        folder: Where it lies.
-        step: Of the snapshot.
     """
 
     def __init__(self, folder: SnapshotFolder, step: int) -> None:
@@ -224,15 +210,17 @@ class StoredRow:
             UserError: The file is missing, corrupt or of another model.
         """
         queued = self._folder._queued.get(self._step)
-        if queued is not None:
-            return queued[part]
+        return self.from_file(part) if queued is None else queued[part]
+
+    def from_file(self, part: slice) -> Float[Tensor, " n"]:
+        """Read a part of the row from its file; raises as `row[lo:hi]` does."""
         if self._file is None:
-            found = self._folder._open(self._step)
-            self._file = found, found.pieces(self._folder.selection.names)
-        found, pieces = self._file
+            file = self._folder._open(self._step)
+            self._file = file, file.pieces(self._folder.selection.names)
+        file, pieces = self._file
         first, last, _ = part.indices(self._folder.selection.local_dim)
-        values = torch.empty(last - first, dtype=found.dtype)
-        found.read(pieces, first, values)
+        values = torch.empty(last - first, dtype=file.dtype)
+        file.read(pieces, first, values)
         return values
 
 
@@ -243,8 +231,8 @@ def file_of(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """Return the steps of the snapshot files in a folder, in order."""
-    found = (_NAME.fullmatch(file.name) for file in folder.glob("step_*.safetensors"))
-    return sorted(int(match.group(1)) for match in found if match)
+    names = (_NAME.fullmatch(file.name) for file in folder.glob("step_*.safetensors"))
+    return sorted(int(match[1]) for match in names if match)
 
 
 def combine(
@@ -254,20 +242,10 @@ def combine(
     selection: ParameterSelection,
     device: torch.device,
 ) -> dict[str, Vector]:
-    """Turn directions given by coefficients, one set per group, into flat float32 vectors, all in one pass.
+    """Turn named directions given by coefficients, one set per group, into flat float32 vectors, all in one pass.
 
-    A row is read, added to every direction that holds it, and dropped: as many vectors of D values are held as there
-    are directions, and one row.
-
-    Args:
-        steps: Of the snapshots, in the order of the coefficients.
-        read: Gives the row of the snapshot of a step, as `SnapshotFolder.read` does.
-        coefficients: Over (theta_0, d_1, ..., d_T), by name.
-        selection: Owner of the coordinates' order.
-        device: Where the directions are kept.
-
-    Raises:
-        UserError: A snapshot is missing, corrupt or of another model.
+    The row of each snapshot, in the order of the coefficients, is read as `SnapshotFolder.read` does, added to every
+    direction that holds it, and dropped: as many vectors of D values are held as there are directions, and one row.
     """
     size = selection.local_dim
     vectors = {name: Vector(torch.zeros(size, dtype=torch.float32, device=device), selection) for name in coefficients}

@@ -1,6 +1,7 @@
 """What chance, and weight decay, would have put in a measurement's place: stand-ins of the measured lengths.
 
-Where `nulls` has a closed form, it is better: these are for quantities that nobody has derived one for.
+Where `nulls` has a closed form, it is better: these are for quantities that nobody has derived one for. A generator is
+the one source of randomness, on the vectors' device.
 """
 
 from __future__ import annotations
@@ -17,12 +18,7 @@ from mini_gpt_pl.geometry.vectors.selection import Vector
 
 
 def isotropic(vector: Vector, generator: torch.Generator) -> Vector:
-    """Draw a Gaussian vector with the given vector's length in every group.
-
-    Args:
-        vector: Gives the lengths, the order and the device.
-        generator: The one source of randomness, on the vector's device.
-    """
+    """Draw a Gaussian vector with the given vector's length in every group."""
     drawn = _gaussian(vector, generator)
     return _scaled(drawn, vector.dots(vector), drawn.dots(drawn))
 
@@ -30,16 +26,14 @@ def isotropic(vector: Vector, generator: torch.Generator) -> Vector:
 def decaying_step(update: Vector, weights: Vector, rate: float | Sequence[float], generator: torch.Generator) -> Vector:
     """Draw the step of a decaying walk, -rate theta + e, with the measured step's length in every group.
 
+    The innovation e is orthogonal to theta; a group in which decay alone is longer than the measured step gets none.
+
     Args:
         update: The measured step.
         weights: theta before it.
         rate: Share of the weights that decay takes in this step, such as lr x weight decay; one for each weight of the
             selection where they differ. NaN, where it is not known, makes the step NaN.
-        generator: The one source of randomness, on the vectors' device.
-
-    Returns:
-        A step whose innovation e is orthogonal to theta; a group in which decay alone is longer than the measured step
-        gets no innovation.
+        generator: Draws e.
     """
     drawn = _gaussian(update, generator)
     size = weights.dots(weights)
@@ -52,14 +46,12 @@ def decaying_step(update: Vector, weights: Vector, rate: float | Sequence[float]
         decay = Vector(rates.repeat_interleave(sizes) * weights.values, weights.selection)
         square = decay.dots(decay)
     left = (update.dots(update) - square).clamp_min(0.0)
-    innovation = _scaled(drawn, left, drawn.dots(drawn))
-    return Vector(innovation.values - decay.values, update.selection)
+    return _scaled(drawn, left, drawn.dots(drawn)) - decay
 
 
 def decaying_walk(trajectory: Trajectory) -> Trajectory:
     """Put the decaying walk of `nulls.decaying_walk` in the place of each group's path."""
-    grams = [trajectory.decaying_walk(group) for group in trajectory.groups]
-    return replace(trajectory, grams=torch.stack(grams))
+    return replace(trajectory, grams=torch.stack([trajectory.decaying_walk(group) for group in trajectory.groups]))
 
 
 def _gaussian(like: Vector, generator: torch.Generator) -> Vector:

@@ -36,14 +36,9 @@ _LEADING = 6
 
 @dataclass(frozen=True)
 class Event:
-    """A peak or a trough of a series.
+    """A peak or a trough of a series: its index there, its optimizer step, and its value.
 
-    Args:
-        kind: Which of the two.
-        index: In the series.
-        step: Optimizer step of that value.
-        value: Of the series there.
-        declared: Index of the later value that made it certain.
+    `declared` is the index of the later value that made it certain.
     """
 
     kind: Literal["peak", "trough"]
@@ -54,21 +49,13 @@ class Event:
 
 
 def events(steps: Sequence[int], values: Sequence[float], prominence: float = 0.03, reach: int = 3) -> list[Event]:
-    """Find peaks and troughs of a series, each with the moment from which it was certain.
+    """Find peaks and troughs of a series, in its order, each with the moment from which it was certain.
 
     Value i is a peak if it is strictly above both neighbours and
-    v_i - max(min of the `reach` values before, min of the `reach` values after) >= prominence; a trough is its mirror
-    image. The first and the last value are neither. A later value can only lower the minimum of the values after, so
-    that prominence only grows: what holds with the values so far holds for ever, and is declared at once.
-
-    Args:
-        steps: Optimizer step of each value.
-        values: The series.
-        prominence: In the values' units.
-        reach: Number of values to either side; fewer near the ends.
-
-    Returns:
-        Events in the order of the series.
+    v_i - max(min of the `reach` values before, min of the `reach` values after) >= prominence, with fewer values near
+    the ends; a trough is its mirror image. The first and the last value are neither. A later value can only lower the
+    minimum of the values after, so that prominence only grows: what holds with the values so far holds for ever, and is
+    declared at once.
 
     Raises:
         ValueError: Steps and values differ in number, or a value is not finite.
@@ -80,13 +67,10 @@ def events(steps: Sequence[int], values: Sequence[float], prominence: float = 0.
     mirrored = [-value for value in values]
     found = []
     for index in range(1, len(values) - 1):
-        declared = _declared(values, index, prominence, reach)
-        if declared is not None:
-            found.append(Event("peak", index, steps[index], values[index], declared))
-            continue
-        declared = _declared(mirrored, index, prominence, reach)
-        if declared is not None:
-            found.append(Event("trough", index, steps[index], values[index], declared))
+        for kind, series in (("peak", values), ("trough", mirrored)):
+            declared = _declared(series, index, prominence, reach)
+            if declared is not None:
+                found.append(Event(kind, index, steps[index], values[index], declared))
     return found
 
 
@@ -105,13 +89,7 @@ def _declared(values: Sequence[float], index: int, prominence: float, reach: int
 
 @dataclass(frozen=True)
 class Switch:
-    """A peak and the first trough after it.
-
-    Args:
-        peak: Where it begins.
-        trough: Where it ends.
-        declared: Index of the value of the series that made the pair certain.
-    """
+    """A peak and the first trough after it; `declared` is the index of the value that made the pair certain."""
 
     peak: Event
     trough: Event
@@ -122,20 +100,14 @@ def switches(found: Sequence[Event], reach: int = 3) -> list[Switch]:
     """Pair each peak with the first later trough; peaks without a trough between them share one.
 
     With a reach above 3, a shallow trough between the two could still be recognised after the later one has been: the
-    pair is certain only when that can no longer happen.
-
-    Args:
-        found: From `events`.
-        reach: As given to `events`.
+    pair is certain only when that can no longer happen. Events and reach are those of `events`.
     """
-    troughs = [event for event in found if event.kind == "trough"]
     pairs = []
-    for peak in found:
-        trough = next((trough for trough in troughs if trough.index > peak.index), None)
-        if peak.kind == "peak" and trough is not None:
+    for peak in [event for event in found if event.kind == "peak"]:
+        trough = next((event for event in found if event.kind == "trough" and event.index > peak.index), None)
+        if trough is not None:
             # Two troughs are at least two values apart, and one is settled once `reach` values have followed it.
-            certain = max(peak.declared, trough.declared, trough.index - 2 + reach)
-            pairs.append(Switch(peak, trough, certain))
+            pairs.append(Switch(peak, trough, max(peak.declared, trough.declared, trough.index - 2 + reach)))
     return pairs
 
 
@@ -149,29 +121,13 @@ class Interval(NamedTuple):
     last: int
 
 
-def snapshot_at(steps: Sequence[int], step: int) -> int:
-    """Return the index of the snapshot at a step, or of the nearest earlier one.
-
-    Raises:
-        ValueError: Every snapshot is later.
-    """
-    index = bisect.bisect_right(steps, step) - 1
-    if index < 0:
-        raise ValueError(f"there is no snapshot at step {step} or before")
-    return index
-
-
 def interval_of(switch: Switch, steps: Sequence[int]) -> Interval | None:
     """Return the snapshots at, or last before, the two ends of a switch; None if they are one and the same.
 
-    Args:
-        switch: Peak and trough.
-        steps: Of the snapshots.
+    Also None where the peak comes before all snapshots, whose steps are given.
     """
-    if switch.peak.step < steps[0]:
-        return None
-    found = Interval(snapshot_at(steps, switch.peak.step), snapshot_at(steps, switch.trough.step))
-    return found if found.first < found.last else None
+    first, last = (bisect.bisect_right(steps, event.step) - 1 for event in (switch.peak, switch.trough))
+    return Interval(first, last) if 0 <= first < last else None
 
 
 def switch_direction(n: int, index_from: int, index_to: int) -> pca.Direction:
@@ -192,15 +148,10 @@ def switch_direction(n: int, index_from: int, index_to: int) -> pca.Direction:
 def control_intervals(
     steps: Sequence[int], like: Interval, avoid: Sequence[Interval], limit: int = 50
 ) -> list[Interval]:
-    """Stretches as long as another, in optimizer steps, that share no increment with any switch.
+    """Stretches as long as another, in optimizer steps, that share no increment with it or with any switch.
 
-    Equal in steps rather than in snapshots: where snapshots lie more densely, as many of them are a shorter way.
-
-    Args:
-        steps: Of the snapshots.
-        like: The stretch whose length they have.
-        avoid: The switches.
-        limit: Most stretches to return; of more, evenly chosen ones.
+    Equal in steps rather than in snapshots: where snapshots lie more densely, as many of them are a shorter way. Of
+    more than `limit` stretches, evenly chosen ones.
     """
     at = {step: index for index, step in enumerate(steps)}
     length = steps[like.last] - steps[like.first]
@@ -226,21 +177,18 @@ class Axes:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str | None, int], Float[Tensor, "K k"] | None] = {}
+        self._directions: dict[tuple[str | None, int], Float[Tensor, "K k"] | None] = {}
 
     def of(self, trajectory: Trajectory, group: str | None, snapshots: int) -> Float[Tensor, "K k"] | None:
         """Coefficients of PC1 to PC6 (raw rows from theta_0) of the first snapshots; None if nothing had moved."""
         key = (group, snapshots)
-        if key not in self._known:
-            self._known[key] = _leading(trajectory.gram(group)[:snapshots, :snapshots])
-        return self._known[key]
-
-
-def _leading(gram: pca.Gram) -> Float[Tensor, "K k"] | None:
-    try:
-        return pca.pca(gram, pca.drifts(len(gram))[1:]).directions[:_LEADING]
-    except ValueError:  # every row is zero
-        return None
+        if key not in self._directions:
+            gram = trajectory.gram(group)[:snapshots, :snapshots]
+            try:
+                self._directions[key] = pca.pca(gram, pca.drifts(snapshots)[1:]).directions[:_LEADING]
+            except ValueError:  # every row is zero
+                self._directions[key] = None
+        return self._directions[key]
 
 
 @dataclass(frozen=True)
@@ -275,43 +223,37 @@ def measure(
     group: str | None = None,
     past: bool,
 ) -> list[Stretch]:
-    """Place displacements in the principal directions of a parameter group.
+    """Place displacements in the principal directions of a parameter group, or of the whole selection for None.
 
-    Args:
-        trajectory: Of the run, or of the run so far.
-        stretches: Which displacements.
-        axes: Kept between calls, so that directions are computed once.
-        group: A parameter group, whose own backbone counts; the whole selection for None.
-        past: Compare each displacement with the directions of the snapshots up to its beginning, which know nothing of
-            it, so that chance gives a cosine of zero; else with those of all snapshots.
+    With `past`, each displacement is compared with the directions of the snapshots up to its beginning, which know
+    nothing of it, so that chance gives a cosine of zero; else with those of all snapshots of the run (so far). `axes`
+    is for all calls of one run.
     """
     gram, whole = trajectory.gram(group), trajectory.gram()
-    return [
-        _place(gram, whole, stretch, axes.of(trajectory, group, stretch.first + 1 if past else len(gram)))
-        for stretch in stretches
-    ]
-
-
-def _place(gram: pca.Gram, whole: pca.Gram, stretch: Interval, axes: Float[Tensor, "K k"] | None) -> Stretch:
-    row = switch_direction(len(gram), stretch.last, stretch.first)
-    square, total = float(pca.inner(gram, row, row)), float(pca.inner(whole, row, row))
-    share = square / total if total > 0 else math.nan
-    if axes is None or square <= 0:
-        return Stretch(math.nan, math.nan, math.nan, share)
-    coordinates = axes @ (gram @ row)[: axes.shape[1]] / math.sqrt(square)
-    cosine, energy = float(coordinates[0]), float(coordinates[1:].square().sum())
-    left = 1.0 - cosine**2
-    # Of a displacement along the backbone itself nothing is left but rounding.
-    return Stretch(cosine, energy, energy / left if left > 1e-12 else 0.0, share)
+    placed = []
+    for stretch in stretches:
+        directions = axes.of(trajectory, group, stretch.first + 1 if past else len(gram))
+        row = switch_direction(len(gram), stretch.last, stretch.first)
+        square, total = float(pca.inner(gram, row, row)), float(pca.inner(whole, row, row))
+        share = square / total if total > 0 else math.nan
+        if directions is None or square <= 0:
+            placed.append(Stretch(math.nan, math.nan, math.nan, share))
+            continue
+        coordinates = directions @ (gram @ row)[: directions.shape[1]] / math.sqrt(square)
+        cosine, energy = float(coordinates[0]), float(coordinates[1:].square().sum())
+        left = 1.0 - cosine**2
+        # Of a displacement along the backbone itself nothing is left but rounding.
+        placed.append(Stretch(cosine, energy, energy / left if left > 1e-12 else 0.0, share))
+    return placed
 
 
 def percentile(value: float, controls: Sequence[float]) -> float:
     """Share of the controls below a value, ties counted half; NaN without controls. On chance alone it is uniform."""
-    known = [control for control in controls if not math.isnan(control)]
-    if math.isnan(value) or not known:
+    numbers = [control for control in controls if not math.isnan(control)]
+    if math.isnan(value) or not numbers:
         return math.nan
-    below = sum(control < value for control in known) + 0.5 * sum(control == value for control in known)
-    return below / len(known)
+    below = sum(control < value for control in numbers) + 0.5 * sum(control == value for control in numbers)
+    return below / len(numbers)
 
 
 # ------------------------------------------------------------------------------------------ switches and controls
@@ -367,18 +309,11 @@ def report(
     past: bool,
     limit: int = 50,
 ) -> dict[str | None, SwitchReport]:
-    """Describe one switch per parameter group, and for the whole selection under None.
+    """Describe one switch per parameter group, and for the whole selection under None, as `measure` does.
 
-    Controls come from the trajectory given, early and late ones alike: where a whole run turns slowly, an extreme
-    percentile may say no more than when in the run the switch happened.
-
-    Args:
-        trajectory: Of the run, or of the run so far.
-        stretch: The switch.
-        avoid: All switches known, so that no control contains one.
-        axes: Kept between calls.
-        past: As in `measure`; it holds for the controls too, each with its own past.
-        limit: Most controls.
+    At most `limit` controls come from the trajectory given, early and late ones alike, each with its own past; none
+    contains one of the switches in `avoid`. Where a whole run turns slowly, an extreme percentile may say no more than
+    when in the run the switch happened.
     """
     controls = control_intervals(trajectory.steps, stretch, avoid, limit)
     reports: dict[str | None, SwitchReport] = {}
@@ -399,10 +334,13 @@ def pairwise_cosines(gram: pca.Gram, stretches: Sequence[Interval]) -> Float[Ten
 
     Stretches that overlap share increments and are alike for that reason alone: see `mean_cosine`.
     """
-    n = len(gram)
     if not stretches:
         return torch.zeros(0, 0, dtype=torch.float64)
-    return _cosines(gram, torch.stack([switch_direction(n, last, first) for first, last in stretches]))
+    rows = torch.stack([switch_direction(len(gram), last, first) for first, last in stretches])
+    products = rows @ gram @ rows.T
+    lengths = products.diagonal().clamp_min(0.0).sqrt()
+    scale = lengths[:, None] * lengths
+    return torch.where(scale > 0, products / scale.clamp_min(1e-300), 0.0)
 
 
 def mean_cosine(gram: pca.Gram, stretches: Sequence[Interval]) -> float:
@@ -416,31 +354,18 @@ def mean_cosine(gram: pca.Gram, stretches: Sequence[Interval]) -> float:
 def control_mean_cosine(trajectory: Trajectory, stretches: Sequence[Interval], limit: int = 50) -> float:
     """`mean_cosine` with each switch replaced by its controls in turn: mean over switches, then over controls.
 
-    A control shares no increment with the other switches either, so it is compared with the switches as they are.
-
-    Args:
-        trajectory: Of the run.
-        stretches: The switches.
-        limit: Most controls for each.
+    A control shares no increment with the other switches either, so it is compared with the switches as they are. Each
+    switch has at most `limit` of them.
     """
-    gram, n = trajectory.gram(), len(trajectory)
-    means = []
+    gram, means = trajectory.gram(), []
     for stretch in stretches:
         rest = [other for other in stretches if not overlap(other, stretch)]
         for control in control_intervals(trajectory.steps, stretch, stretches, limit) if rest else []:
-            rows = torch.stack([switch_direction(n, last, first) for first, last in (control, *rest)])
-            means.append(float(_cosines(gram, rows)[0, 1:].abs().mean()))
+            means.append(float(pairwise_cosines(gram, [control, *rest])[0, 1:].abs().mean()))
     return _mean(means)
-
-
-def _cosines(gram: pca.Gram, rows: pca.Rows) -> Float[Tensor, "S S"]:
-    products = rows @ gram @ rows.T
-    lengths = products.diagonal().clamp_min(0.0).sqrt()
-    scale = lengths[:, None] * lengths
-    return torch.where(scale > 0, products / scale.clamp_min(1e-300), 0.0)
 
 
 def _mean(values: Sequence[float]) -> float:
     """Mean of what is not NaN; NaN if nothing is left."""
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+    numbers = [value for value in values if not math.isnan(value)]
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan

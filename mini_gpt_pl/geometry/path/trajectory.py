@@ -5,15 +5,15 @@ Let theta_0 be the initial weights and d_k = theta_k - theta_{k-1} the increment
 trajectory: a direction is a vector of T+1 coefficients, and <u, w> = u' H w. Increments rather than drifts, as late
 ones are a hundredth of the drift and would drown: a Gram of float32 drifts loses ||d_k||^2 altogether.
 
-Grams of disjoint parameter groups add, so one per group is stored and their sum is the whole selection.
+Grams of disjoint parameter groups add, so one per group is stored and their sum is the whole selection. Methods that
+take a group mean the whole selection by None, and raise `UserError` where there is no group of that name.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,6 @@ class Rates:
 
     curves: Float[Tensor, "R n"]
     squares: Float[Tensor, "G R n"]
-
-    def until(self, n: int) -> Rates:
-        """Return the first n snapshots."""
-        return Rates(self.curves[:, :n], self.squares[..., :n])
 
     @property
     def survival(self) -> list[float]:
@@ -119,105 +115,60 @@ class Trajectory:
         self.survival.append(survival)
 
     def gram(self, group: str | None = None) -> Float[Tensor, "n n"]:
-        """Return H of one group, or of the whole selection (the sum over groups) for None.
-
-        Raises:
-            UserError: There is no group of that name.
-        """
-        return self.grams.sum(0) if group is None else self.grams[self._position(group)]
+        """Return H of one group, or of the whole selection: the sum over groups."""
+        return self._of(self.grams, group)
 
     def decay_known(self, group: str | None = None) -> bool:
-        """Whether it is known what weight decay took of one group, or of the whole selection for None.
-
-        Where it is not, the decaying walk is not known either, and nothing has an excess over it.
-        """
+        """Whether it is known what weight decay took; else nothing has an excess over the decaying walk."""
         return bool(torch.isfinite(self.decaying_walk(group)).all())
 
     def decaying_walk(self, group: str | None = None) -> Float[Tensor, "n n"]:
-        """Return the null of `nulls.decaying_walk` for one group, or for the whole selection; NaN where it is unknown.
-
-        Raises:
-            UserError: There is no group of that name.
-        """
+        """Return the null of `nulls.decaying_walk`; NaN where the decay is unknown."""
         if self.rates is None:
             return nulls.decaying_walk(self.gram(group), self.survival)
-        squares = self.rates.squares.sum(0) if group is None else self.rates.squares[self._position(group)]
-        return nulls.decaying_walk_of_parts(squares, self.rates.curves)
+        return nulls.decaying_walk_of_parts(self._of(self.rates.squares, group), self.rates.curves)
 
     def survival_of(self, group: str | None = None) -> list[float]:
-        """Return the share that decay leaves of every weight of a group at each snapshot; NaN where they differ.
-
-        Raises:
-            UserError: There is no group of that name.
-        """
+        """Return the share that decay leaves of every weight of a group at each snapshot; NaN where they differ."""
         if self.rates is None:
             return self.survival
-        squares = self.rates.squares.sum(0) if group is None else self.rates.squares[self._position(group)]
-        there = (squares > 0).any(-1)
-        return self.rates.curves[there][0].tolist() if int(there.sum()) == 1 else [math.nan] * len(self)
+        present = (self._of(self.rates.squares, group) > 0).any(-1)
+        return self.rates.curves[present][0].tolist() if int(present.sum()) == 1 else [math.nan] * len(self)
 
     def dim_of(self, group: str | None = None) -> int:
-        """Return the number of values in one group, or in the whole selection for None.
+        """Return the number of values in one group, or in the whole selection."""
+        return int(self._of(torch.tensor(self.dims), group))
 
-        Raises:
-            UserError: There is no group of that name.
-        """
-        return self.dim if group is None else self.dims[self._position(group)]
-
-    def _position(self, group: str) -> int:
-        if group not in self.groups:
+    def _of(self, per_group: Tensor, group: str | None) -> Tensor:
+        if group is not None and group not in self.groups:
             raise UserError(f"the trajectory has no group {group!r}; it has {', '.join(self.groups)}")
-        return self.groups.index(group)
+        return per_group.sum(0) if group is None else per_group[self.groups.index(group)]
 
     def until(self, step: int) -> Trajectory:
         """Return the part of the trajectory up to a step, inclusive."""
         n = sum(s <= step for s in self.steps)
-        return Trajectory(
-            self.fingerprint,
-            self.groups,
-            self.dims,
-            self.steps[:n],
-            self.grams[:, :n, :n],
-            self.survival[:n],
-            None if self.rates is None else self.rates.until(n),
-        )
-
-    def merge(self, other: Trajectory) -> Trajectory:
-        """Join trajectories of disjoint parameter groups of one run.
-
-        Raises:
-            ValueError: The snapshots differ, or a group is in both.
-        """
-        if self.steps != other.steps:
-            raise ValueError("the trajectories have snapshots at different steps")
-        if set(self.groups) & set(other.groups):
-            raise ValueError("the trajectories share a parameter group: its inner products would count twice")
-        return Trajectory(
-            f"{self.fingerprint}+{other.fingerprint}",
-            self.groups + other.groups,
-            self.dims + other.dims,
-            list(self.steps),
-            torch.cat([self.grams, other.grams]),
-            list(self.survival),
-            _joined(self, other),
+        return replace(
+            self,
+            steps=self.steps[:n],
+            grams=self.grams[:, :n, :n],
+            survival=self.survival[:n],
+            rates=self.rates and Rates(self.rates.curves[:, :n], self.rates.squares[..., :n]),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only, for a checkpoint."""
-        return {
+        state = {
             "fingerprint": self.fingerprint,
             "groups": list(self.groups),
             "dims": list(self.dims),
             "steps": list(self.steps),
             "grams": self.grams.clone(),
             "survival": list(self.survival),
-            **self._rate_tensors(),
         }
-
-    def _rate_tensors(self) -> dict[str, Tensor]:
         if self.rates is None:
-            return {}
-        return {"decay_curves": self.rates.curves.contiguous(), "decay_squares": self.rates.squares.contiguous()}
+            return state
+        rates = {"decay_curves": self.rates.curves.contiguous(), "decay_squares": self.rates.squares.contiguous()}
+        return state | rates
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trajectory:
@@ -229,24 +180,17 @@ class Trajectory:
             list(state["steps"]),
             state["grams"].clone(),
             list(state["survival"]),
-            _rates_of(state),
+            Rates(state["decay_curves"], state["decay_squares"]) if "decay_curves" in state else None,
         )
 
     def save(self, path: Path) -> None:
         """Write the trajectory to one small safetensors file, atomically."""
-        meta = {
-            "format": _FORMAT,
-            "fingerprint": self.fingerprint,
-            "groups": json.dumps(list(self.groups)),
-            "dims": json.dumps(list(self.dims)),
-        }
-        tensors = {
-            "steps": torch.tensor(self.steps, dtype=torch.int64),
-            "grams": self.grams.contiguous(),
-            "survival": torch.tensor(self.survival, dtype=torch.float64),
-            **self._rate_tensors(),
-        }
-        write_tensors(path, tensors, meta)
+        state = self.state_dict()
+        meta = {"format": _FORMAT, "fingerprint": state.pop("fingerprint")}
+        meta |= {name: json.dumps(state.pop(name)) for name in ("groups", "dims")}
+        state["steps"] = torch.tensor(self.steps, dtype=torch.int64)
+        state["survival"] = torch.tensor(self.survival, dtype=torch.float64)
+        write_tensors(path, {name: tensor.contiguous() for name, tensor in state.items()}, meta)
 
     @classmethod
     def load(cls, path: Path) -> Trajectory:
@@ -258,30 +202,6 @@ class Trajectory:
         tensors, meta = read_tensors(path, "trajectory (Gram) file")
         if meta.get("format") != _FORMAT:
             raise UserError(f"{path} is no trajectory file: give the trajectory.safetensors of a run folder")
-        return cls(
-            meta["fingerprint"],
-            tuple(json.loads(meta["groups"])),
-            tuple(json.loads(meta["dims"])),
-            tensors["steps"].tolist(),
-            tensors["grams"],
-            tensors["survival"].tolist(),
-            _rates_of(tensors),
-        )
-
-
-def _rates_of(tensors: Mapping[str, Any]) -> Rates | None:
-    return Rates(tensors["decay_curves"], tensors["decay_squares"]) if "decay_curves" in tensors else None
-
-
-def _joined(first: Trajectory, second: Trajectory) -> Rates | None:
-    """Rates of two trajectories of disjoint groups."""
-    if first.rates is None and second.rates is None and first.survival == second.survival:
-        return None
-    both = [one.rates or Rates(torch.tensor([one.survival]).double(), _diagonals(one)) for one in (first, second)]
-    wide = [torch.zeros(len(r.squares), sum(len(b.curves) for b in both), len(first)).double() for r in both]
-    wide[0][:, : len(both[0].curves)], wide[1][:, len(both[0].curves) :] = both[0].squares, both[1].squares
-    return Rates(torch.cat([r.curves for r in both]), torch.cat(wide))
-
-
-def _diagonals(trajectory: Trajectory) -> Float[Tensor, "G 1 n"]:
-    return trajectory.grams.diagonal(dim1=-2, dim2=-1)[:, None]
+        lists = {name: tensors[name].tolist() for name in ("steps", "survival")}
+        lists |= {name: json.loads(meta[name]) for name in ("groups", "dims")}
+        return cls.from_state({**tensors, **lists, "fingerprint": meta["fingerprint"]})

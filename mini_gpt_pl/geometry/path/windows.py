@@ -24,14 +24,10 @@ from mini_gpt_pl.geometry.path.trajectory import Trajectory
 
 
 def part(gram: Float[Tensor, "*batch n n"], chosen: Sequence[int]) -> Float[Tensor, "*batch m m"]:
-    """Gram matrix of the path through some of the snapshots only.
-
-    Args:
-        gram: H, of one path or of several.
-        chosen: Indices of the snapshots, ascending; the first becomes the new theta_0.
+    """Gram matrix of the path (or of several) through some of the snapshots only; the first becomes the new theta_0.
 
     Raises:
-        ValueError: The indices do not ascend.
+        ValueError: The indices of the snapshots do not ascend.
     """
     if not chosen or any(b <= a for a, b in itertools.pairwise(chosen)):
         raise ValueError(f"expected ascending indices of snapshots, got {list(chosen)}")

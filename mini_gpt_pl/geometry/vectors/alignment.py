@@ -21,37 +21,27 @@ def noise_floor(dim: int) -> float:
     return math.sqrt(2.0 / (math.pi * dim))
 
 
-def with_total(per_group: Float[Tensor, " G"]) -> Float[Tensor, " G1"]:
+def with_total(per_group: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch G1"]:
     """Append the whole selection's value to those of its groups, where they add up."""
-    return torch.cat([per_group, per_group.sum()[None]])
+    return torch.cat([per_group, per_group.sum(-1, keepdim=True)], -1)
 
 
 def cosines(vector: Vector, direction: Vector, *, norms: Float[Tensor, " G"] | None = None) -> Float[Tensor, " G1"]:
-    """Cosine with a direction per group, then for the whole selection.
+    """Cosine with a direction of any length per group, then for the whole, in float64.
 
-    Args:
-        vector: For instance a gradient.
-        direction: Of any length: a cosine does not see it (but the whole sees how the length is shared by groups).
-        norms: Squared norms of `vector` per group, if they are at hand.
-
-    Returns:
-        G + 1 cosines in float64; zero where either part vanishes, NaN where one is not finite.
+    Zero where either part vanishes, NaN where one is not finite. `norms` are the squared norms of the vector per group,
+    if they are at hand. The whole sees how the direction's length is shared by groups.
     """
-    inner = vector.dots(direction)
     own = vector.dots(vector) if norms is None else norms
-    other = direction.dots(direction)
-    inner, own, other = map(with_total, (inner, own, other))
+    inner, own, other = map(with_total, (vector.dots(direction), own, direction.dots(direction)))
     scale = (own * other).sqrt()
     return torch.where(scale == 0, 0.0, inner / scale)
 
 
 class Products:
-    """All inner products of a few vectors, per group and over the whole selection, in float64.
+    """All inner products of a few named vectors, per group and over the whole selection, in float64.
 
     One pass over the coordinates serves every cosine between them.
-
-    Args:
-        vectors: By name.
     """
 
     def __init__(self, vectors: Mapping[str, Vector]) -> None:
@@ -59,7 +49,10 @@ class Products:
         self.selection = next(iter(vectors.values())).selection
         for vector in vectors.values():
             self.selection.require(vector.selection.fingerprint)
-        self.grams = _grams([vector.values for vector in vectors.values()], self.selection)
+        rows = [vector.values for vector in vectors.values()]
+        groups = gram_at_once(rows, self.selection)
+        groups = _grams_in_chunks(rows, self.selection) if groups is None else groups
+        self.grams: Float[Tensor, "G1 K K"] = torch.cat([groups, groups.sum(0, keepdim=True)])
 
     def dot(self, a: str, b: str) -> Float[Tensor, " G1"]:
         """Inner product in each group, then of the whole."""
@@ -69,13 +62,6 @@ class Products:
         """Cosine in each group, then of the whole; zero where either vanishes."""
         scale = (self.dot(a, a) * self.dot(b, b)).sqrt()
         return torch.where(scale == 0, 0.0, self.dot(a, b) / scale)
-
-
-def _grams(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tensor, "G1 K K"]:
-    groups = gram_at_once(rows, selection)
-    if groups is None:
-        groups = _grams_in_chunks(rows, selection)
-    return torch.cat([groups, groups.sum(0, keepdim=True)])
 
 
 def _grams_in_chunks(rows: Sequence[Tensor], selection: ParameterSelection) -> Float[Tensor, "G K K"]:

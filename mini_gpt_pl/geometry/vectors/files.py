@@ -40,20 +40,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) 
 
 
 def read_tensors(path: Path, what: str, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file.
-
-    Args:
-        path: The file.
-        what: What the file should be, for the error line.
-        names: The tensors to read; all for None.
+    """Read the named tensors (all for None) and the metadata of a safetensors file; `what` it is, for the error line.
 
     Raises:
         UserError: The file is missing or corrupt, or lacks a named tensor.
     """
     with _opened(path, what) as handle:
-        meta = handle.metadata() or {}
-        wanted = list(handle.keys()) if names is None else names
-        return {name: handle.get_tensor(name) for name in wanted}, meta
+        tensors = {name: handle.get_tensor(name) for name in (handle.keys() if names is None else names)}
+        return tensors, handle.metadata() or {}
 
 
 @contextmanager
@@ -70,13 +64,9 @@ def _opened(path: Path, what: str) -> Iterator[Any]:
 def write_flat(
     path: Path, shapes: Mapping[str, Sequence[int]], values: Float[Tensor, " D"], meta: Mapping[str, str]
 ) -> None:
-    """Write a flat vector on the host as one named tensor after another.
+    """Write a contiguous flat vector on the host as one named tensor after another; a reader sees the old file or it.
 
-    Args:
-        path: The file; a reader sees the old one or the whole new one.
-        shapes: Of the tensors by name, in the order in which they lie in the vector.
-        values: Contiguous, on the host.
-        meta: What else the header says.
+    `shapes` are in the order in which the tensors lie in the vector; `meta` is what else the header says.
     """
     width = values.dtype.itemsize
     header: dict[str, Any] = {"__metadata__": dict(meta)}
@@ -143,22 +133,17 @@ class FlatFile:
 
     def pieces(self, names: Sequence[str]) -> list[Piece]:
         """Return where a vector of these tensors lies, in its order: one piece if they are neighbours."""
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         for name in names:
             count, begin = math.prod(self.shapes[name]), self.begins[name]
-            if found and found[-1][1] + self.dtype.itemsize * found[-1][0] == begin:
-                found[-1] = (found[-1][0] + count, found[-1][1])
+            if pieces and pieces[-1][1] + self.dtype.itemsize * pieces[-1][0] == begin:
+                pieces[-1] = (pieces[-1][0] + count, pieces[-1][1])
             else:
-                found.append((count, begin))
-        return found
+                pieces.append((count, begin))
+        return pieces
 
     def read(self, pieces: Sequence[Piece], first: int, out: Float[Tensor, " n"]) -> None:
-        """Read a part of the vector of some tensors.
-
-        Args:
-            pieces: Where that vector lies, from `pieces`.
-            first: Position in it at which the part begins.
-            out: On the host, of the file's dtype; as many values as it holds are read.
+        """Fill `out`, on the host and of the file's dtype, from the vector of some tensors, from position `first` on.
 
         Raises:
             UserError: The file is gone, or shorter than it was.

@@ -31,12 +31,7 @@ class FreeWeights:
     Weights outside of the selection are copied once and buffers for each evaluation, so that nothing that one does in
     place reaches the module or the next. Attention runs in its plain form, whose derivative has a derivative, compiled
     code eagerly, and casts to a narrower dtype than that of the evaluation (many language models cast their logits to
-    float32) are left out.
-
-    Args:
-        module: Owner of the weights.
-        selection: The weights that are free.
-        dtype: Of the evaluation. The batch must be in it too, where it has floating numbers.
+    float32) are left out. The batch must be in that dtype too, where it has floating numbers.
 
     Raises:
         UserError: The ranks share the weights (FSDP2, tensor parallelism): no rank could evaluate the loss alone.
@@ -67,11 +62,7 @@ class FreeWeights:
         return self._start
 
     def loss(self, evaluate: Callable[[], Tensor]) -> Loss:
-        """Turn a loss of the module as it stands into a function of its weights.
-
-        Args:
-            evaluate: Computes a scalar of one batch with the module, such as `lambda: module.batch_loss(batch)`.
-        """
+        """Turn what computes a scalar with the module, such as `lambda: module.batch_loss(batch)`, into L(theta)."""
         value = self.value(evaluate)
         return lambda theta: value(theta).reshape(())
 
@@ -84,9 +75,6 @@ class FreeWeights:
 
         A flat gradient shows a weight that it does not reach as zero. Such weights are moved, to see whether that
         changes the loss by more than it changes by itself.
-
-        Args:
-            evaluate: As in `loss`.
 
         Raises:
             UserError: It does not reach one.
@@ -113,7 +101,7 @@ class FreeWeights:
         tensors |= {f"module.{raw}": tensor.clone() for raw, tensor in self._buffers.items()}
         with _twice_differentiable(parts[0].device), _FullWidth(self.dtype) as width:
             try:
-                found: Tensor = functional_call(_Call(self._module, evaluate), tensors, ())
+                value: Tensor = functional_call(_Call(self._module, evaluate), tensors, ())
             except RuntimeError as error:
                 if not width.casts:
                     raise
@@ -121,15 +109,11 @@ class FreeWeights:
                     f"the loss of {type(self._module).__name__} casts to {width.casts} and cannot be computed in "
                     f"{self.dtype} without that ({str(error).splitlines()[0]}): measure in dtype float32"
                 ) from error
-        return found
+        return value
 
 
 class _FullWidth(TorchDispatchMode):
-    """Leaves out casts of floating numbers to a narrower dtype than one.
-
-    Attributes:
-        casts: The last dtype that was asked for; None where none was.
-    """
+    """Leaves out casts of floating numbers to a narrower dtype than one; `casts` is the last that was asked for."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

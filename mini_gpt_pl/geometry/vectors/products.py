@@ -31,12 +31,8 @@ def inner_products(
 ) -> Float[Tensor, "G M K"]:
     """Inner products of every row with every other, per group, in float64.
 
-    Where the ranks share the weights, over all coordinates: every rank must call it.
-
-    Args:
-        a: Flat vectors of a selection, as rows.
-        b: Other ones on the same device, or the same.
-        selection: Owner of the coordinates' order.
+    Rows are flat vectors of the selection, all on one device. Where the ranks share the weights, over all coordinates:
+    every rank must call it.
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to(dtype), b.to(dtype)
@@ -53,8 +49,7 @@ def products_at_once(
     """
     if row_kernels is None or not row_kernels.takes([*rows, new]):
         return None
-    spans = [(span.start, span.stop) for span in selection.slices]
-    return selection.total(row_kernels.inner_products(rows, new, spans))
+    return selection.total(row_kernels.inner_products(rows, new, selection.spans))
 
 
 def gram_at_once(rows: Sequence[Float[Tensor, " D"]], selection: ParameterSelection) -> Float[Tensor, "G K K"] | None:
@@ -64,10 +59,9 @@ def gram_at_once(rows: Sequence[Float[Tensor, " D"]], selection: ParameterSelect
     """
     if row_kernels is None or not row_kernels.takes(rows):
         return None
-    spans = [(span.start, span.stop) for span in selection.slices]
-    gram = torch.zeros(len(spans), len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
+    gram = torch.zeros(len(selection.spans), len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
     for last, row in enumerate(rows):
-        gram[:, last, : last + 1] = row_kernels.inner_products(rows[: last + 1], row, spans)
+        gram[:, last, : last + 1] = row_kernels.inner_products(rows[: last + 1], row, selection.spans)
     return selection.total(gram + gram.tril(-1).mT)
 
 
@@ -75,6 +69,11 @@ def squared_norms(a: Float[Tensor, "M D"], selection: ParameterSelection) -> Flo
     """Squared length of every row, per group, in float64; over all coordinates, as `inner_products` is."""
     a = a.to(torch.promote_types(a.dtype, torch.float32))
     return selection.total(torch.stack([_squares(a[:, span]) for span in selection.slices]))
+
+
+def squared_length(values: Tensor) -> Float[Tensor, ""]:
+    """Squared length of a tensor of any shape, in float64, on its device."""
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
 
 
 def _products(a: Float[Tensor, "M n"], b: Float[Tensor, "K n"]) -> Float[Tensor, "M K"]:

@@ -53,13 +53,10 @@ def role(name: str) -> str:
 
 
 def assign_groups(names: Sequence[str], pattern: str) -> dict[str, str]:
-    """Return the group of each name that a pattern selects: group by group, names in their order within each.
+    """Return the group of each name that a pattern of `ParameterSelection.of` selects: group by group, names in order.
 
-    What a pruned or parametrized weight is computed from is selected by the weight's name too.
-
-    Args:
-        names: Of weights, without wrapper prefixes.
-        pattern: As `ParameterSelection.of` has it.
+    Names are without wrapper prefixes. What a pruned or parametrized weight is computed from is selected by the
+    weight's name too.
 
     Raises:
         UserError: The pattern is no regular expression.
@@ -130,8 +127,18 @@ class Shards:
         meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
         if len(meshes) > 1:
             raise UserError("the selected weights lie on different device meshes: choose weights of one by the pattern")
-        cuts = [_cut_axes(p) for p in parameters]
-        axes = tuple(sorted(set().union(*cuts)))
+        # Mesh axes along which ranks hold different parts of each.
+        cuts = [
+            {
+                axis
+                for axis, placed in enumerate(p.placements)
+                if p.device_mesh.shape[axis] > 1 and not placed.is_replicate()
+            }
+            if isinstance(p, DTensor)
+            else set()
+            for p in parameters
+        ]
+        axes = tuple(sorted(set[int]().union(*cuts)))
         if not axes:
             return None
         mesh = meshes.pop()
@@ -197,10 +204,8 @@ class ParameterSelection:
     def of(cls, module: nn.Module, pattern: str) -> ParameterSelection:
         r"""Select the parameters of a module whose name matches a regular expression.
 
-        Args:
-            module: Any module; wrapper prefixes in its parameter names are ignored.
-            pattern: Searched in each name. A named group `(?P<group>...)` in it assigns the weight to a group, as in
-                `(?P<group>layer\d+)\..*weight`; without one, every selected weight is in the group `all`.
+        It is searched in each name without wrapper prefixes. A named group `(?P<group>...)` in it assigns the weight to
+        a group, as in `(?P<group>layer\d+)\..*weight`; without one, every selected weight is in the group `all`.
 
         Raises:
             UserError: The pattern is no regular expression, or it selects nothing, or two selected weights have
@@ -230,21 +235,16 @@ class ParameterSelection:
                 "(`module.` and the like) are taken off: rename the submodule that looks like a wrapper"
             )
         available = dict(named)
-        found = [(owner, name, available[name]) for name, owner in owners.items()]
-        return cls(
-            names=tuple(name for _, name, _ in found),
-            shapes=tuple(real_shape(parameter) for _, _, parameter in found),
-            owners=tuple(group for group, _, _ in found),
-            shards=Shards.of([parameter for _, _, parameter in found]),
-        )
+        selected = [available[name] for name in owners]
+        return cls(tuple(owners), tuple(map(real_shape, selected)), tuple(owners.values()), Shards.of(selected))
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and groups, in order: equal exactly when flat vectors are comparable."""
-        text = "\n".join(
+        lines = [
             f"{owner} {name} {shape}" for owner, name, shape in zip(self.owners, self.names, self.shapes, strict=True)
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -277,10 +277,14 @@ class ParameterSelection:
         return sum(self.dims)
 
     @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """First and last-plus-one place of each group in this rank's flat vectors."""
+        return tuple(itertools.pairwise(itertools.accumulate(self._by_group(self.sizes), initial=0)))
+
+    @cached_property
     def slices(self) -> tuple[slice, ...]:
         """Where each group lies in this rank's flat vectors."""
-        edges = itertools.accumulate(self._by_group(self.sizes), initial=0)
-        return tuple(slice(lo, hi) for lo, hi in itertools.pairwise(edges))
+        return tuple(itertools.starmap(slice, self.spans))
 
     def _by_group(self, sizes: Sequence[int]) -> tuple[int, ...]:
         totals = dict.fromkeys(self.groups, 0)
@@ -294,10 +298,10 @@ class ParameterSelection:
         Raises:
             UserError: A selected parameter is missing or has another shape.
         """
-        known = [place.parameter() for place in _PLACES.get(module, {}).get(self.fingerprint, [])]
-        found = [parameter for parameter in known if parameter is not None]
-        if found and len(found) == len(known):
-            return found
+        places = _PLACES.get(module, {}).get(self.fingerprint, [])
+        present = [parameter for place in places if (parameter := place.parameter()) is not None]
+        if present and len(present) == len(places):
+            return present
         sharded = _reshard(module)
         available = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         # Pruned or parametrized since: the values are those of another name now.
@@ -308,16 +312,12 @@ class ParameterSelection:
             if (own := real_shape(available[name])) != shape:
                 raise UserError(f"parameter {name!r} has shape {own}, the selection has {shape}")
         if not sharded:  # there, weights change places within a step
-            places = _places_of(module)
-            _PLACES.setdefault(module, {})[self.fingerprint] = [places[name] for name in self.names]
+            every = _places_of(module)
+            _PLACES.setdefault(module, {})[self.fingerprint] = [every[name] for name in self.names]
         return [available[name] for name in self.names]
 
     def flatten(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Vector:
-        """Copy one tensor per selected parameter into a new flat vector.
-
-        Args:
-            tensors: Whole, or sharded as the parameters are, or this rank's parts.
-            dtype: Of the vector.
+        """Copy one tensor per selected parameter (whole, sharded as they are, or this rank's part) into a new vector.
 
         Raises:
             ValueError: The tensors are not one per parameter, with the parameters' shapes (and sharding) and order.
@@ -340,23 +340,16 @@ class ParameterSelection:
         return self.filled([parameter.grad for parameter in self.parameters(module)], module)
 
     def gradient_of(self, loss: Float[Tensor, ""], module: nn.Module) -> Vector:
-        """Gradient of a loss by the selected weights, as a new vector; every `.grad` stays as it is.
+        """Gradient of a loss by the selected weights, as a new vector; no `.grad` changes, the graph is used up.
 
         Under FSDP2 the mean over the ranks, as in training: all of them must call it.
-
-        Args:
-            loss: A scalar with a graph, which is used up.
-            module: Owner of the weights.
         """
         return self.filled(self.partials(loss, module), module)
 
     def partials(self, loss: Float[Tensor, ""], module: nn.Module, *, by_backward: bool = False) -> list[Tensor | None]:
         """Gradient of a loss by each selected weight, as `gradient_of` has it; None where the graph does not reach it.
 
-        Args:
-            loss: A scalar with a graph, which is used up.
-            module: Owner of the weights.
-            by_backward: As training does it, with every hook on a gradient, instead of `torch.autograd.grad`.
+        With `by_backward` as training does it, with every hook on a gradient, instead of by `torch.autograd.grad`.
         """
         parameters = self.parameters(module)
         # FSDP2 takes a process group, without which no module has to be gone through.
@@ -368,8 +361,8 @@ class ParameterSelection:
                 loss.backward()
                 return [parameter.grad for parameter in self.parameters(module)]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        found = iter(torch.autograd.grad(loss, trained, allow_unused=True) if trained else ())
-        return [next(found) if parameter.requires_grad else None for parameter in parameters]
+        gradients = iter(torch.autograd.grad(loss, trained, allow_unused=True) if trained else ())
+        return [next(gradients) if parameter.requires_grad else None for parameter in parameters]
 
     def filled(self, parts: Sequence[Tensor | None], module: nn.Module) -> Vector:
         """Flatten one tensor per selected weight, zero for None."""
@@ -397,11 +390,7 @@ class ParameterSelection:
         return partial if self.shards is None else self.shards.total(partial)
 
     def require(self, fingerprint: str) -> None:
-        """Check that a fingerprint is this selection's.
-
-        Raises:
-            FingerprintError: It is not.
-        """
+        """Raise FingerprintError where a fingerprint is not this selection's."""
         if fingerprint != self.fingerprint:
             raise FingerprintError(self.fingerprint, fingerprint)
 
@@ -421,14 +410,6 @@ class ParameterSelection:
         return zip(self.groups, self.slices, strict=True)
 
 
-def _cut_axes(parameter: Tensor) -> set[int]:
-    """Mesh axes along which ranks hold different parts of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return set()
-    sizes = parameter.device_mesh.shape
-    return {axis for axis, placed in enumerate(parameter.placements) if sizes[axis] > 1 and not placed.is_replicate()}
-
-
 def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
     place = mesh.get_coordinate()
     assert place is not None, "a rank that is not in the mesh has no weights on it"
@@ -436,12 +417,9 @@ def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
 
 
 def _reshard(module: nn.Module) -> bool:
-    """Let FSDP2 register its shards: after a forward, its root leaves the gathered weights in their place.
+    """Let FSDP2 register its shards, if there are any: after a forward, its root leaves the gathered weights there.
 
     A backward that is still to come gathers them again.
-
-    Returns:
-        Whether there are any.
     """
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in sharded:
@@ -480,13 +458,13 @@ def _places_of(module: nn.Module) -> dict[str, _Place]:
 @contextmanager
 def _grads_aside(module: nn.Module) -> Iterator[None]:
     """Put every `.grad` of a module away, and back afterwards."""
-    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
-    for parameter, _ in kept:
+    aside = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in aside:
         parameter.grad = None
     try:
         yield
     finally:
-        for parameter, grad in kept:
+        for parameter, grad in aside:
             parameter.grad = grad
 
 
@@ -502,11 +480,9 @@ class FingerprintError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """A flat vector in weight space that knows which coordinate is which.
+    """A flat vector in weight space that knows which coordinate is which, by its selection.
 
-    Args:
-        values: The coordinates; where the ranks share the weights, those that this rank owns.
-        selection: Owner of the coordinates' order.
+    Where the ranks share the weights, it holds the coordinates that this rank owns.
     """
 
     values: Float[Tensor, " D"]

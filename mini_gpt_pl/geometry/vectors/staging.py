@@ -27,10 +27,7 @@ class Staging:
         """Return a vector on the host: itself if it is there, else the buffer, which the next call overwrites.
 
         The calling thread waits for the copy, and lets other threads run. The vector must not change in the meantime.
-
-        Args:
-            values: On any device.
-            ready: From `moment`, where another thread than this one has made the vector.
+        `ready` is from `moment`, where another thread than this one has made it.
         """
         if not values.is_cuda:
             return values.cpu()

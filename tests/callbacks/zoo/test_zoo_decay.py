@@ -317,7 +317,7 @@ def test_a_group_of_two_rates_has_the_null_of_both(tmp_path: Path) -> None:
     assert trajectory.survival[-1] == pytest.approx(whole, rel=1e-6)
 
 
-def test_rates_are_kept_in_files_states_and_joined_trajectories(tmp_path: Path) -> None:
+def test_rates_are_kept_in_files_and_states(tmp_path: Path) -> None:
     curves = torch.tensor([[1.0, 0.5], [1.0, 1.0]], dtype=torch.float64)
     squares = torch.rand(1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     grams = squares.sum(1).diag_embed()
@@ -326,11 +326,6 @@ def test_rates_are_kept_in_files_states_and_joined_trajectories(tmp_path: Path) 
     for again in (Trajectory.load(tmp_path / "t.safetensors"), Trajectory.from_state(one.state_dict())):
         assert again.rates is not None
         assert torch.equal(again.rates.curves, curves) and torch.equal(again.rates.squares, squares)
-    other = Trajectory("b", ("b",), (3,), [0, 1], grams, [1.0, 0.25])
-    both = one.merge(other)
-    torch.testing.assert_close(both.decaying_walk("a"), one.decaying_walk())
-    torch.testing.assert_close(both.decaying_walk("b"), other.decaying_walk())
-    torch.testing.assert_close(both.decaying_walk(), one.decaying_walk() + other.decaying_walk())
 
 
 def test_an_unknown_decay_leaves_no_null_no_excess_and_no_nan(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
