@@ -235,15 +235,10 @@ class TrajectoryRecorder(Probe):
             self._trainer, self._steps, self._probes = trainer, None, []
             self._require_own_folder(trainer)
             # First of all, so that at train end it sees the trained weights, not those that an averaging callback puts
-            # in their place; but for those that may refuse to train at all, before anything is written. A new list:
-            # Lightning is walking through the old one.
+            # in their place. A new list: Lightning is walking through the old one.
             everyone: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             trainer.callbacks = sorted(  # type: ignore[attr-defined]
-                everyone,
-                key=lambda callback: (
-                    not getattr(callback, "may_refuse", False),
-                    not isinstance(callback, TrajectoryRecorder),
-                ),
+                everyone, key=lambda callback: not isinstance(callback, TrajectoryRecorder)
             )
 
     def _root(self, trainer: Trainer) -> Path:

@@ -35,38 +35,19 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     try:
         yield partial
         if sync:
-            _synced(partial)
+            with partial.open("rb") as handle:
+                os.fsync(handle.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # still there only if writing failed
 
 
 def write_text(path: Path, text: str, *, sync: bool = True) -> None:
-    """Write a text file in UTF-8, whole or not at all; line ends are written as they are.
-
-    Args:
-        path: The file.
-        text: What it is to hold.
-        sync: As `replacing` has it.
-    """
+    """Write a text file in UTF-8 as `replacing` does; line ends are written as they are."""
     write_bytes(path, text.encode("utf-8"), sync=sync)
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write a file, whole or not at all.
-
-    Args:
-        path: The file.
-        data: What it is to hold.
-        sync: As `replacing` has it.
-    """
+    """Write a file as `replacing` does."""
     with replacing(path, sync=sync) as partial:
         partial.write_bytes(data)
-
-
-def _synced(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -19,24 +19,38 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, ModuleNotFoundError) as error:
-        said = missing_package(error) if isinstance(error, ModuleNotFoundError) else error
-        if said is None:
+        shown = missing_package(error) if isinstance(error, ModuleNotFoundError) else error
+        if shown is None:
             raise
-        message = re.sub(r"\s*\n\s*", " ", str(said))
+        message = re.sub(r"\s*\n\s*", " ", str(shown))
         print(f"mini_gpt_pl: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
+def split_options(args: Sequence[str], *names: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take options, `--name value` or `--name=value`, out of a command line that is not parsed yet.
+
+    Returns:
+        The other words, and name and value of each of the options in their order; the value is empty where the line
+        ends behind a name.
+    """
+    words, options, rest = [], [], iter(args)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in names:
+            options.append((name, value if equals else next(rest, "")))
+        else:
+            words.append(word)
+    return words, options
+
+
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line that names the nearest option.
+    """A parser whose errors are one `UserError` that names the nearest option.
 
     Args:
         command: Name of the command.
-        elsewhere: Said of an option that is none of the command's, and not near to one.
+        elsewhere: Where an option belongs that is none of the command's, and not near to one.
         settings: Of `ArgumentParser`.
-
-    Raises:
-        UserError: In `parse_args`, for whatever is not as it should be.
     """
 
     def __init__(self, command: str, *, elsewhere: str = "", **settings: Any) -> None:

@@ -1,48 +1,53 @@
-"""The list of tasks: for each, by dotted name, its module, its data, its commands and what its report is made of.
+"""The commands, and the list of tasks: for each, by dotted name, its module, data, commands and report.
 
-It is the only way in which the rest of the package reaches a study, so a study can be left out as a whole: its tasks
-are then not in the list.
+The list is the only way in which the rest of the package reaches a study, so a study can be left out as a whole: its
+tasks are then not in the list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import yaml
 
+from mini_gpt_pl.command_line import split_options
 from mini_gpt_pl.errors import UserError
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 DEFAULT = "stories"
 """The task of a command line, or of a run's configuration, that names none."""
 
+TRAINING = "mini_gpt_pl.training.cli"
+
 
 @dataclass(frozen=True)
-class Branch:
-    """A command that trains a new run from a checkpoint of another.
+class Command:
+    """A command of the command line.
 
     Args:
-        option: One that only configurations of its runs have, by which they are told from others.
-        closing: Dotted path of a function that takes such a run's folder, a `Run`, and returns what is printed at its
-            end, line by line.
+        does: One line for the overview.
+        module: Dotted path of the module with `main(args)`. Commands with a trainer share one, which is given the
+            command's name as the first word.
+        option: Set for a command that trains a new run from a checkpoint of another, a branch: an option that only
+            configurations of such runs have.
+        closing: Of a branch: dotted path of a function from a `Run` to the lines that are printed at its end.
     """
 
-    option: str
-    closing: str
+    does: str
+    module: str = TRAINING
+    option: str = ""
+    closing: str = ""
 
-    @property
-    def closing_lines(self) -> Callable[[Any], list[str]]:
-        """The function at `closing`."""
-        return _at(self.closing)
+    def closing_lines(self, run: Any) -> list[str]:
+        """The lines that are printed at the end of a branch; none after another command."""
+        lines: list[str] = _at(self.closing)(run) if self.closing else []
+        return lines
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,7 @@ class Task:
         from_seed: Options that are always `seed_everything`.
         known_by: An option of the model that only configurations of this task have, for those that name no task.
         trainer: Dotted path of the Trainer, whose methods are its further commands.
-        trained: Further commands with a trainer, and what each does.
-        branches: Those of them that train a new run from a checkpoint.
-        commands: Further commands on run folders: the dotted module with `main(args)`, and what each does.
+        commands: Its further commands, by name.
     """
 
     model: str
@@ -71,29 +74,11 @@ class Task:
     from_seed: tuple[str, ...] = ()
     known_by: str = ""
     trainer: str = "lightning.pytorch.Trainer"
-    trained: Mapping[str, str] = field(default_factory=dict)
-    branches: Mapping[str, Branch] = field(default_factory=dict)
-    commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    commands: Mapping[str, Command] = field(default_factory=dict)
 
-    @property
-    def model_class(self) -> type[LightningModule]:
-        """The LightningModule."""
-        return _at(self.model)
-
-    @property
-    def data_class(self) -> type[LightningDataModule]:
-        """The LightningDataModule."""
-        return _at(self.data)
-
-    @property
-    def trainer_class(self) -> type[Trainer]:
-        """The Trainer."""
-        return _at(self.trainer)
-
-    @property
-    def report_contents(self) -> Any:
-        """The `report.contents.Contents` of its runs."""
-        return _at(self.contents)
+    def load(self, part: Literal["model", "data", "contents", "trainer"]) -> Any:
+        """Import what one of the dotted paths names."""
+        return _at(getattr(self, part))
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -103,13 +88,23 @@ class Task:
 
     def branch_of(self, config: Mapping[str, Any]) -> str | None:
         """Name the command that began a run as a branch of another, by the run's configuration; None for `fit`."""
-        return next((name for name, branch in self.branches.items() if branch.option in config), None)
+        return next((name for name, one in self.commands.items() if one.option and one.option in config), None)
 
 
 def _at(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)
 
+
+_GENERAL = {
+    "fit": Command("Train a model, or go on with a checkpoint."),
+    "validate": Command("Evaluate a checkpoint on the fixed validation sets."),
+    "test": Command("The same on the test sets, which are these too."),
+    "sweep": Command("Run every point of a grid file, here, with W&B agents or on a cluster.", "mini_gpt_pl.sweep"),
+    "report": Command("Write tables, figures and one HTML page about one run or several.", "mini_gpt_pl.report.page"),
+    "explain": Command("Say what a logged number means, and what its null is.", "mini_gpt_pl.metrics.glossary"),
+    "dashboard": Command("Build a W&B workspace, and a report for a sweep.", "mini_gpt_pl.dashboard"),
+}
 
 _STORIES = Task(
     model="mini_gpt_pl.stories.module.ProbedGPT",
@@ -119,18 +114,31 @@ _STORIES = Task(
     from_data=("vocab_size", "context"),
     known_by="probe_weight",
     trainer="mini_gpt_pl.stories.trainer.StoryTrainer",
-    trained={
-        "predict": "Continue a prompt with a checkpoint.",
-        "reheat": "Restart a late checkpoint, and follow it in its parent's basis.",
-    },
-    branches={"reheat": Branch("data_order", "mini_gpt_pl.stories.reheating.closing_lines")},
     commands={
-        "replay": (
-            "mini_gpt_pl.stories.replay",
-            "Measure gradients at stored checkpoints against the whole run's backbone.",
-        )
+        "predict": Command("Continue a prompt with a checkpoint."),
+        "reheat": Command(
+            "Restart a late checkpoint, and follow it in its parent's basis.",
+            option="data_order",
+            closing="mini_gpt_pl.stories.reheating.closing_lines",
+        ),
+        "replay": Command(
+            "Measure gradients at stored checkpoints against the whole run's backbone.", "mini_gpt_pl.stories.replay"
+        ),
     },
 )
+
+_RESIDUES = {
+    "overlaps": Command(
+        "Compare the subspaces of paths over layers and runs.", "mini_gpt_pl.arithmetic.study.overlaps"
+    ),
+    "routing": Command("Ask whether a run's path steers its attention.", "mini_gpt_pl.arithmetic.routing"),
+    "reconstruction": Command(
+        "Rebuild a run's final weights from few directions.", "mini_gpt_pl.arithmetic.reconstruction"
+    ),
+    "interventions": Command(
+        "Compare the arms of an intervention over seeds.", "mini_gpt_pl.arithmetic.study.interventions"
+    ),
+}
 
 
 def _residues(model: str, data: str, *more_from_data: str) -> Task:
@@ -141,21 +149,7 @@ def _residues(model: str, data: str, *more_from_data: str) -> Task:
         metrics="arithmetic/metrics.yaml",
         from_data=("vocab_size", "classes", "length", "causal", *more_from_data),
         from_seed=("model.seed", "data.seed"),
-        commands={
-            "overlaps": (
-                "mini_gpt_pl.arithmetic.study.overlaps",
-                "Compare the subspaces of paths over layers and runs.",
-            ),
-            "routing": ("mini_gpt_pl.arithmetic.routing", "Ask whether a run's path steers its attention."),
-            "reconstruction": (
-                "mini_gpt_pl.arithmetic.reconstruction",
-                "Rebuild a run's final weights from few directions.",
-            ),
-            "interventions": (
-                "mini_gpt_pl.arithmetic.study.interventions",
-                "Compare the arms of an intervention over seeds.",
-            ),
-        },
+        commands=_RESIDUES,
     )
 
 
@@ -166,7 +160,6 @@ _LISTED: Mapping[str, Task] = {
     "markers": _residues("module.ResidueClassifier", "data.MarkerSums"),
 }
 
-
 UNLISTED = Task(model="", data="", contents="mini_gpt_pl.report.general.GENERAL", metrics="", from_data=())
 """What the report knows of a run of no listed task."""
 
@@ -174,7 +167,23 @@ UNLISTED = Task(model="", data="", contents="mini_gpt_pl.report.general.GENERAL"
 @cache
 def tasks() -> dict[str, Task]:
     """The tasks whose study is installed, by name."""
-    return {name: task for name, task in _LISTED.items() if find_spec(_package(task))}
+    return {name: task for name, task in _LISTED.items() if find_spec(".".join(task.model.split(".")[:2]))}
+
+
+def commands(*, trainer: bool | None = None) -> dict[str, Command]:
+    """The general commands and those of the installed tasks, by name; those with a trainer come first.
+
+    Args:
+        trainer: Only those with a trainer, or only those without.
+    """
+    listed = {**_GENERAL, **{name: one for task in tasks().values() for name, one in task.commands.items()}}
+    ordered = sorted(listed.items(), key=lambda item: item[1].module != TRAINING)
+    return {name: one for name, one in ordered if trainer in (None, one.module == TRAINING)}
+
+
+def training_commands() -> tuple[str, ...]:
+    """The commands that train: `fit`, and the branches of all tasks."""
+    return ("fit", *(name for name, one in commands().items() if one.option))
 
 
 def task_of(config: Mapping[str, Any]) -> str:
@@ -189,24 +198,16 @@ def task_of(config: Mapping[str, Any]) -> str:
     return next((name for name, task in _LISTED.items() if task.known_by and task.known_by in options), "")
 
 
-def training_commands() -> tuple[str, ...]:
-    """The commands that train: `fit`, and the branches of all tasks."""
-    return ("fit", *dict.fromkeys(name for task in tasks().values() for name in task.branches))
-
-
 def task_named(args: Sequence[str]) -> str:
-    """Find the task in a command line before it is parsed, since the options depend on it.
+    """The task of a command line before it is parsed, since the options depend on it.
 
     The last one counts, in an option or in a configuration file, as for every option; without any it is `DEFAULT`.
-
-    Args:
-        args: The command line, without the program's name.
 
     Raises:
         UserError: There is no such task.
     """
     name = DEFAULT
-    for option, value in _options(args):
+    for option, value in split_options(args, "--task", "-c", "--config")[1]:
         named = value if option == "--task" else _in_config(value)
         name = name if named is None else str(named)
     if name not in tasks():
@@ -214,15 +215,6 @@ def task_named(args: Sequence[str]) -> str:
         hint = f"did you mean {near[0]}?" if near else f"give {', '.join(tasks())}"
         raise UserError(f"there is no task {name!r}: {hint}")
     return name
-
-
-def _package(task: Task) -> str:
-    return ".".join(task.model.split(".")[:2])
-
-
-def _options(args: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = [arg.split("=", 1) if "=" in arg else [arg, *args[i + 1 : i + 2]] for i, arg in enumerate(args)]
-    return [(pair[0], pair[1]) for pair in pairs if pair[0] in ("--task", "-c", "--config") and len(pair) == 2]
 
 
 def _in_config(value: str) -> Any:

@@ -15,11 +15,11 @@ import yaml
 
 from mini_gpt_pl.command_line import one_line_errors
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.runs.folder import CONFIG, METRICS, OUTCOME, REHEAT, REPLAY, TRAJECTORY, Run, runs_below
+from mini_gpt_pl.runs.folder import CONFIG, LINEAGE, METRICS, OUTCOME, REPLAY, TRAJECTORY, Run, runs_below
 
 # Live geometry follows from the Gram matrices, and a z-score from its cosine and the dimension.
 _FOLLOWS = r"^backbone/|^overhead/|_z$"
-_AS_THEY_ARE = (TRAJECTORY, OUTCOME, REHEAT, "switching.json")
+_AS_THEY_ARE = (TRAJECTORY, OUTCOME, LINEAGE, "switching.json")
 
 
 def keep(run: Run, folder: Path) -> None:

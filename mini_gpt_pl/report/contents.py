@@ -110,5 +110,5 @@ class Contents:
 
 def contents_of(runs: Sequence[Run]) -> Contents:
     """Contents for runs of one task; the general ones for runs of none, or of one whose study is not installed."""
-    contents: Contents = tasks().get(runs[0].task, UNLISTED).report_contents
+    contents: Contents = tasks().get(runs[0].task, UNLISTED).load("contents")
     return contents

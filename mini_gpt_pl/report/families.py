@@ -12,15 +12,15 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 def from_scratch(runs: Sequence[AnyRun]) -> list[AnyRun]:
-    """Runs that were not reheated from another."""
-    return [run for run in runs if run.reheated is None]
+    """Runs that continue no other."""
+    return [run for run in runs if run.lineage is None]
 
 
 def family(runs: Sequence[AnyRun], *free: str) -> list[AnyRun]:
     """Return the largest set of runs that agree in all facts but the free ones; of equal ones the first.
 
     Args:
-        runs: Reheated ones are left out.
+        runs: Those that continue another are left out.
         free: Facts in which the runs may differ.
     """
     return max(families(from_scratch(runs), *free), key=len, default=[])

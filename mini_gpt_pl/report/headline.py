@@ -125,8 +125,8 @@ def _facts(run: Run) -> dict[str, str]:
     shown["recorded weights"] = f"{trajectory.dim:,} in {len(trajectory.groups)} groups"
     shown["snapshots"] = f"{len(trajectory)}, {_spacing(trajectory.steps)}"
     shown["initial weights that decay left"] = f"{trajectory.survival[-1]:.0%}"
-    if (record := run.reheated) is not None and record.get("parent"):
-        shown["reheated from"] = f"{record['parent']}, step {record.get('parent_step', '?')}"
+    if (record := run.lineage) is not None and record.get("parent"):
+        shown["continues"] = f"{record['parent']}, step {record.get('parent_step', '?')}"
     return shown
 
 

@@ -103,7 +103,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str | None, steps: St
 
 def _retrain(run: Run) -> str | None:
     """Write the command that trains a run again; None for a run that no `fit` of a listed task has started."""
-    if run.task not in tasks() or run.reheated is not None:
+    if run.task not in tasks() or run.lineage is not None:
         return None
     return _command("fit", *_options(config=run.path / CONFIG, run_dir=f"{run.path}-again"))
 

@@ -148,7 +148,7 @@ def facts(run: Run) -> Mapping[str, Any]:
     if "facts" in run.__dict__:  # a subject of a report, which has asked before
         return run.__dict__["facts"]
     task = tasks().get(run.task)
-    return general_facts(run) if task is None else task.report_contents.facts(run)
+    return general_facts(run) if task is None else task.load("contents").facts(run)
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
@@ -171,8 +171,8 @@ def progress(run: Run) -> tuple[int, int | None]:
 
     A run that broke off took as many as its last entry in the metrics, or its last snapshot, says at least.
     """
-    # The configuration of a reheated run is its parent's.
-    asked = facts(run).get("steps") if (record := run.reheated) is None else record.get("steps")
+    # A run that continues another has its parent's configuration.
+    asked = facts(run).get("steps") if (record := run.lineage) is None else record.get("steps")
     asked = asked if asked is None or asked > 0 else None  # Lightning's -1 is no limit
     if (ended := run.outcome) is not None:
         return ended.step, asked

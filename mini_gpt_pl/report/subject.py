@@ -121,7 +121,7 @@ class Subject(Run):
     def backdrop(self) -> Backdrop:
         """What the run's study adds to its figures; nothing for a run of no study."""
         task = tasks().get(self.task)
-        return Backdrop() if task is None else task.report_contents.backdrop
+        return Backdrop() if task is None else task.load("contents").backdrop
 
     def mark(self, *all_axes: Axes) -> None:
         """Draw where the run's objective changes into a figure's axes."""

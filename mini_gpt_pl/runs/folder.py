@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
+from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import pca
 from mini_gpt_pl.geometry.path.rebuild import rebuild
@@ -28,29 +29,15 @@ SNAPSHOTS = "snapshots"
 TRAJECTORY = "trajectory.safetensors"
 FIGURES = "figures"
 OUTCOME = "outcome.json"
-REHEAT = "reheat.json"
+LINEAGE = "reheat.json"
+"""The record of a run that continues another, by the name of the one command that writes it."""
 REPLAY = "replay"
 REPORT = "report"
 WEIGHTS_ONLY = "weights-"
 """How the names of checkpoints begin that cannot be resumed, as they hold no optimizer."""
-# Folders that hold copies of configurations without being runs.
-_NO_RUNS = ("wandb",)
-# Everything a run writes into its folder; overwriting a run removes these and nothing else.
-PRODUCTS = (
-    CONFIG,
-    METRICS,
-    CHECKPOINTS,
-    SNAPSHOTS,
-    TRAJECTORY,
-    FIGURES,
-    OUTCOME,
-    RECORD,
-    REHEAT,
-    REPLAY,
-    REPORT,
-    "switching.json",
-    "wandb",
-)
+PRODUCTS: tuple[str, ...] = (CONFIG, METRICS, CHECKPOINTS, SNAPSHOTS, TRAJECTORY, FIGURES, OUTCOME, RECORD)
+PRODUCTS += (LINEAGE, REPLAY, REPORT, "switching.json", "wandb")
+"""Everything a run writes into its folder; overwriting a run removes these and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +56,13 @@ class Outcome:
 
     def write(self, folder: Path) -> None:
         """Record it in a run folder."""
-        told = {name: value for name, value in asdict(self).items() if value != {}}
-        (folder / OUTCOME).write_text(json.dumps(told) + "\n")
+        values = {name: value for name, value in asdict(self).items() if value != {}}
+        write_text(folder / OUTCOME, json.dumps(values) + "\n")
 
 
 @dataclass(frozen=True)
 class Run:
     """The folder of one training run.
-
-    Args:
-        path: The folder.
 
     Example:
         >>> run = Run(Path("runs/quickstart"))  # doctest: +SKIP
@@ -131,28 +115,23 @@ class Run:
         Raises:
             UserError: The record of it is damaged.
         """
-        if (found := self._read_json(OUTCOME)) is not None:
-            return Outcome(**found)
+        if (values := self._read_json(OUTCOME)) is not None:
+            return Outcome(**values)
         record = Record.read(self.path)
         return None if record is None or record.ended is None else Outcome("finished", record.ended)
 
     @property
-    def reheated(self) -> dict[str, Any] | None:
-        """What a reheated run recorded of its gain and of its parent, whose folder is absolute here; else None."""
-        found = self._read_json(REHEAT)
-        if found is not None and "parent" in found:
-            found["parent"] = str((self.path / found["parent"]).resolve())
-        return found
+    def lineage(self) -> dict[str, Any] | None:
+        """What a run that continues another recorded: its `parent`, as a path from here, `parent_step`, and more."""
+        record = self._read_json(LINEAGE)
+        if record is not None and "parent" in record:
+            record["parent"] = str((self.path / record["parent"]).resolve())
+        return record
 
     @property
     def task(self) -> str:
         """What was trained, by its configuration; empty for a run of no listed task."""
         return task_of(self.settings)
-
-    @property
-    def is_reheated(self) -> bool:
-        """Whether the run was started by `reheat`: its configuration then holds the settings of that."""
-        return "data_order" in self.settings
 
     @property
     def replayed(self) -> dict[int, dict[str, Any]]:
@@ -165,10 +144,10 @@ class Run:
         if not file.is_file():
             return None
         try:
-            found: dict[str, Any] = json.loads(file.read_text())
+            loaded: dict[str, Any] = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
-        return found
+        return loaded
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -187,20 +166,12 @@ class Run:
 
     def series(self, name: str) -> pd.Series[float]:
         """Return one metric at the steps where it was logged; empty if it never was."""
-        if name not in self.metrics:
-            return pd.Series(dtype=float)
-        return self.metrics[name].dropna()
+        return self.metrics[name].dropna() if name in self.metrics else pd.Series(dtype=float)
 
     def last(self, name: str) -> float:
         """Return the last value of a metric, NaN if it was never logged."""
         values = self.series(name)
         return float(values.iloc[-1]) if len(values) else float("nan")
-
-    def best_until(self, name: str, step: int) -> float:
-        """Return the largest value of a metric up to a step, NaN if it was never logged."""
-        if not (self.path / METRICS).is_file():
-            return float("nan")
-        return float(self.series(name).loc[:step].max())
 
     @cached_property
     def trajectory(self) -> Trajectory:
@@ -226,12 +197,12 @@ class Run:
             >>> run = Run(Path("runs/mine"))
             >>> halves = run.rebuild_trajectory(r"(?P<group>attn|mlp)\.")  # doctest: +SKIP
         """
-        known = self.trajectory if (self.path / TRAJECTORY).is_file() else None
-        if known is None:
+        if not (self.path / TRAJECTORY).is_file():
             return rebuild(self.snapshot_folder, pattern)
+        recorded = self.trajectory
         # Which weights of another pattern have which of several rates is not recorded.
-        survival = known.survival if known.rates is None else [math.nan] * len(known)
-        return rebuild(self.snapshot_folder, pattern, survival, known.steps)
+        survival = recorded.survival if recorded.rates is None else [math.nan] * len(recorded)
+        return rebuild(self.snapshot_folder, pattern, survival, recorded.steps)
 
     @property
     def drift_rows(self) -> pca.Rows:
@@ -247,19 +218,20 @@ class Run:
     @property
     def checkpoints(self) -> dict[int, Path]:
         """Full checkpoints by optimizer step; the last version (`-v1`, `-v2`) where a resumed run came by again."""
-        return self._checkpoints(lambda file: not file.name.startswith(WEIGHTS_ONLY))
+        return self._by_step(weights_only=False)
 
     @property
     def stored_weights(self) -> dict[int, Path]:
         """Checkpoints by step that hold the model's weights: the full ones, and those named `weights-<step>.ckpt`."""
-        return dict(sorted({**self._checkpoints(lambda file: True), **self.checkpoints}.items()))
+        return dict(sorted({**self._by_step(weights_only=True), **self.checkpoints}.items()))
 
-    def _checkpoints(self, wanted: Callable[[Path], bool]) -> dict[int, Path]:
-        found = []
-        for file in filter(wanted, (self.path / CHECKPOINTS).glob("*.ckpt")):
-            if match := re.search(r"(\d+)(?:-v(\d+))?\.ckpt$", file.name):
-                found.append((int(match[1]), int(match[2] or 0), file))
-        return {step: file for step, _, file in sorted(found)}
+    def _by_step(self, *, weights_only: bool) -> dict[int, Path]:
+        files = []
+        for file in (self.path / CHECKPOINTS).glob("*.ckpt"):
+            match = re.search(r"(\d+)(?:-v(\d+))?\.ckpt$", file.name)
+            if match and file.name.startswith(WEIGHTS_ONLY) == weights_only:
+                files.append((int(match[1]), int(match[2] or 0), file))
+        return {step: file for step, _, file in sorted(files)}
 
     @property
     def snapshot_folder(self) -> Path:
@@ -269,8 +241,8 @@ class Run:
     @property
     def trunk(self) -> str:
         """What the recorder calls the whole of its weights."""
-        found = self.callback_settings("TrajectoryRecorder")
-        return str(found[0].get("name", "trunk")) if found else "trunk"
+        recorders = self.callback_settings("TrajectoryRecorder") or [{}]
+        return str(recorders[0].get("name", "trunk"))
 
     def callback_settings(self, name: str) -> list[dict[str, Any]]:
         """Return the configured arguments of each of the run's callbacks of a class; most have one, or none.
@@ -302,23 +274,20 @@ def require_reportable(run: Run) -> None:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Return the folder if it is a run's, else the run folders in it at any depth; runs inside a run are its own.
+    """Return the folder if it is a run's, else the run folders in it at any depth, without those inside of a run.
 
     Raises:
         UserError: The folder does not exist, or holds no run.
     """
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}: give folders that hold a {CONFIG}")
-    if found := list(_run_folders(folder)):
-        return found
-    raise UserError(f"{folder} is no run folder and holds none: nothing in it has a {CONFIG}")
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
-    # A Trainer of the reader's own writes no configuration.
-    if any((folder / name).is_file() for name in (CONFIG, TRAJECTORY)):
-        yield folder
-        return
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name not in _NO_RUNS and not path.name.startswith("."):
-            yield from _run_folders(path)
+    runs = []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if CONFIG in files or TRAJECTORY in files:  # a Trainer of the reader's own writes no configuration
+            runs.append(Path(path))
+            folders.clear()
+        else:  # W&B's folder holds copies of configurations
+            folders[:] = sorted(name for name in folders if name != "wandb" and not name.startswith("."))
+    if not runs:
+        raise UserError(f"{folder} is no run folder and holds none: nothing in it has a {CONFIG}")
+    return runs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch import Tensor
 from typing_extensions import override
 
+from mini_gpt_pl.atomic import replacing
 from mini_gpt_pl.errors import UserError
 
 STEP = "step"
@@ -85,11 +85,11 @@ class _Resume(Callback):
 class MetricsCSV(Logger):
     """One row per step, one column per metric; survives a crash, and a resumed run continues it.
 
-    The file is rewritten whole and atomically, at most every few seconds, because columns appear as probes speak for
-    the first time, and because a probe may report a step after later ones have been reported. A long table takes
-    longer to write, and is written less often: writing takes half a percent of the time at most. What the file holds
-    is never lost: rows that are not in memory are read before it is written, a run that begins anew is refused, and an
-    evaluation outside of training adds nothing to another process's table.
+    The file is rewritten whole and atomically, at most every few seconds: probes add columns when they first report,
+    and may report a step after later ones. A long table takes longer to write and is written less often, so that
+    writing takes half a percent of the time at most. Recorded rows are never lost: those that are not in memory are
+    read before the file is written, a run that begins anew is refused, and an evaluation outside of training adds
+    nothing to another process's table.
 
     Args:
         path: The file, `metrics.csv` in a run folder.
@@ -167,7 +167,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def begin(self, step: int) -> None:
-        """Begin anew, where nothing or nothing behind this step has been logged.
+        """Begin a run that is not resumed.
 
         Raises:
             UserError: The file holds the rows of a longer run, and `overwrite` does not say that they may go.
@@ -208,10 +208,9 @@ class MetricsCSV(Logger):
         self._columns.update(dict.fromkeys(values))
 
     def resume(self, step: float) -> None:
-        """Take up the file of an interrupted run, without the rows after `step`: those are about to be redone.
+        """Take up the file of an interrupted run, up to `step`: the rows behind it are about to be redone.
 
-        Once is enough, and whatever has been logged by then stands. Nothing is written: until something new is said,
-        the file stands.
+        Only the first call counts; what has been logged by then stays. The file itself is not touched.
         """
         if self._resumed or not self.path.is_file():
             return
@@ -247,7 +246,7 @@ class MetricsCSV(Logger):
     @override
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Write at once, and whatever is still said about the checkpoint's step: no resumed run will say it again."""
+        """Write at once, and so whatever is still logged at the checkpoint's step: no resumed run logs it again."""
         self._checkpointed = getattr(checkpoint_callback, "_last_global_step_saved", -1)
         if self._dirty:
             self._write()
@@ -262,23 +261,21 @@ class MetricsCSV(Logger):
         begun = time.monotonic()
         self.resume(math.inf)  # nothing is written from an empty memory
         self._resumed = True
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
         columns = sorted(self._columns)
-        with partial.open("w", newline="") as handle:
+        # Unsynchronised: a write must not wait for the disk.
+        with replacing(self.path, sync=False) as partial, partial.open("w", newline="") as handle:
             writer = csv.writer(handle)
             writer.writerow([STEP, *columns])
             writer.writerows(
                 [step, *(row.get(name, "") for name in columns)] for step, row in sorted(self.rows.items())
             )
-        os.replace(partial, self.path)
         self._written = time.monotonic()
         self._took = self._written - begun
         self._dirty = False
 
 
 def _number(value: Any) -> float | None:
-    """A value as a number, None for what is none: a text, a picture, a tensor of several."""
+    """A value as a number; None for a text, a picture, a tensor of several."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What a run's own trainer says of it, for folders without a configuration: model, optimizers, batches, and its end."""
+"""The settings of a run as its trainer had them, and its end, for folders without a configuration."""
 
 from __future__ import annotations
 
@@ -80,19 +80,12 @@ class Record:
             raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
 
     def write(self, folder: Path) -> None:
-        """Write it into a run folder, atomically."""
+        """Write the record into a run folder, atomically."""
         write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def record_run(trainer: Trainer, module: LightningModule, folder: Path, *, ended: bool = False) -> None:
-    """Record a run's settings when training begins, and once more when it ends; rank 0 writes.
-
-    Args:
-        trainer: Of the run.
-        module: What it trains.
-        folder: Of the run.
-        ended: Whether training has ended by itself.
-    """
+    """Record a run's settings when training begins, and once more when it has `ended` by itself; rank 0 writes."""
     if trainer.is_global_zero:
         record = Record.of(trainer, module)
         (replace(record, ended=trainer.global_step) if ended else record).write(folder)
@@ -101,7 +94,7 @@ def record_run(trainer: Trainer, module: LightningModule, folder: Path, *, ended
 def _settings(optimizer: Any) -> dict[str, Any]:
     """Class and settings of an optimizer as its parameter groups have them, the learning rate before any schedule."""
     groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
-    found: dict[str, Any] = {"class": type(optimizer).__name__}
+    settings: dict[str, Any] = {"class": type(optimizer).__name__}
     for name in dict.fromkeys(name for group in groups for name in group):
         if name in ("params", "initial_lr"):
             continue
@@ -110,8 +103,8 @@ def _settings(optimizer: Any) -> dict[str, Any]:
             plain = json.loads(json.dumps(values, default=lambda value: value.item()))  # a rate may be a tensor
         except (TypeError, ValueError, AttributeError, RuntimeError):
             continue  # nothing that a record can hold
-        found[name] = plain[0] if all(value == plain[0] for value in plain) else plain
-    return found
+        settings[name] = plain[0] if all(value == plain[0] for value in plain) else plain
+    return settings
 
 
 def _batch_size(loader: Any) -> int | None:

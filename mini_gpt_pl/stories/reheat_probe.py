@@ -15,7 +15,7 @@ from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.frozen import FrozenBasis, Placement
 from mini_gpt_pl.geometry.vectors.selection import Vector
-from mini_gpt_pl.runs.folder import REHEAT
+from mini_gpt_pl.runs.folder import LINEAGE
 from mini_gpt_pl.runs.logs import log_now
 
 
@@ -58,8 +58,6 @@ class ReheatProbe(Callback):
             of ||r||. What there is none of is left out.
     """
 
-    may_refuse = True  # the optimizer's moments may be of another form: before anything is recorded
-
     def __init__(
         self,
         p0: float,
@@ -85,6 +83,12 @@ class ReheatProbe(Callback):
         self._first: Placement | None = None
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Moments of another form are refused here, before any callback records something.
+        if self._moments is not None and trainer.ckpt_path is None:
+            _take_moments(trainer.optimizers[0], self._moments)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resumed = trainer.global_step > 0
         if self.basis is not None and self._start is not None:
@@ -92,8 +96,6 @@ class ReheatProbe(Callback):
             self._first = self.basis.place(self._start)
         if resumed:
             return
-        if self._moments is not None:
-            _take_moments(trainer.optimizers[0], self._moments)
         self._accuracy = {0: self.p0}
         self._report(trainer, pl_module, {self.metric: self.p0})
 
@@ -128,7 +130,7 @@ class ReheatProbe(Callback):
         self.summary = {**self._gains(), **self._moved(places)}
         if trainer.is_global_zero:
             record = json.dumps({**self.lineage, **self.summary}, indent=2) + "\n"
-            write_text(Path(trainer.default_root_dir) / REHEAT, record)
+            write_text(Path(trainer.default_root_dir) / LINEAGE, record)
 
     def _gains(self) -> dict[str, float]:
         peak_step, peak = max(self._accuracy.items(), key=lambda item: item[1])  # the first of equal ones

@@ -102,9 +102,14 @@ class Reheating:
         return position
 
 
+def is_reheated(run: Run) -> bool:
+    """Whether a run was started by `reheat`: its configuration then holds the settings of that command."""
+    return "data_order" in run.settings
+
+
 def closing_lines(run: Run) -> list[str]:
     """What is printed when a reheated run has ended: its gain, and its way in the parent's basis if it has one."""
-    found = run.reheated
+    found = run.lineage
     if found is None:
         return []
     lines = [

@@ -19,11 +19,11 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.frozen import FrozenBasis
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
-from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.runs.folder import METRICS, Run
 from mini_gpt_pl.stories.data.datamodule import ProbedStories
 from mini_gpt_pl.stories.module import ProbedGPT, check_identity
 from mini_gpt_pl.stories.reheat_probe import ReheatProbe
-from mini_gpt_pl.stories.reheating import DataOrder, Moments, Reheating
+from mini_gpt_pl.stories.reheating import DataOrder, Moments, Reheating, is_reheated
 
 
 class StoryTrainer(Trainer):
@@ -80,7 +80,7 @@ class StoryTrainer(Trainer):
         check_identity(checkpoint, model)
         model.load_state_dict(checkpoint["state_dict"])
         parent, offset = Run.of_checkpoint(ckpt_path), int(checkpoint["global_step"])
-        if parent is not None and parent.is_reheated and (factor is not None or probe_weight is None):
+        if parent is not None and is_reheated(parent) and (factor is not None or probe_weight is None):
             asked = ("schedule", "--lr") if factor is not None else ("probe weight", "--probe_weight")
             missing = f"{asked[0]} is not configured: give {asked[1]}"
             raise UserError(f"reheat: the parent is itself a reheated run, whose {missing}")
@@ -93,7 +93,7 @@ class StoryTrainer(Trainer):
         if isinstance(datamodule, ProbedStories):
             datamodule.start = settings.data_position(checkpoint)
         lineage = _lineage(settings, ckpt_path, offset, frozen, Path(self.default_root_dir))
-        best = float("nan") if parent is None else parent.best_until("probe/p_ood", offset)
+        best = float("nan") if parent is None else _best_until(parent, "probe/p_ood", offset)
         probe = ReheatProbe(
             p0, frozen, start, settings.optimizer_state(checkpoint), lineage, parent_best=best, threshold=threshold
         )
@@ -174,6 +174,11 @@ class StoryTrainer(Trainer):
         if datamodule.eos_id in new:
             new = new[: new.index(datamodule.eos_id)]
         return datamodule.encoding.decode(new)
+
+
+def _best_until(run: Run, name: str, step: int) -> float:
+    """The largest value of a metric up to a step; NaN if it was never logged."""
+    return float(run.series(name).loc[:step].max()) if (run.path / METRICS).is_file() else float("nan")
 
 
 def _lineage(settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis | None, folder: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report import page
 from mini_gpt_pl.sweep.grid import PROGRAM, Sweep, folder_name, read_sweep
 from mini_gpt_pl.sweep.local import Slot, run_all, slots, visible_devices
-from mini_gpt_pl.sweep.points import PointRun
+from mini_gpt_pl.sweep.points import Call, PointRun
 from mini_gpt_pl.sweep.progress import Display, counts, table
-from mini_gpt_pl.sweep.remote import Invocation, create_wandb, run_agent, submit
+from mini_gpt_pl.sweep.remote import create_wandb, run_agent, submit
 
 _EPILOG = """\
 What follows -- is added to the command of every run and wins over the file, as in
@@ -65,113 +65,87 @@ def main(args: Sequence[str]) -> None:
         UserError: The file, an option or a run folder is not as it should be; nothing has been run.
         SystemExit: With status 1 if a point failed, 130 if the sweep was interrupted.
     """
-    own, extras = _split(args)
-    given = _parser().parse_args(own)
-    _consistent(given)
-    sweep = replace(read_sweep(given.file), program=tuple(given.program))
+    border = list(args).index("--") if "--" in args else len(args)
+    options, extras = _parser().parse_args(args[:border]), tuple(args[border + 1 :])
+    _check_options(options)
+    sweep = replace(read_sweep(options.file), program=tuple(options.program))
     _check_extras(sweep, extras)
-    root = given.root or Path("runs/sweeps") / folder_name(sweep.name)
-    runs = [PointRun(point, sweep, root, extras) for point in sweep.points]
-    if given.point is not None:
-        runs = [_find(runs, given.point)]
+    # Those that hold for a point run elsewhere too.
+    passed_on = ["--retry_diverged"] if options.retry_diverged else []
+    passed_on += ["--program", *options.program] if options.program != PROGRAM else []
+    call = Call(sweep, options.root or Path("runs/sweeps") / folder_name(sweep.name), extras, tuple(passed_on))
+    runs = call.runs if options.point is None else [_find(call.runs, options.point)]
     console = Console(width=None if sys.stdout.isatty() else 120)
-    if given.dry_run:
-        _list(runs, given.retry_diverged, console)
+    if options.dry_run:
+        _list(runs, options.retry_diverged, console)
         return
     if conflict := next(filter(None, (run.conflict() for run in runs)), None):
         raise UserError(conflict)
-    _launch(given, Invocation(sweep, root, _passed_on(given), extras), runs, console)
-
-
-def _launch(given: argparse.Namespace, call: Invocation, runs: list[PointRun], console: Console) -> None:
-    if given.launcher == "wandb":
+    if options.launcher == "wandb":
         identifier, agent = create_wandb(call)
         console.print(f"start agents, on any machine that sees {call.root}, with: {agent}", soft_wrap=True)
-        if given.agent:
+        if options.agent:
             run_agent(call, identifier)
         return
-    todo = [run for run in runs if _to_run(run, given.retry_diverged)]
+    todo = [run for run in runs if _to_run(run, options.retry_diverged)]
     states = counts(run.state for run in runs)
     console.print(f"{_points(len(runs))} below {call.root} ({states}): {len(todo)} to run", soft_wrap=True)
-    if given.launcher == "slurm":
-        for run, job in zip(todo, submit(call, todo, given.slurm) if todo else [], strict=True):
-            console.print(f"job {job}: {run.name}", soft_wrap=True)
-        console.print("submitting again is safe: a point that a job has run, or is running, is passed over by the next")
+    if options.launcher == "local":
+        _run_here(options, call, runs, todo, console)
         return
-    failed = _run_here(given, todo, console)
-    if given.point is None:
+    for run, job in zip(todo, submit(call, todo, options.slurm) if todo else [], strict=True):
+        console.print(f"job {job}: {run.name}", soft_wrap=True)
+    console.print("submitting again is safe: a point that a job has run, or is running, is passed over by the next")
+
+
+def _run_here(
+    options: argparse.Namespace, call: Call, runs: list[PointRun], todo: list[PointRun], console: Console
+) -> None:
+    # An agent or a scheduler has already shared out the machine.
+    alone = options.point is not None and options.jobs is None
+    places = [Slot()] if alone else slots(options.jobs, visible_devices())
+    try:
+        with Display(console, len(todo)) as display:
+            failed = run_all(todo, places, display, retry_diverged=options.retry_diverged)
+    except KeyboardInterrupt:
+        print("mini_gpt_pl: interrupted: the runs were stopped; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    if options.point is None:
         console.print(table(runs, call.sweep.name))
-    _report_failures(failed, len(todo))
-    if given.report is not None:
-        _write_report(given.report, call.root, runs, console)
-
-
-def _write_report(folder: Path, root: Path, runs: Sequence[PointRun], console: Console) -> None:
-    """Write the report once there is no point left that may change it."""
-    waiting = [run for run in runs if run.state not in ("finished", "diverged")]
-    if waiting:
+    if failed:
+        first, record = failed[0], failed[0].record
+        reason = record.failure if record else ""
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        logs = f"{first.log}" if len(failed) == 1 else f"{call.root}/POINT.log"
+        print(
+            f"mini_gpt_pl: error: {len(failed)} of {len(todo)} runs failed: {first.name} ({reason}){more}; see "
+            f" {logs}, and repeat the command to try again",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+    if options.report is None:
+        return
+    if waiting := [run for run in runs if run.state not in ("finished", "diverged")]:
         line = f"no report yet: {_points(len(waiting))} of another process not ended, such as {waiting[0].name}"
         console.print(line, soft_wrap=True)
         return
-    page.main([str(root), "--out", str(folder)])
+    page.main([str(call.root), "--out", str(options.report)])
 
 
 def _points(n: int) -> str:
     return f"{n} point{'' if n == 1 else 's'}"
 
 
-def _run_here(given: argparse.Namespace, todo: list[PointRun], console: Console) -> list[PointRun]:
-    # An agent or a scheduler has already shared out the machine.
-    places = [Slot()] if given.point is not None and given.jobs is None else slots(given.jobs, visible_devices())
-    try:
-        with Display(console, len(todo)) as display:
-            return run_all(todo, places, display, retry_diverged=given.retry_diverged)
-    except KeyboardInterrupt:
-        print("mini_gpt_pl: interrupted: the runs were stopped; the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _report_failures(failed: list[PointRun], runs: int) -> None:
-    if failed:
-        first = failed[0]
-        reason = first.record.failure if first.record else ""
-        what = f"{len(failed)} of {runs} runs failed: {first.name} ({reason})"
-        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        logs = f"{first.log}" if len(failed) == 1 else f"{first.root}/POINT.log"
-        print(f"mini_gpt_pl: error: {what}{more}; see {logs}, and repeat the command to try again", file=sys.stderr)
-        raise SystemExit(1)
-
-
-# ---------------------------------------------------------------------------------------------------- options
-
-
-def _split(args: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    args = list(args)
-    border = args.index("--") if "--" in args else len(args)
-    return args[:border], tuple(args[border + 1 :])
-
-
-def _consistent(given: argparse.Namespace) -> None:
-    if given.jobs is not None and given.jobs < 1:
+def _check_options(options: argparse.Namespace) -> None:
+    if options.jobs is not None and options.jobs < 1:
         raise UserError("--jobs must be 1 or more")
-    for option, value, launcher in (
-        ("--jobs", given.jobs, "local"),
-        ("--report", given.report, "local"),
-        ("--agent", given.agent, "wandb"),
-        ("--slurm", given.slurm, "slurm"),
-    ):
-        if value and given.launcher != launcher:
-            raise UserError(f"{option} belongs to --launcher {launcher}, not {given.launcher}")
-    if given.report is not None and given.point is not None:
+    for option, launcher in (("jobs", "local"), ("report", "local"), ("agent", "wandb"), ("slurm", "slurm")):
+        if getattr(options, option) and options.launcher != launcher:
+            raise UserError(f"--{option} belongs to --launcher {launcher}, not {options.launcher}")
+    if options.report is not None and options.point is not None:
         raise UserError("--report is of all points: leave --point out")
-    if given.report is not None and given.report.exists() and not given.report.is_dir():
-        raise UserError(f"--report {given.report} is a file: give a folder")
-
-
-def _passed_on(given: argparse.Namespace) -> tuple[str, ...]:
-    """Return those of our options that hold for a point run elsewhere too."""
-    options = ["--retry_diverged"] if given.retry_diverged else []
-    return (*options, *(["--program", *given.program] if given.program != PROGRAM else []))
+    if options.report is not None and options.report.exists() and not options.report.is_dir():
+        raise UserError(f"--report {options.report} is a file: give a folder")
 
 
 def _check_extras(sweep: Sweep, extras: Sequence[str]) -> None:
@@ -197,7 +171,7 @@ def _find(runs: Sequence[PointRun], wanted: str) -> PointRun:
         return fitting[0]
     near = get_close_matches(wanted, [run.name for run in runs], n=1)
     hint = f"did you mean {near[0]}?" if near else "list its points with --dry_run"
-    raise UserError(f"--point {wanted}: {runs[0].sweep.path} has no such point: {hint}")
+    raise UserError(f"--point {wanted}: {runs[0].call.sweep.path} has no such point: {hint}")
 
 
 def _same(mine: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -206,9 +180,6 @@ def _same(mine: dict[str, Any], other: dict[str, Any]) -> bool:
         key in other and other[key] == value and isinstance(other[key], bool) == isinstance(value, bool)
         for key, value in mine.items()
     )
-
-
-# ------------------------------------------------------------------------------------------------------ states
 
 
 def _to_run(run: PointRun, retry_diverged: bool) -> bool:
@@ -225,4 +196,4 @@ def _list(runs: Sequence[PointRun], retry_diverged: bool, console: Console) -> N
             print(f"  {shlex.join(run.command(afresh=state == 'diverged'))}")
         else:
             print(f"  {shlex.join(run.first_command)}")
-    console.print(table(runs, f"{runs[0].sweep.name}: {counts(run.state for run in runs)}"))
+    console.print(table(runs, f"{runs[0].call.sweep.name}: {counts(run.state for run in runs)}"))

@@ -38,12 +38,7 @@ _LONGEST_LABEL, _LONGEST_NAME = 40, 160  # file systems take 255 bytes
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
-
-    Args:
-        name: Name of its folder; unique in the sweep.
-        parameters: Value of every parameter of the file, by dotted key.
-    """
+    """One run of a sweep: the unique name of its folder, and the value of every parameter of the file by dotted key."""
 
     name: str
     parameters: dict[str, Any]
@@ -67,7 +62,7 @@ class Sweep:
         run_cap: Most runs of the sweep, None for all.
         project: W&B project, where an agent runs the sweep.
         entity: W&B user or team.
-        about: What only W&B reads: metric, description, run_cap.
+        about: Keys that only W&B reads: metric, description, run_cap.
         program: The words that `${program}` stands for.
     """
 
@@ -84,7 +79,7 @@ class Sweep:
 
     @property
     def points(self) -> list[Point]:
-        """Every combination of the values, the last parameter varying fastest; the first `run_cap` of them."""
+        """The first `run_cap` combinations of the values, the last parameter varying fastest."""
         parts = _key_names(self.varying)
         labels = {key: _labels(self.values[key], key in _FILES) for key in self.varying}
         points = []
@@ -96,17 +91,14 @@ class Sweep:
         return points[: self.run_cap]
 
     def expand(self, options: Sequence[str]) -> list[str]:
-        """Return the template with its macros replaced, `${args}` by these options."""
+        """The template with its macros replaced, `${args}` by these options."""
         env = [] if os.name == "nt" else ["/usr/bin/env"]
         macros = dict(zip(_MACROS, (env, [sys.executable], self.program, options), strict=True))
         return [word for piece in self.command for word in macros.get(piece, [piece])]
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read and check a sweep file.
-
-    Args:
-        path: A YAML file as `wandb sweep` takes it, with method grid, or the name of a shipped one, such as `beta2`.
+    """Read and check a sweep file of W&B, method grid, or a shipped one by its name, such as `beta2`.
 
     Raises:
         UserError: Something in it is not as it should be; the line names the file and the key.

@@ -25,7 +25,7 @@ PATIENCE = 30.0
 """Seconds that a run gets to end in order when the sweep is interrupted."""
 
 _POLL = 0.2
-# The line of a log that says what went wrong: an error of ours, or the end of a traceback.
+# The line of a log that says what went wrong: an error of this package, or the end of a traceback.
 _COMPLAINT = re.compile(r"^\S+: error: |^[\w.]*(Error|Exception|Interrupt|Killed)\b")
 
 
@@ -64,10 +64,10 @@ def visible_devices() -> list[str]:
 
 
 def slots(jobs: int | None, devices: Sequence[str]) -> list[Slot]:
-    """Share the machine out.
+    """The places for runs on this machine.
 
     Args:
-        jobs: Runs at a time; None for one per GPU, or one where there is none.
+        jobs: Runs at a time; None for one a GPU, or one where there is none.
         devices: GPUs; with more runs than GPUs they are dealt out in turn.
     """
     if devices:
@@ -78,14 +78,7 @@ def slots(jobs: int | None, devices: Sequence[str]) -> list[Slot]:
 
 
 class Execution:
-    """A run that this process has started, and whose lock the run itself holds as well.
-
-    Args:
-        run: The point.
-        slot: Its place.
-        held: Descriptor of the lock.
-        afresh: Replace what is there.
-    """
+    """A run that this process has started, and that holds the lock of its folder (descriptor `held`) as well."""
 
     def __init__(self, run: PointRun, slot: Slot, held: int, *, afresh: bool) -> None:
         self.run = run
@@ -144,21 +137,15 @@ def _last_complaint(log: Path, start: int) -> str:
 def run_all(
     runs: Sequence[PointRun], places: Sequence[Slot], display: Display, *, retry_diverged: bool = False
 ) -> list[PointRun]:
-    """Run points until none is left; what became of each is in its folder.
+    """Run points until none is left; how each ended is in its folder.
 
     A point that another process works on, or has ended meanwhile, is passed over.
-
-    Args:
-        runs: The points.
-        places: Where, and how many at a time.
-        display: Told of every beginning and end.
-        retry_diverged: Run those again that diverged.
 
     Returns:
         The points that failed.
 
     Raises:
-        KeyboardInterrupt: The sweep was interrupted, or asked to end; its runs have been stopped.
+        KeyboardInterrupt: The sweep was interrupted or asked to end; its runs have been stopped.
     """
     waiting, free, going, failed = deque(runs), deque(places), list[Execution](), list[PointRun]()
     with _end_is_interrupt():

@@ -29,7 +29,7 @@ State = Literal["new", "running", "broken off", "failed", "finished", "diverged"
 
 @dataclass(frozen=True)
 class Record:
-    """What a run folder remembers of the point that it is.
+    """The record of its point in a run folder.
 
     Args:
         parameters: Of the point, by dotted key.
@@ -45,11 +45,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
-        """Read the record of a folder; None if it has none.
-
-        Raises:
-            UserError: It is damaged.
-        """
+        """Read the record of a folder, None if it has none; a damaged one raises a `UserError`."""
         file = folder / RECORD
         if not file.is_file():
             return None
@@ -59,40 +55,58 @@ class Record:
             raise UserError(f"{file} cannot be read ({error}): restore it, or move its folder away") from None
 
     def write(self, folder: Path) -> None:
-        """Put the record into a folder, whole or not at all."""
+        """Write the record into a folder, atomically."""
         write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
-class PointRun:
-    """A point and the folder that its run lies in.
+class Call:
+    """How a sweep was called.
 
     Args:
-        point: The point.
-        sweep: The sweep that it is of.
-        root: Folder of the sweep's runs.
+        sweep: The sweep.
+        root: Folder of its runs.
         extras: Options behind `--`, for every run.
+        options: Options of the sweep that hold for a point run elsewhere too.
     """
 
-    point: Point
     sweep: Sweep
     root: Path
     extras: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> list[PointRun]:
+        """The runs of all points."""
+        return [PointRun(point, self) for point in self.sweep.points]
+
+    def arguments(self, point: str) -> list[str]:
+        """The arguments behind the program that run one point."""
+        own = ["sweep", str(self.sweep.path), "--root", str(self.root), "--point", point, *self.options]
+        return [*own, *(["--", *self.extras] if self.extras else [])]
+
+
+@dataclass(frozen=True)
+class PointRun:
+    """A point and the folder that its run lies in."""
+
+    point: Point
+    call: Call
 
     @property
     def name(self) -> str:
-        """Of the point, and of its folder."""
+        """Name of the point and of its folder."""
         return self.point.name
 
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return self.root / self.name
+        return self.call.root / self.name
 
     @property
     def log(self) -> Path:
-        """What the run printed, over all of its starts."""
-        return self.root / f"{self.name}.log"
+        """The output of the run, over all of its starts."""
+        return self.call.root / f"{self.name}.log"
 
     @property
     def run(self) -> Run:
@@ -103,11 +117,11 @@ class PointRun:
     def wanted(self) -> Record:
         """The record of a run that is about to begin."""
         parameters = json.loads(json.dumps(self.point.parameters, default=str))
-        return Record(parameters, [*self.sweep.command, *self.extras])
+        return Record(parameters, [*self.call.sweep.command, *self.call.extras])
 
     @property
     def record(self) -> Record | None:
-        """What the folder remembers."""
+        """The record in the folder."""
         return Record.read(self.folder)
 
     @property
@@ -137,24 +151,20 @@ class PointRun:
     @property
     def first_command(self) -> list[str]:
         """The command line that begins the run in an empty folder."""
-        return [*self.sweep.expand(self.point.options), *self.extras, f"--run_dir={self.folder}"]
+        return [*self.call.sweep.expand(self.point.options), *self.call.extras, f"--run_dir={self.folder}"]
 
     def command(self, *, afresh: bool = False) -> list[str]:
-        """Return the command line that begins the run or, if it broke off with a checkpoint, takes it up again.
-
-        Args:
-            afresh: Replace what is there.
-        """
+        """The command line that begins the run, resumes it from its last checkpoint or, `afresh`, replaces it."""
         run = self.run
         last = next(reversed(run.checkpoints.values()), None)
         if last is not None and not afresh:
-            return [sys.executable, *self.sweep.program, "fit", f"--ckpt_path={last}"]
+            return [sys.executable, *self.call.sweep.program, "fit", f"--ckpt_path={last}"]
         return [*self.first_command, *(["--overwrite=true"] if run.exists else [])]
 
     # --------------------------------------------------------------------------------------------- the record
 
     def begin(self, *, afresh: bool = False) -> None:
-        """Note in the folder that a run begins or goes on."""
+        """Record in the folder that a run begins or goes on."""
         before = self.record
         goes_on = before is not None and self.run.checkpoints and not afresh
         (replace(before, failure=None) if before is not None and goes_on else self.wanted).write(self.folder)
@@ -163,7 +173,7 @@ class PointRun:
                 (self.folder / name).unlink(missing_ok=True)
 
     def end(self, seconds: float, failure: str | None) -> None:
-        """Note how long it took and, if it failed, why."""
+        """Record the seconds that a start took and, if it failed, the reason."""
         record = self.record or self.wanted
         replace(record, seconds=round(record.seconds + seconds, 3), failure=failure).write(self.folder)
 
@@ -222,8 +232,8 @@ def _difference(was: Record, now: Record) -> str | None:
     if was.command == now.command:
         return None
     both = ((was.command, now.command), (now.command, was.command))
-    gone, come = (" ".join(word for word in a if word not in b) or "nothing else" for a, b in both)
-    return f"its command had {_short(gone)} and now has {_short(come)}"
+    old, new = (" ".join(word for word in a if word not in b) or "nothing else" for a, b in both)
+    return f"its command had {_short(old)} and now has {_short(new)}"
 
 
 def _short(value: Any) -> str:

@@ -51,11 +51,7 @@ class Reading:
         return cls(int(table.index.max()) if len(table) else 0, last, best)
 
     def write(self, steps: int | None) -> str:
-        """Write step and last values on one line.
-
-        Args:
-            steps: That the run is to take; None if that is not on record.
-        """
+        """Step, of so many `steps` if that is on record, and last values on one line."""
         values = [f"{_label(name)} {outcomes()[name].write(value)}" for name, value in self.last.items()]
         return ", ".join([f"step {self.step}{f'/{steps}' if steps else ''}", *values])
 
@@ -72,7 +68,7 @@ def _label(name: str) -> str:
 
 
 def planned_steps(run: PointRun) -> int | None:
-    """Return the optimizer steps that a begun run is to take; None before it has begun, or without a limit."""
+    """Optimizer steps that a run is to take; None before it has begun, or without a limit."""
     try:
         config = run.run.config
     except UserError:
@@ -82,12 +78,7 @@ def planned_steps(run: PointRun) -> int | None:
 
 
 class Display:
-    """A line for each point begun and ended; on a terminal, a bar for each running point instead.
-
-    Args:
-        console: Where to.
-        total: Points to run.
-    """
+    """A line for each of `total` points that begins or ends; on a terminal, a bar for each running point instead."""
 
     def __init__(self, console: Console, total: int) -> None:
         self.console = console
@@ -109,7 +100,7 @@ class Display:
         self._bars.stop()
 
     def begun(self, run: PointRun, device: str | None = None, *, resumed: bool = False) -> None:
-        """A run has begun, or goes on."""
+        """Show that a run has begun, or goes on."""
         where = "" if device is None else f" on GPU {device}"
         if self._bars.disable:
             self._say(f"{'resumed' if resumed else 'begun':<9} {run.name}{where}: {run.folder}")
@@ -117,7 +108,7 @@ class Display:
         self._running[run.name] = (run, task)
 
     def ended(self, run: PointRun, state: State) -> None:
-        """A run has ended."""
+        """Show that a run has ended."""
         self._bars.remove_task(self._running.pop(run.name)[1])
         record = run.record
         failure = f": {record.failure}" if record is not None and record.failure else ""
@@ -125,7 +116,7 @@ class Display:
         self._one_less(f"{state:<9} {run.name}: {Reading.of(run.folder).write(None)}{seconds}{failure}")
 
     def passed(self, run: PointRun) -> None:
-        """A run is another process's work."""
+        """Show that another process runs a point."""
         self._one_less(f"{run.state:<9} {run.name}: passed over, another process took it")
 
     def update(self) -> None:

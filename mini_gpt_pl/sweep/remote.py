@@ -10,47 +10,23 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.sweep.grid import PROGRAM, Sweep
-from mini_gpt_pl.sweep.points import PointRun
+from mini_gpt_pl.sweep.grid import PROGRAM
+from mini_gpt_pl.sweep.points import Call, PointRun
 
 _OFFLINE = ("offline", "dryrun", "disabled")
-# What a cluster calls these, by submitit's names; anything else is Slurm's own.
+# Submitit's names of these settings; any other key goes to Slurm as it is.
 _SUBMITIT = {"gpus": "gpus_per_node", "cpus": "cpus_per_task", "time": "slurm_time", "minutes": "timeout_min"}
 _GENERIC = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """How this sweep was called, to call it for one point elsewhere.
-
-    Args:
-        sweep: The sweep.
-        root: Folder of its runs.
-        options: Further options of ours.
-        extras: Options behind `--`, for every run.
-    """
-
-    sweep: Sweep
-    root: Path
-    options: tuple[str, ...] = ()
-    extras: tuple[str, ...] = ()
-
-    def arguments(self, point: str) -> list[str]:
-        """Return the arguments behind the program that run one point."""
-        own = ["sweep", str(self.sweep.path), "--root", str(self.root), "--point", point, *self.options]
-        return [*own, *(["--", *self.extras] if self.extras else [])]
 
 
 # -------------------------------------------------------------------------------------------------------- W&B
 
 
-def wandb_config(call: Invocation) -> dict[str, Any]:
-    """Return the sweep as W&B takes it, its command replaced by one that skips and resumes.
+def wandb_config(call: Call) -> dict[str, Any]:
+    """The sweep in W&B's format, its command replaced by one that skips and resumes.
 
     An agent hands out the parameters as JSON; `/usr/bin/env` puts the run's own logger online, since there is a server.
     """
@@ -66,7 +42,7 @@ def wandb_config(call: Invocation) -> dict[str, Any]:
     }
 
 
-def create_wandb(call: Invocation) -> tuple[str, str]:
+def create_wandb(call: Call) -> tuple[str, str]:
     """Create the sweep on the W&B server.
 
     Returns:
@@ -88,13 +64,13 @@ def create_wandb(call: Invocation) -> tuple[str, str]:
     return identifier, f"wandb agent {path}"
 
 
-def run_agent(call: Invocation, identifier: str) -> None:
+def run_agent(call: Call, identifier: str) -> None:
     """Work on a W&B sweep in this process until it has no more points."""
     project, entity = _place(call)
     importlib.import_module("wandb").agent(identifier, project=project, entity=entity)
 
 
-def _place(call: Invocation) -> tuple[str, str | None]:
+def _place(call: Call) -> tuple[str, str | None]:
     project = call.sweep.project or os.environ.get("WANDB_PROJECT") or "mini_gpt_pl"
     return project, call.sweep.entity or os.environ.get("WANDB_ENTITY")
 
@@ -102,11 +78,11 @@ def _place(call: Invocation) -> tuple[str, str | None]:
 # ------------------------------------------------------------------------------------------------------ Slurm
 
 
-def cluster_settings(given: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+def cluster_settings(pairs: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """Read `key=value` settings of a cluster.
 
     Args:
-        given: `gpus`, `cpus`, `time` (Slurm's notation), `minutes`, a parameter of submitit's, or one of Slurm's
+        pairs: `gpus`, `cpus`, `time` (Slurm's notation), `minutes`, a parameter of submitit's, or one of Slurm's
             (`partition`, `account`, `mem`, `qos`); `cluster` is `slurm` unless it says `local` or `debug`.
 
     Returns:
@@ -116,7 +92,7 @@ def cluster_settings(given: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         UserError: One is no `key=value`.
     """
     settings: dict[str, Any] = {}
-    for pair in given:
+    for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key or not value:
             raise UserError(f"--slurm {pair}: write key=value, as in --slurm partition=gpu gpus=1 time=8:00:00")
@@ -126,7 +102,7 @@ def cluster_settings(given: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     return settings.pop("cluster", None), settings
 
 
-def submit(call: Invocation, runs: Sequence[PointRun], given: Sequence[str]) -> list[str]:
+def submit(call: Call, runs: Sequence[PointRun], given: Sequence[str]) -> list[str]:
     """Submit one job for each point.
 
     A job whose time is up is queued again by submitit, and resumes. On the cluster `debug` the points run here, now.

@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 from typing_extensions import override
 
 from mini_gpt_pl.atomic import write_text
@@ -33,14 +32,15 @@ from mini_gpt_pl.callbacks.progress import LiveNumbers
 from mini_gpt_pl.callbacks.settled import SettledObjects
 from mini_gpt_pl.callbacks.termination import AgreedTermination
 from mini_gpt_pl.callbacks.wandb_run import WandbSegments
+from mini_gpt_pl.command_line import split_options
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.presets import with_presets
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
-from mini_gpt_pl.runs.folder import CHECKPOINTS, CONFIG, METRICS, OUTCOME, PRODUCTS, Outcome, Run
+from mini_gpt_pl.runs.folder import CHECKPOINTS, CONFIG, FIGURES, METRICS, OUTCOME, PRODUCTS, Outcome, Run
 from mini_gpt_pl.runs.logs import MetricsCSV, resume_tables
-from mini_gpt_pl.tasks import task_named, tasks, training_commands
+from mini_gpt_pl.tasks import TRAINING, commands, task_named, tasks, training_commands
 from mini_gpt_pl.training import (
     former_names,
     one_sum,  # noqa: F401 (registers the strategy)
@@ -51,17 +51,14 @@ from mini_gpt_pl.training.trust import OwnCheckpoints, require_no_way_out, split
 _SHARED = ("task", "seed_everything", "trainer", "model", "data")
 # What belongs to the command that began a run, not to the one that goes on with it.
 _OF_ONE_COMMAND = ("run_dir", "overwrite", "resume")
+_DEFAULTS = {"num_sanity_val_steps": 0, "inference_mode": False, "max_epochs": -1, "gradient_clip_val": 1.0}
 
 
 def subcommands(task: str) -> dict[str, set[str]]:
     """Commands with a trainer that a task has, with the arguments that are no options of theirs."""
     general = {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
-    return {**general, **{name: {"model", "datamodule"} for name in tasks()[task].trained}}
-
-
-def trained_commands() -> list[str]:
-    """All commands with a trainer that any task has."""
-    return list(dict.fromkeys(name for task in tasks() for name in subcommands(task)))
+    own = [name for name, command in tasks()[task].commands.items() if command.module == TRAINING]
+    return {**general, **{name: {"model", "datamodule"} for name in own}}
 
 
 class RunConfig(SaveConfigCallback):
@@ -107,9 +104,9 @@ class ProbedCLI(LightningCLI):
         self.task = task
         self._words = frozenset(settings.get("args") or ())
         of = tasks()[task]
-        for name in of.branches:
+        for name in subcommands(task).keys() & training_commands():
             setattr(self, f"after_{name}", self._close)
-        super().__init__(of.model_class, of.data_class, trainer_class=of.trainer_class, **settings)
+        super().__init__(of.load("model"), of.load("data"), trainer_class=of.load("trainer"), **settings)
 
     checkpoint: dict[str, Any] | None = None
     """Counters and callback states of `--ckpt_path`, without its weights."""
@@ -143,9 +140,9 @@ class ProbedCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        command = next((arg for arg in args if arg in trained_commands()), None)
+        command = next((arg for arg in args if arg in commands(trainer=True)), None)
         if command is not None and command not in subcommands(self.task):
-            whose = " and ".join(name for name, task in tasks().items() if command in task.trained)
+            whose = " and ".join(name for name, task in tasks().items() if command in task.commands)
             raise UserError(f"{command} is for {whose}, and this is the task {self.task}: it has no {command}")
         try:
             super().parse_arguments(parser, args)
@@ -193,8 +190,10 @@ class ProbedCLI(LightningCLI):
         # What W&B gets for this one segment (its id, its group) is no part of the configuration that is kept.
         config = self.config[self.subcommand].trainer
         config.logger = self._logger_as_given
-        if self._trains and config.enable_progress_bar is not False:
-            self._show_live_numbers()
+        listed = self.config_init[self.subcommand].trainer.callbacks or []
+        bars = [one for one in (listed if isinstance(listed, list) else [listed]) if isinstance(one, ProgressBar)]
+        if self._trains and config.enable_progress_bar is not False and not bars:
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [LiveNumbers()]}
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -203,11 +202,6 @@ class ProbedCLI(LightningCLI):
             _make_folder(Run(Path(trainer.default_root_dir)), clear=self._replaces)
             self._complete(trainer)
         return trainer
-
-    def _show_live_numbers(self) -> None:
-        given = self.config_init[self.subcommand].trainer.callbacks or []
-        if not any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given])):
-            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [LiveNumbers()]}
 
     def _complete(self, trainer: Trainer) -> None:
         """Give every training run what it must have, whatever its configuration lists."""
@@ -228,45 +222,46 @@ class ProbedCLI(LightningCLI):
 
     # ------------------------------------------------------------------------------------------ after a command
 
-    def after_fit(self) -> None:
-        """Print the results, and where they lie."""
-        self._close()
-
     def after_validate(self) -> None:
-        """Print what was measured."""
-        self._print_evaluation()
+        """Print what was measured: Lightning's own table leaves out what it did not hand to the loggers itself."""
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                print(f"{name:<16} {float(value):.4f}")
 
-    def after_test(self) -> None:
-        """Print what was measured."""
-        self._print_evaluation()
+    after_test = after_validate
 
     def _close(self) -> None:
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Record how a training ended, draw its figures, and print its results and where they lie."""
+        trainer: Any = self.trainer
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         _finish_wandb()  # before the table, which is to be the last thing on the screen
         run = Run(Path(self.config[self.subcommand].run_dir))
-        stopped = next(c for c in self.trainer.callbacks if isinstance(c, StopOnDivergence))  # type: ignore[attr-defined]
-        diverged = stopped.step is not None
-        if not self.trainer.interrupted:
-            state: Literal["finished", "diverged"] = "diverged" if diverged else "finished"
-            Outcome(state, self.trainer.global_step, _milestones(self.trainer)).write(run.path)
+        stopped = next(callback for callback in trainer.callbacks if isinstance(callback, StopOnDivergence))
+        if not trainer.interrupted:
+            milestones: dict[str, int | None] = {}
+            for callback in trainer.callbacks:
+                milestones |= getattr(callback, "milestones", {})
+            state: Literal["finished", "diverged"] = "finished" if stopped.step is None else "diverged"
+            Outcome(state, trainer.global_step, milestones).write(run.path)
         figures = draw_all(run)
         console = table_console()
         print_summary(run, console)
-        if self.subcommand != "fit":
-            for line in tasks()[self.task].branches[str(self.subcommand)].closing_lines(run):
-                console.print(line)
-        _print_milestones(run, console)
-        _print_time(self.trainer, console)
-        _print_products(run, figures, console)
-        if diverged:
+        for line in commands()[str(self.subcommand)].closing_lines(run):
+            console.print(line)
+        if (outcome := run.outcome) is not None and outcome.milestones:
+            steps = [f"{name} {step}" for name, step in outcome.milestones.items() if step is not None]
+            missed = [name for name, step in outcome.milestones.items() if step is None]
+            parts = [f"reached: {', '.join(steps)}"] if steps else []
+            parts += [f"not within {outcome.step} steps: {', '.join(missed)}"] if missed else []
+            console.print(f"milestones {'; '.join(parts)}", highlight=False)
+        seconds = next(callback for callback in trainer.callbacks if isinstance(callback, Timer)).time_elapsed("train")
+        console.print(f"{trainer.global_step} steps in {seconds:.1f} s, evaluations and probes included")
+        products = [path for name in PRODUCTS if name != FIGURES and (path := run.path / name).exists()]
+        for path in [*products, *figures]:
+            console.print(f"  {path}{'/' if path.is_dir() else ''}", highlight=False)
+        if stopped.step is not None:
             raise UserError(f"the run diverged: its loss was not finite at step {stopped.step}; its records are kept")
-
-    @rank_zero_only
-    def _print_evaluation(self) -> None:
-        # Lightning's own table leaves out what it did not hand to the loggers itself.
-        for name, value in sorted(self.trainer.callback_metrics.items()):
-            print(f"{name:<16} {float(value):.4f}")
 
     def predict(self, **kwargs: Any) -> None:
         """Print what the task's trainer predicts."""
@@ -285,11 +280,7 @@ def _fixed_seed(seed: bool | int) -> int:
 
 
 def _claim(run: Run, config: Any, branch: str | None) -> bool:
-    """Make sure that nothing already recorded is lost by mistake.
-
-    Returns:
-        Whether the folder holds a run that is to be replaced; not before model, data and trainer could be made.
-    """
+    """Refuse to lose by mistake what is recorded; whether the folder holds a run that the new one is to replace."""
     checkpoint = config.get("resume") or config.ckpt_path
     origin = Run.of_checkpoint(checkpoint) if checkpoint else None
     at_home = origin is not None and origin.path.resolve() == run.path.resolve()
@@ -302,9 +293,8 @@ def _claim(run: Run, config: Any, branch: str | None) -> bool:
         )
     if at_home or not run.exists:
         return False
-    if (
-        not config.overwrite and getattr(rank_zero_only, "rank", 0) == 0
-    ):  # the other ranks may come when the first has begun
+    # The other ranks may come when the first has begun.
+    if not config.overwrite and getattr(rank_zero_only, "rank", 0) == 0:
         last = next(reversed(run.checkpoints.values()), None)
         resume = f"resume it with --ckpt_path {last}, " if last else ""
         raise UserError(
@@ -370,41 +360,6 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def _milestones(trainer: Trainer) -> dict[str, int | None]:
-    """What the callbacks watched for, by name, and the step at which it came."""
-    steps: dict[str, int | None] = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        steps |= getattr(callback, "milestones", {})
-    return steps
-
-
-def _print_milestones(run: Run, console: Console) -> None:
-    outcome = run.outcome
-    if outcome is None or not outcome.milestones:
-        return
-    steps = [f"{name} {step}" for name, step in outcome.milestones.items() if step is not None]
-    missed = [name for name, step in outcome.milestones.items() if step is None]
-    parts = [f"reached: {', '.join(steps)}"] if steps else []
-    parts += [f"not within {outcome.step} steps: {', '.join(missed)}"] if missed else []
-    console.print(f"milestones {'; '.join(parts)}", highlight=False)
-
-
-def _print_time(trainer: Trainer, console: Console) -> None:
-    timer = next(c for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
-    console.print(
-        f"{trainer.global_step} steps in {timer.time_elapsed('train'):.1f} s, evaluations and probes included"
-    )
-
-
-def _print_products(run: Run, figures: list[Path], console: Console) -> None:
-    for product in PRODUCTS:
-        path = run.path / product
-        if path.exists() and product != "figures":
-            console.print(f"  {path}{'/' if path.is_dir() else ''}", highlight=False)
-    for figure in figures:
-        console.print(f"  {figure}", highlight=False)
-
-
 # ------------------------------------------------------------------------------------------- the command line
 
 
@@ -416,9 +371,10 @@ def with_run_config(args: Sequence[str]) -> list[str]:
     A branch gets a folder of its own inside its parent's.
     """
     args, trusted = split_trust(with_presets(args))
-    position = next((i for i, arg in enumerate(args) if arg in trained_commands()), None)
-    checkpoint = _value_of("--ckpt_path", args)
-    if position is None or checkpoint is None or (run := Run.of_checkpoint(checkpoint)) is None:
+    position = next((i for i, arg in enumerate(args) if arg in commands(trainer=True)), None)
+    others, given = split_options(args[(position or 0) + 1 :], "--ckpt_path")
+    checkpoint = given[-1][1] if given else ""
+    if position is None or not checkpoint or (run := Run.of_checkpoint(checkpoint)) is None:
         return args
     command, rest = args[position], args[position + 1 :]
     config = trusted_config(run, trusted)
@@ -429,25 +385,9 @@ def with_run_config(args: Sequence[str]) -> list[str]:
     if command == "fit" and task and (branch := task.branch_of(config)):
         # Its settings are those of the command that began it, so it goes on under that.
         shared = {key: value for key, value in config.items() if key not in _OF_ONE_COMMAND}
-        command, rest = branch, ["--resume", checkpoint, *_without("--ckpt_path", rest)]
+        command, rest = branch, ["--resume", checkpoint, *others]
     base = ["--config", yaml.safe_dump(shared), "--run_dir", str(folder)]
     return [*args[:position], command, *base, *rest]
-
-
-def _without(option: str, args: Sequence[str]) -> list[str]:
-    kept = list(args)
-    while option in kept:
-        del kept[kept.index(option) : kept.index(option) + 2]
-    return [arg for arg in kept if not arg.startswith(f"{option}=")]
-
-
-def _value_of(option: str, args: Sequence[str]) -> str | None:
-    for i, arg in enumerate(args):
-        if arg == option and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(f"{option}="):
-            return arg.split("=", 1)[1]
-    return None
 
 
 # Lines of a parser's complaint that only say that alternatives nobody meant do not fit either.
@@ -480,11 +420,7 @@ def _one_line_usage(message: str, command: str | None, options: list[str]) -> st
 
 
 def run_cli(args: Sequence[str]) -> ProbedCLI:
-    """Parse and run one command.
-
-    Raises:
-        UserError: Something in it, or in a file that it names, is not as it should be.
-    """
+    """Parse and run one command; whatever the user can put right raises a `UserError`."""
     raises = {"exit_on_error": False}
     former_names.install()
     try:
@@ -492,12 +428,7 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
         return ProbedCLI(
             task,
             save_config_callback=RunConfig,
-            trainer_defaults={
-                "num_sanity_val_steps": 0,
-                "inference_mode": False,
-                "max_epochs": -1,
-                "gradient_clip_val": 1.0,
-            },
+            trainer_defaults=_DEFAULTS,
             seed_everything_default=42,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "mini_gpt_pl", **raises, **dict.fromkeys(subcommands(task), raises)},
@@ -523,15 +454,7 @@ def _said_by_us(error: BaseException | None) -> UserError | None:
 
 
 def run_line(line: str, *, verbose: bool = False) -> ProbedCLI:
-    """Run one command line in this process.
-
-    Args:
-        line: As in a shell, without the program's name.
-        verbose: Show what Lightning says of devices, seeds and data loaders.
-
-    Raises:
-        UserError: As `run_cli`.
-    """
+    """Run one command line in this process, as `main.run` has it."""
     _quiet()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -559,12 +482,7 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run one command line.
-
-    Raises:
-        UserError: Something in it, or in a file that it names, is not as it should be.
-    """
+    """Run one command line, whose words are in `sys.argv` too, from which a strategy starts the other ranks."""
     _quiet()
-    # The command line stays in sys.argv, from which a strategy starts the other ranks.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     run_cli(with_run_config(args))

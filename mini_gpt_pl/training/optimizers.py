@@ -28,7 +28,7 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
 
     Returns:
         Parameter groups for an optimizer, empty ones left out, each with its ``kind``: "matrices", "tables" or
-        "vectors". The first two have no ``weight_decay`` of their own and so follow the optimizer's; the third has 0.
+        "vectors". The vectors' ``weight_decay`` is 0; the others follow the optimizer's.
     """
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     groups: dict[str, dict[str, Any]] = {kind: {"params": [], "kind": kind} for kind in KINDS}
@@ -41,7 +41,7 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    """Let the closure that `Optimizer.step` may be given compute the gradients; its loss, or None without one."""
+    """The loss of the closure that `Optimizer.step` may be given, which computes the gradients; None without one."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -66,8 +66,7 @@ class MuonAdamW(Optimizer):
         adjust_lr_fn: How Muon scales its step to a matrix's shape; see ``torch.optim.Muon``.
 
     Raises:
-        ValueError: A group does not say its ``kind``, a setting is out of range, or no group holds matrices, or
-            nothing but matrices is there.
+        ValueError: A group has no ``kind``, a setting is out of range, or the groups lack matrices or anything else.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of both; ``closure``, if given, computes the gradients first and gives the returned loss."""
+        """Take one step of both, as `torch.optim.Optimizer.step` has it."""
         loss = _evaluate(closure)
         for part in self._parts:
             part.step()
@@ -146,19 +145,12 @@ class SGDW(torch.optim.SGD):
         weight_decay: float = 0.0,
         dampening: float = 0.0,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-        )
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
 
     # Not super().step(): PyTorch hooks the step of each class, so every step hook would run twice.
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; ``closure``, if given, computes the gradients first and gives the returned loss."""
+        """Take one step, as `torch.optim.Optimizer.step` has it."""
         loss = _evaluate(closure)
         for group in self.param_groups:
             for theta in group["params"]:
@@ -213,7 +205,7 @@ class ClippedCosine:
             raise UserError(f"schedule: floor is {self.floor}; give a fraction from 0 to 1")
 
     def __call__(self, step: int) -> float:
-        """Give the factor for optimizer step ``step``; the first one is 1."""
+        """The factor for optimizer step ``step``; the first one is 1."""
         if step < self.warmup:
             return step / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
@@ -222,33 +214,22 @@ class ClippedCosine:
 
 @dataclass(frozen=True)
 class Continued:
-    """Another schedule from one of its later steps on, times a factor: step t here is step ``offset`` + t there.
-
-    Args:
-        schedule: Factor by optimizer step.
-        offset: Steps already taken under it.
-        factor: Multiplies it.
-    """
+    """Another schedule times a factor, after ``offset`` steps of it: step t here is step ``offset`` + t there."""
 
     schedule: Callable[[int], float]
     offset: int
     factor: float = 1.0
 
     def __call__(self, step: int) -> float:
-        """Give the factor for optimizer step ``step``; the first one is 1."""
+        """The factor for optimizer step ``step``; the first one is 1."""
         return self.factor * self.schedule(self.offset + step)
 
 
 def lambda_lr(optimizer: Optimizer, schedule: Callable[[int], float]) -> LambdaLR:
-    """A scheduler, stepped once per optimizer step, under which optimizer step t uses lr * schedule(t).
+    """A scheduler, stepped once per optimizer step, under which optimizer step t = 1, 2, ... uses lr * schedule(t).
 
-    Args:
-        optimizer: Its learning rates are the peaks.
-        schedule: Factor for steps 1, 2, ...
-
-    Returns:
-        The scheduler. Its state holds the step and the peak rates but none of the schedule's constants, so a
-        resumed run follows the schedule of its own configuration.
+    Its state holds the step and the peak rates but none of the schedule's constants, so a resumed run follows the
+    schedule of its own configuration.
     """
     # A plain function: LambdaLR stores the attributes of other callables in checkpoints and restores them.
     return LambdaLR(optimizer, lambda epoch: schedule(epoch + 1))

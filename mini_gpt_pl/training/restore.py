@@ -61,7 +61,7 @@ def _parser(task: Task) -> ArgumentParser:
     """The part of the command line that `fit` has for model and data."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
-    for part, kind in (("model", task.model_class), ("data", task.data_class)):
+    for part, kind in (("model", task.load("model")), ("data", task.load("data"))):
         parser.add_class_arguments(kind, part, fail_untyped=False, sub_configs=True)
     for option in task.from_data:
         parser.link_arguments(f"data.{option}", f"model.{option}", apply_on="instantiate")

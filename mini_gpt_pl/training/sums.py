@@ -15,14 +15,11 @@ from mini_gpt_pl.runs.logs import to_host
 
 
 class Sums(Metric):
-    """Sums of several quantities, each under its name.
+    """Sums of several quantities by name.
 
     All sums are one tensor on the module's device, so that `compute` takes one `all_reduce`: torchmetrics on its own
     gathers each state from each rank, behind a barrier and an exchange of shapes, and the host waits for the device.
-    The state is in no checkpoint, and nothing is moved to the host before `compute`.
-
-    Args:
-        names: Names of the quantities.
+    The state is in no checkpoint, and nothing moves to the host before `compute`.
 
     Example:
         >>> sums = Sums(["train/loss", "train/answers"])
@@ -34,22 +31,17 @@ class Sums(Metric):
 
     full_state_update = False
     sums: Tensor
+    columns: tuple[int, ...] = ()
+    """Shape of one sum."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(dist_sync_fn=_sum_over_ranks)
         self.names = tuple(names)
-        self.add_state("sums", self._nothing(), dist_reduce_fx="sum", persistent=False)
-
-    def _nothing(self) -> Tensor:
-        return torch.zeros(len(self.names))
+        self.add_state("sums", torch.zeros(len(self.names), *self.columns), dist_reduce_fx="sum", persistent=False)
 
     @override
     def update(self, values: Float[Tensor, " names"]) -> None:
-        """Add one value to each sum; float64 values make float64 sums.
-
-        Args:
-            values: (names,), in the order of the names.
-        """
+        """Add one value to each sum, in the order of the names; float64 values make float64 sums."""
         self.sums = self.sums + values
 
     @override
@@ -59,10 +51,7 @@ class Sums(Metric):
 
 
 class Means(Sums):
-    """Means of several quantities, each under its name: sums of values over sums of weights, in float32.
-
-    Args:
-        names: Names of the quantities.
+    """Means of several quantities by name: sums of values over sums of weights, in float32.
 
     Example:
         >>> means = Means(["val/loss", "probe/p_in"])
@@ -72,19 +61,11 @@ class Means(Sums):
         {'val/loss': 2.0, 'probe/p_in': nan}
     """
 
-    @override
-    def _nothing(self) -> Tensor:
-        return torch.zeros(len(self.names), 2)  # value and weight
+    columns = (2,)  # value and weight
 
     @override
     def update(self, name: str, total: Float[Tensor, ""], weight: Tensor) -> None:  # type: ignore[override]
-        """Add to one mean.
-
-        Args:
-            name: Which.
-            total: Sum of the values.
-            weight: Their number, or the sum of their weights; a scalar.
-        """
+        """Add the sum of some values, and their number or the sum of their weights, to one mean."""
         self.sums[self.names.index(name)].add_(torch.stack([total.float(), weight.float()]))
 
     @override

@@ -1,9 +1,9 @@
 """What a run folder's configuration may ask for, since somebody may have sent the folder.
 
-A configuration names classes, and making one runs its code. So names that come out of a folder are taken only if they
-are classes of torch, of Lightning or of this package, of the kinds that a training is made of; whoever knows where a
-folder comes from names further packages with `--trust PACKAGE`. What is refused has not been imported. Folders that
-the configuration would write to must lie in the run's own.
+A configuration names classes, and making one runs its code. So a folder may name only classes of torch, of Lightning or
+of this package, of the kinds that a training is made of; a reader who knows where it comes from allows further packages
+with `--trust PACKAGE`. What is refused has not been imported. Folders that the configuration would write to must lie in
+the run's own.
 """
 
 from __future__ import annotations
@@ -26,27 +26,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from mini_gpt_pl.command_line import split_options
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.folder import CONFIG, PRODUCTS, Run
 from mini_gpt_pl.training import former_names
 
 OURS = "mini_gpt_pl"
 _OTHERS = ("torch", "lightning", "pytorch_lightning")
-_KINDS = (
+_KINDS: tuple[type, ...] = (
     Accelerator,
     Callback,
     CheckpointIO,
     ClusterEnvironment,
     LightningDataModule,
     LightningModule,
-    Logger,
-    LRScheduler,
-    Optimizer,
-    Precision,
-    Profiler,
-    Strategy,
 )
-# A name with dots, as Python imports it: what the parser would look up where a class or a function is asked for.
+_KINDS += (Logger, LRScheduler, Optimizer, Precision, Profiler, Strategy)
+# A name with dots, which the parser would import where a class or a function is asked for.
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 # Options that name a folder, or a file, which something is written to.
 _WRITTEN = ("dir", "dirpath", "log_dir", "root_dir", "save_dir", "tracking_uri")
@@ -54,23 +50,16 @@ _OPTION = "--trust"
 
 
 def split_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take every `--trust PACKAGE` out of a command line.
-
-    Returns:
-        The other words, and the packages.
+    """Take every `--trust PACKAGE` out of a command line; the other words, and the packages.
 
     Raises:
         UserError: An option has no package behind it.
     """
-    words, packages, rest = [], [], iter(args)
-    for word in rest:
-        if word == _OPTION or word.startswith(f"{_OPTION}="):
-            package = word.partition("=")[2] or next(rest, "")
-            if not re.fullmatch(r"[A-Za-z_][\w.]*", package):
-                raise UserError(f"{_OPTION} {package}: name a package whose classes the folder may ask for")
-            packages.append(package)
-        else:
-            words.append(word)
+    words, options = split_options(args, _OPTION)
+    packages = [package for _, package in options]
+    for package in packages:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*", package):
+            raise UserError(f"{_OPTION} {package}: name a package whose classes the folder may ask for")
     return words, packages
 
 
@@ -166,7 +155,7 @@ def _leaves(value: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 def _require_trusted(run: Run, option: str, name: str, trusted: Sequence[str]) -> None:
     package = name.partition(".")[0]
-    if "." not in name or any(name == known or name.startswith(f"{known}.") for known in trusted):
+    if "." not in name or any(f"{name}.".startswith(f"{prefix}.") for prefix in trusted):
         return  # a name without dots is one of the parser's own choices, among classes that are loaded already
     name_now = former_names.name_now(name)
     ours = name_now.startswith(f"{OURS}.")
@@ -177,11 +166,10 @@ def _require_trusted(run: Run, option: str, name: str, trusted: Sequence[str]) -
         )
     module, _, attribute = name_now.rpartition(".")
     try:
-        found = getattr(import_module(module), attribute)
+        named = getattr(import_module(module), attribute)
     except (ImportError, AttributeError):
         raise UserError(f"{run.path / CONFIG}: {option} names {name}, which is not installed here") from None
-    fits = isinstance(found, type) and (found.__module__.startswith(OURS) if ours else issubclass(found, _KINDS))
-    if not fits:
+    if not isinstance(named, type) or not (named.__module__.startswith(OURS) if ours else issubclass(named, _KINDS)):
         raise UserError(f"{run.path / CONFIG}: {option} names {name}, which is no class that a training is made of")
 
 

@@ -37,6 +37,7 @@ from docs.tools import concept_figures
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.metrics import registry
 from mini_gpt_pl.presets import with_presets
+from mini_gpt_pl.tasks import commands as listed_commands
 from mini_gpt_pl.tasks import task_named, tasks
 from mini_gpt_pl.training import cli as trainer_cli
 from mini_gpt_pl.training.trust import split_trust
@@ -150,7 +151,7 @@ def parser(task: str = "stories") -> ArgumentParser:
     return found
 
 
-_TRAINER = set(trainer_cli.trained_commands())
+_TRAINER = set(listed_commands(trainer=True))
 
 
 def commands() -> list[tuple[str, str]]:
@@ -186,7 +187,7 @@ def _parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         _parse_plain(lambda: runpy.run_module(words[2], run_name="__main__"), words[2:], monkeypatch)
         return
     args, _ = split_trust(with_presets(words[2:] if words[0] == "python" else words[1:]))
-    if args[0] in cli.commands().keys() - _TRAINER:
+    if args[0] in listed_commands(trainer=False):
         _parse_plain(cli.main, ["cli.py", *args], monkeypatch)
         return
     assert args[0] in _TRAINER, f"no command {args[0]}"

@@ -47,8 +47,8 @@ FINDINGS = {
         "real": {name: [one["pc1"].value, one["pc1"].decay] for name, one in real.items()},
     }""",
     "05_reheating": """{
-        "gain": {name: run.reheated["gain"] for name, run in runs.items()},
-        "moved": {name: [run.reheated["along"], run.reheated["across"]] for name, run in runs.items()},
+        "gain": {name: run.lineage["gain"] for name, run in runs.items()},
+        "moved": {name: [run.lineage["along"], run.lineage["across"]] for name, run in runs.items()},
         "drift": {name: float(pca.norms(run.trajectory.gram(), run.drift_rows[-1:])) for name, run in runs.items()},
         "where": {name: where_it_went(run, seed42) for name, run in published.items()},
     }""",

@@ -173,6 +173,6 @@ def test_a_run_of_ones_own_trainer_needs_no_configuration(tmp_path: Path) -> Non
     for name in ("metrics.csv", "trajectory.safetensors"):
         shutil.copy(KEPT / name, own / name)
     run = Run(own)
-    assert run.settings == {} and run.trunk == "trunk" and not run.is_reheated
+    assert run.settings == {} and run.trunk == "trunk"
     assert run.task == ""
     assert runs_below(tmp_path) == [own]

@@ -171,7 +171,7 @@ def test_decay_of_matched_sgd_is_that_of_adamw(lab: Path) -> None:
 
 def test_the_control_of_the_reheats_goes_on_with_its_parents_moments(lab: Path) -> None:
     control, parent = Run(lab / "reheat" / "control"), Run(lab / "seeds" / "seed42")
-    found = control.reheated
+    found = control.lineage
     assert found is not None and Path(found["parent"]) == parent.path.resolve()
     schedule = parent.series("train/lr")
     assert control.series("train/lr").iloc[0] == pytest.approx(schedule.min(), rel=1e-6)  # the parent is on its floor

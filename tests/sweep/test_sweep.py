@@ -33,9 +33,9 @@ from mini_gpt_pl.runs.record import Record as RunRecord
 from mini_gpt_pl.sweep import command, local, main, read_sweep
 from mini_gpt_pl.sweep.grid import Sweep
 from mini_gpt_pl.sweep.local import Execution, Slot, run_all, slots, visible_devices
-from mini_gpt_pl.sweep.points import PointRun, Record
+from mini_gpt_pl.sweep.points import Call, PointRun, Record
 from mini_gpt_pl.sweep.progress import Display, Reading, counts, table
-from mini_gpt_pl.sweep.remote import Invocation, cluster_settings, create_wandb, submit, wandb_config
+from mini_gpt_pl.sweep.remote import cluster_settings, create_wandb, submit, wandb_config
 
 TINY = Path(cli.__file__).resolve().parents[1] / "tests" / "tiny.yaml"
 COMMAND = ["${env}", "${interpreter}", "${program}", "fit", "${args}"]
@@ -102,7 +102,7 @@ def sweep_of(parameters: dict[str, Any], **more: Any) -> Sweep:
 
 def point_runs(parameters: dict[str, Any], *extras: str, **more: Any) -> list[PointRun]:
     sweep = replace(sweep_of(parameters, **more), program=(str(Path("stub.py").resolve()),))
-    return [PointRun(point, sweep, Path("root"), extras) for point in sweep.points]
+    return Call(sweep, Path("root"), extras).runs
 
 
 def behaving(*behaviours: str) -> list[PointRun]:
@@ -309,7 +309,7 @@ def test_commands_by_state() -> None:
     fresh = new.command()
     assert fresh[-2:] == ["--behave=a", "--run_dir=root/behave-a"]
     assert begun(broken).command()[1:] == [
-        *broken.sweep.program,
+        *broken.call.sweep.program,
         "fit",
         "--ckpt_path=root/behave-b/checkpoints/000006.ckpt",
     ]
@@ -728,11 +728,11 @@ def test_counts_and_table() -> None:
 # --------------------------------------------------------------------------------------------- W&B and clusters
 
 
-def invocation(*extras: str) -> Invocation:
+def invocation(*extras: str) -> Call:
     sweep = sweep_of(
         {"a.b": {"values": [1, 0.5]}, "n": {"value": "x y"}}, name="mine", project="p", run_cap=9, metric={"name": "v"}
     )
-    return Invocation(sweep, Path("root"), ("--program", str(Path("stub.py").resolve())), extras)
+    return Call(sweep, Path("root"), extras, ("--program", str(Path("stub.py").resolve())))
 
 
 def test_an_agent_runs_points_that_skip_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
@@ -839,11 +839,10 @@ def test_a_job_runs_its_point(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cluster_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit", reason="submitit is not installed")
     call = invocation()
-    runs = [PointRun(point, call.sweep, call.root) for point in call.sweep.points]
     with one_line_error("did not take the jobs .*Unknown argument 'colour'"):
-        submit(call, runs, ["cluster=debug", "colour=red"])
+        submit(call, call.runs, ["cluster=debug", "colour=red"])
     with one_line_error("did not take the jobs .*no executor named nowhere|any executor named nowhere"):
-        submit(call, runs, ["cluster=nowhere"])
+        submit(call, call.runs, ["cluster=nowhere"])
 
 
 # ----------------------------------------------------------------------------------------- the whole, for real
@@ -858,7 +857,7 @@ def test_a_real_sweep_broken_off_in_the_middle_ends_as_if_it_had_not(
     args = ["grid.yaml", "--root", "root", "--jobs", "2", "--", "--data.cache_dir", "cache"]
     main(args)
     sweep = read_sweep(Path("grid.yaml"))
-    first, second = (PointRun(point, sweep, Path("root"), tuple(args[-2:])) for point in sweep.points)
+    first, second = Call(sweep, Path("root"), tuple(args[-2:])).runs
     assert [first.state, second.state] == ["finished", "finished"]
     assert first.run.config["model"]["optimizer"]["init_args"]["lr"] == 0.003
     whole, log = second.run.metrics, first.log.read_text()

@@ -467,7 +467,7 @@ def test_the_optimizer_that_nobody_chose_is_in_the_configuration(command: Comman
 
 def test_a_reheat_says_where_it_comes_from(reheated: Reheated) -> None:
     parent, run, _, _ = reheated
-    found = run.reheated
+    found = run.lineage
     assert found is not None
     assert (found["parent"], found["parent_step"], found["basis_step"]) == (str(parent.path), 3, 2)
     assert found["basis_fingerprint"] == parent.trajectory.fingerprint
@@ -483,7 +483,7 @@ def test_a_reheat_that_broke_off_goes_on_by_itself(parent: Run, command: Command
         (again.path / product).unlink()
     command("fit", "--ckpt_path", str(again.path / "checkpoints" / "000003.ckpt"))
     assert whole.outcome == again.outcome == Outcome("finished", 5)
-    assert again.reheated == whole.reheated
+    assert again.lineage == whole.lineage
     for name in ("probe/p_ood", "reheat/across", "train/loss", "train/lr"):
         assert again.series(name).tolist() == whole.series(name).tolist()
 

@@ -52,7 +52,7 @@ def load_weights(module: ProbedGPT, checkpoint: Path) -> None:
 
 def probe_weight(run: Run, module: ProbedGPT) -> ProbeWeight:
     """Return lambda(t) of a run; its configuration has the parent's where it is a reheated one, as steps begin anew."""
-    reheated = run.reheated
+    reheated = run.lineage
     if reheated is None:
         return module.probe_weight
     constant = run.config.get("probe_weight")

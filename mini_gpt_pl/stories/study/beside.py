@@ -51,7 +51,7 @@ def main_run(run: Run) -> Beside:
     """Find the main run of the paper that a run is to be compared with: its seed if it has one of the two."""
     found = facts(run)
     differs = differences(found, PAPER)
-    if run.reheated is not None:
+    if run.lineage is not None:
         differs.insert(0, "reheated from a checkpoint instead of trained from scratch")
     seed = found["seed"]
     if seed not in (None, 42, 271):

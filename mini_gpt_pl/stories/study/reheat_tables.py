@@ -49,7 +49,7 @@ def reheats(runs: Sequence[Run], others: Sequence[Run] = (), called: Mapping[Run
         called: Names of runs; their folders' for None.
     """
     called = called or names(list(dict.fromkeys((*runs, *others))))
-    found = [(run, record) for run in runs if (record := run.reheated) is not None]
+    found = [(run, record) for run in runs if (record := run.lineage) is not None]
     if not found:
         return []
     found.sort(key=lambda pair: reheat_setting(*pair)[0])
@@ -121,7 +121,7 @@ def _controls(records: Sequence[Mapping[str, Any]], others: Sequence[Run], calle
 
 def _parent(path: Any, others: Sequence[Run]) -> Run | None:
     """Find a parent by its folder, or by its name if the runs were moved since."""
-    scratch = [run for run in others if run.reheated is None]
+    scratch = [run for run in others if run.lineage is None]
     by_folder = [run for run in scratch if path and run.path.resolve() == Path(str(path)).resolve()]
     by_name = [run for run in scratch if path and run.path.resolve().name == Path(str(path)).name]
     return next(iter(by_folder or by_name), None)
@@ -149,7 +149,7 @@ def reheat_setting(run: Run, record: Mapping[str, Any]) -> tuple[float, str]:
 
 def gains(runs: Sequence[Run]) -> Iterator[Finding]:
     """What reheating gained, beside the gain without it, in a sentence."""
-    known = [(run, record) for run in runs if (record := run.reheated) is not None and record.get("gain") is not None]
+    known = [(run, record) for run in runs if (record := run.lineage) is not None and record.get("gain") is not None]
     warm = [pair for pair in known if not is_control(pair[1])]
     if not warm:
         return

@@ -200,7 +200,7 @@ def reheats(runs: Sequence[Run]) -> Figure:
     Raises:
         UserError: None of the runs was reheated from another.
     """
-    known = [(run, record) for run in runs if (record := run.reheated) is not None]
+    known = [(run, record) for run in runs if (record := run.lineage) is not None]
     if not known:
         raise UserError("none of the runs is reheated: there is no re-entry to show")
     figure = Figure(figsize=(WIDTH, 4.2))

@@ -26,4 +26,4 @@ def run_tables(run: Run) -> list[Table]:
         replayed = replay_tables(subject, beside)
         found = [table for table in found if table.name not in {other.name for other in replayed}] + replayed
         found += logit_lens(subject, beside) + switches(subject, beside)
-    return found + (reheats([subject]) if run.reheated is not None else [])
+    return found + (reheats([subject]) if run.lineage is not None else [])
