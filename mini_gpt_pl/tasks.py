@@ -1,7 +1,7 @@
 """The commands, and the list of tasks: for each, by dotted name, its module, data, commands and report.
 
-The list is the only way in which the rest of the package reaches a study, so a study can be left out as a whole: its
-tasks are then not in the list.
+A study lists its tasks in its folder's `tasks.yaml`. That is the only way in which the rest of the package reaches a
+study, so that one can be left out as a whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,6 @@ import yaml
 
 from mini_gpt_pl.command_line import split_options
 from mini_gpt_pl.errors import UserError
-
-DEFAULT = "stories"
-"""The task of a command line, or of a run's configuration, that names none."""
 
 TRAINING = "mini_gpt_pl.training.cli"
 
@@ -52,7 +48,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Task:
-    """What the command line and the report need to know of a task.
+    """The parts of a task, as an entry of a `tasks.yaml` gives them.
 
     Args:
         model: Dotted path of the LightningModule; its module has the settings of its optimizer, `ADAMW`.
@@ -64,17 +60,19 @@ class Task:
         known_by: An option of the model that only configurations of this task have, for those that name no task.
         trainer: Dotted path of the Trainer, whose methods are its further commands.
         commands: Its further commands, by name.
+        default: Whether a command line that names no task means this one.
     """
 
     model: str
     data: str
     contents: str
     metrics: str
-    from_data: tuple[str, ...]
-    from_seed: tuple[str, ...] = ()
+    from_data: Sequence[str]
+    from_seed: Sequence[str] = ()
     known_by: str = ""
     trainer: str = "lightning.pytorch.Trainer"
     commands: Mapping[str, Command] = field(default_factory=dict)
+    default: bool = False
 
     def load(self, part: Literal["model", "data", "contents", "trainer"]) -> Any:
         """Import what one of the dotted paths names."""
@@ -106,68 +104,19 @@ _GENERAL = {
     "dashboard": Command("Build a W&B workspace, and a report for a sweep.", "mini_gpt_pl.dashboard"),
 }
 
-_STORIES = Task(
-    model="mini_gpt_pl.stories.module.ProbedGPT",
-    data="mini_gpt_pl.stories.data.datamodule.ProbedStories",
-    contents="mini_gpt_pl.stories.study.contents.CONTENTS",
-    metrics="stories/metrics.yaml",
-    from_data=("vocab_size", "context"),
-    known_by="probe_weight",
-    trainer="mini_gpt_pl.stories.trainer.StoryTrainer",
-    commands={
-        "predict": Command("Continue a prompt with a checkpoint."),
-        "reheat": Command(
-            "Restart a late checkpoint, and follow it in its parent's basis.",
-            option="data_order",
-            closing="mini_gpt_pl.stories.reheating.closing_lines",
-        ),
-        "replay": Command(
-            "Measure gradients at stored checkpoints against the whole run's backbone.", "mini_gpt_pl.stories.replay"
-        ),
-    },
-)
-
-_RESIDUES = {
-    "overlaps": Command(
-        "Compare the subspaces of paths over layers and runs.", "mini_gpt_pl.arithmetic.study.overlaps"
-    ),
-    "routing": Command("Ask whether a run's path steers its attention.", "mini_gpt_pl.arithmetic.routing"),
-    "reconstruction": Command(
-        "Rebuild a run's final weights from few directions.", "mini_gpt_pl.arithmetic.reconstruction"
-    ),
-    "interventions": Command(
-        "Compare the arms of an intervention over seeds.", "mini_gpt_pl.arithmetic.study.interventions"
-    ),
-}
-
-
-def _residues(model: str, data: str, *more_from_data: str) -> Task:
-    return Task(
-        model=f"mini_gpt_pl.arithmetic.{model}",
-        data=f"mini_gpt_pl.arithmetic.{data}",
-        contents="mini_gpt_pl.arithmetic.study.contents.CONTENTS",
-        metrics="arithmetic/metrics.yaml",
-        from_data=("vocab_size", "classes", "length", "causal", *more_from_data),
-        from_seed=("model.seed", "data.seed"),
-        commands=_RESIDUES,
-    )
-
-
-_LISTED: Mapping[str, Task] = {
-    "stories": _STORIES,
-    "operations": _residues("module.ResidueClassifier", "data.ModularArithmetic"),
-    "multitask": _residues("multitask.MultiTaskClassifier", "multitask.MultiTaskArithmetic", "tasks"),
-    "markers": _residues("module.ResidueClassifier", "data.MarkerSums"),
-}
-
 UNLISTED = Task(model="", data="", contents="mini_gpt_pl.report.general.GENERAL", metrics="", from_data=())
 """What the report knows of a run of no listed task."""
 
 
 @cache
 def tasks() -> dict[str, Task]:
-    """The tasks whose study is installed, by name."""
-    return {name: task for name, task in _LISTED.items() if find_spec(".".join(task.model.split(".")[:2]))}
+    """The tasks of the installed studies, by name; the default one comes first."""
+    listed: dict[str, Task] = {}
+    for file in sorted(Path(__file__).parent.glob("*/tasks.yaml")):
+        for name, parts in yaml.safe_load(file.read_text()).items():
+            own = {command: Command(**settings) for command, settings in parts.pop("commands", {}).items()}
+            listed[name] = Task(**parts, commands=own)
+    return dict(sorted(listed.items(), key=lambda item: not item[1].default))
 
 
 def commands(*, trainer: bool | None = None) -> dict[str, Command]:
@@ -187,26 +136,26 @@ def training_commands() -> tuple[str, ...]:
 
 
 def task_of(config: Mapping[str, Any]) -> str:
-    """Name the listed task of a run's configuration, whether its study is installed or not; empty if it is none.
+    """Name the task of a run's configuration; empty if it is of no installed study.
 
     Configurations that name no task are of version 0.1.0, or of a trainer of somebody's own.
     """
     if "task" in config:
-        return name if (name := str(config["task"])) in _LISTED else ""
+        return name if (name := str(config["task"])) in tasks() else ""
     model = config.get("model")
     options = model if isinstance(model, Mapping) else {}
-    return next((name for name, task in _LISTED.items() if task.known_by and task.known_by in options), "")
+    return next((name for name, task in tasks().items() if task.known_by and task.known_by in options), "")
 
 
 def task_named(args: Sequence[str]) -> str:
     """The task of a command line before it is parsed, since the options depend on it.
 
-    The last one counts, in an option or in a configuration file, as for every option; without any it is `DEFAULT`.
+    The last one counts, in an option or in a configuration file, as for every option; without any it is the default.
 
     Raises:
         UserError: There is no such task.
     """
-    name = DEFAULT
+    name = next((name for name, task in tasks().items() if task.default), "")
     for option, value in split_options(args, "--task", "-c", "--config")[1]:
         named = value if option == "--task" else _in_config(value)
         name = name if named is None else str(named)
