@@ -20,13 +20,7 @@ _OWN = ("all", "test", "notebooks", "docs", "lint", "dev")
 
 
 def extra_of(module: str) -> str | None:
-    """Name the extra of this project that installs a module, as the installed package's own metadata say it.
-
-    Args:
-        module: Dotted name of the module, or the name of its distribution.
-
-    Returns:
-        The extra, or None if no extra installs it.
+    """The extra of this project that installs a module, or None, by the installed package's own metadata.
 
     Example:
         >>> extra_of("matplotlib.axes")
@@ -36,21 +30,14 @@ def extra_of(module: str) -> str | None:
     # More than one where an earlier installation left its description in a checkout.
     installed = distributions(name="mini_gpt_pl")
     for line in (line for one in installed for line in one.requires or []):
-        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
-        if found and found[2] not in _OWN and found[1] == _DISTRIBUTIONS.get(top, top):
-            return found[2]
+        match = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
+        if match and match[2] not in _OWN and match[1] == _DISTRIBUTIONS.get(top, top):
+            return match[2]
     return None
 
 
 def missing_package(error: ModuleNotFoundError) -> UserError | None:
-    """Say in one line which extra installs the package that an import did not find.
-
-    Args:
-        error: What the import raised.
-
-    Returns:
-        The line, or None where the missing module is of no extra, which is a fault of the project.
-    """
+    """Name in one line the extra that has a missing package; None if there is none, which is a fault of the project."""
     extra = extra_of(error.name or "")
     if extra is None:
         return None

@@ -26,14 +26,14 @@ def presets() -> dict[str, Path]:
 
 
 def preset(name: str, folder: str = "") -> Path | None:
-    """Find a configuration file.
+    """Find a configuration file by its path or, with or without `configs/` and `.yaml`, by its name.
 
     Args:
-        name: A file, or a name of `presets`, which may have `configs/` in front and `.yaml` behind.
-        folder: Of the shipped ones, to look in as well: `sweeps` for the name `beta2`.
+        name: The path or the name.
+        folder: A folder of the shipped ones to look in as well: `sweeps` for the name `beta2`.
 
     Returns:
-        The file as it was given if there is one, else the shipped one of that name, else None.
+        The file of that path if there is one, else the shipped one of that name, else None.
     """
     if Path(name).is_file():
         return Path(name)
@@ -42,26 +42,23 @@ def preset(name: str, folder: str = "") -> Path | None:
 
 
 def with_presets(args: Sequence[str]) -> list[str]:
-    """Put files where a command line names shipped configurations.
-
-    Args:
-        args: The command line, without the program's name.
+    """Replace the names of shipped configurations in a command line by their files.
 
     Raises:
-        UserError: A name is none of theirs.
+        UserError: No configuration has that name.
 
     Example:
         >>> with_presets(["fit", "-c", "quickstart"])[2].endswith("configs/quickstart.yaml")
         True
     """
-    found = list(args)
-    for i, word in enumerate(found):
+    words = list(args)
+    for i, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option in _OPTIONS and equals:
-            found[i] = f"{option}={_file(value)}"
-        elif i and found[i - 1] in _OPTIONS:
-            found[i] = _file(word)
-    return found
+            words[i] = f"{option}={_file(value)}"
+        elif i and words[i - 1] in _OPTIONS:
+            words[i] = _file(word)
+    return words
 
 
 def _file(value: str) -> str:

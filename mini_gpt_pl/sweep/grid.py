@@ -120,12 +120,12 @@ def read_sweep(path: Path) -> Sweep:
     cap = loaded.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
         raise UserError(f"{path}: run_cap is {cap!r}: it must be an integer of 1 or more")
-    given = loaded.get("parameters")
-    if not isinstance(given, dict) or not given:
+    parameters = loaded.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
         raise UserError(f"{path}: parameters must list at least one: KEY: {{values: [A, B]}}")
     values: dict[str, tuple[Any, ...]] = {}
     varying: list[str] = []
-    for key, several, named in _flatten(path, given, ""):
+    for key, several, named in _flatten(path, parameters, ""):
         if key in values:
             raise UserError(f"{path}: parameters.{key} is given twice")
         values[key] = several
@@ -144,9 +144,9 @@ def read_sweep(path: Path) -> Sweep:
 # ------------------------------------------------------------------------------------------------- parameters
 
 
-def _flatten(path: Path, given: Mapping[Any, Any], above: str) -> Iterable[tuple[str, tuple[Any, ...], bool]]:
+def _flatten(path: Path, nested: Mapping[Any, Any], above: str) -> Iterable[tuple[str, tuple[Any, ...], bool]]:
     """Yield dotted key, values and whether they name the point, of W&B's nested parameters."""
-    for part, spec in given.items():
+    for part, spec in nested.items():
         key = f"{above}{part}"
         where = f"parameters.{key}"
         if key in _RESERVED:
@@ -179,8 +179,8 @@ def _several(path: Path, where: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _check_keys(given: Mapping[Any, Any], allowed: Sequence[str], path: Path, where: str) -> None:
-    for key in given:
+def _check_keys(mapping: Mapping[Any, Any], allowed: Sequence[str], path: Path, where: str) -> None:
+    for key in mapping:
         if key not in allowed:
             near = get_close_matches(str(key), allowed, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(allowed)}"
@@ -197,10 +197,10 @@ _CONFIGS = ("config", "c")
 _FILES = (*_CONFIGS, "ckpt_path")  # their names speak for themselves
 
 
-def _command(path: Path, given: Any) -> tuple[str, ...]:
-    if not isinstance(given, list) or not given:
+def _command(path: Path, template: Any) -> tuple[str, ...]:
+    if not isinstance(template, list) or not template:
         raise UserError(f"{path}: command must be a list, as W&B takes it: {[*_MACROS[:3], 'fit', _MACROS[3]]}")
-    command = tuple(str(piece) for piece in given)
+    command = tuple(str(piece) for piece in template)
     for piece in command:
         for macro in _ANY_MACRO.findall(piece):
             if macro not in _MACROS or piece != macro:

@@ -54,13 +54,13 @@ class Slot:
 
 def visible_devices() -> list[str]:
     """Return the GPUs that a run may be given, without initialising CUDA in this process."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None and given.strip() in ("", "-1"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
         return []
     count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     done = subprocess.run(count, capture_output=True, text=True, check=False)
     n = int(done.stdout) if done.returncode == 0 else 0
-    return given.split(",")[:n] if given is not None else [str(i) for i in range(n)]
+    return visible.split(",")[:n] if visible is not None else [str(i) for i in range(n)]
 
 
 def slots(jobs: int | None, devices: Sequence[str]) -> list[Slot]:

@@ -102,7 +102,7 @@ def cluster_settings(pairs: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     return settings.pop("cluster", None), settings
 
 
-def submit(call: Call, runs: Sequence[PointRun], given: Sequence[str]) -> list[str]:
+def submit(call: Call, runs: Sequence[PointRun], pairs: Sequence[str]) -> list[str]:
     """Submit one job for each point.
 
     A job whose time is up is queued again by submitit, and resumes. On the cluster `debug` the points run here, now.
@@ -117,7 +117,7 @@ def submit(call: Call, runs: Sequence[PointRun], given: Sequence[str]) -> list[s
         submitit = importlib.import_module("submitit")
     except ImportError:
         raise UserError("--launcher slurm needs submitit: pip install submitit") from None
-    cluster, settings = cluster_settings(given)
+    cluster, settings = cluster_settings(pairs)
     commands = [[sys.executable, *PROGRAM, *call.arguments(run.name)] for run in runs]
     try:
         executor = submitit.AutoExecutor(folder=call.root / ".jobs", cluster=cluster)

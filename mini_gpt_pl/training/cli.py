@@ -119,8 +119,8 @@ class ProbedCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Each parser takes a twentieth of a second or more; one command line holds one of the commands.
         every = self.subcommands()
-        asked = {name: skipped for name, skipped in every.items() if name in self._words} or every
-        self.subcommands = lambda: asked  # type: ignore[method-assign]
+        wanted = {name: skipped for name, skipped in every.items() if name in self._words} or every
+        self.subcommands = lambda: wanted  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
 
     @override
@@ -372,8 +372,8 @@ def with_run_config(args: Sequence[str]) -> list[str]:
     """
     args, trusted = split_trust(with_presets(args))
     position = next((i for i, arg in enumerate(args) if arg in commands(trainer=True)), None)
-    others, given = split_options(args[(position or 0) + 1 :], "--ckpt_path")
-    checkpoint = given[-1][1] if given else ""
+    others, options = split_options(args[(position or 0) + 1 :], "--ckpt_path")
+    checkpoint = options[-1][1] if options else ""
     if position is None or not checkpoint or (run := Run.of_checkpoint(checkpoint)) is None:
         return args
     command, rest = args[position], args[position + 1 :]

@@ -56,8 +56,8 @@ class OneSumStrategy(DDPStrategy):
         precision.backward(loss, module, optimizer, *args, **kwargs)
         if not self._accumulating:
             self._average()
-        found: Tensor = precision.post_backward(loss, module)  # calls `on_after_backward`
-        return found
+        result: Tensor = precision.post_backward(loss, module)  # calls `on_after_backward`
+        return result
 
     def _average(self) -> None:
         """Take the mean of every gradient over the ranks."""

@@ -43,18 +43,18 @@ def restore(run: Run, overrides: Sequence[str] = ()) -> tuple[LightningModule, L
         raise UserError(f"{run.path} is a run of no task that is installed here: give one of {', '.join(tasks())}")
     parser = _parser(task)
     # Nothing is trained here, so that an optimizer which is not installed, or was only a default, does no harm.
-    kept = trusted_config(run, unused=[("trainer",), ("model", "optimizer")])
-    base = yaml.safe_dump({"model": kept["model"], "data": kept["data"]})
+    config = trusted_config(run, unused=[("trainer",), ("model", "optimizer")])
+    base = yaml.safe_dump({"model": config["model"], "data": config["data"]})
     seeds = [f"--{option}={run.config['seed_everything']}" for option in task.from_seed]
     try:
-        config = parser.parse_args(["--config", base, *seeds, *(f"--{override}" for override in overrides)])
+        parsed = parser.parse_args(["--config", base, *seeds, *(f"--{override}" for override in overrides)])
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn
-            made = parser.instantiate_classes(config)
+            parts = parser.instantiate_classes(parsed)
     except ArgumentError as error:
         reason = "; ".join(line.strip(" -:") for line in str(error).splitlines() if line.strip())
         source = f"{run.path / CONFIG}{' with --set ' if overrides else ''}{' '.join(overrides)}"
         raise UserError(f"{source} does not fit this version of the model and the data: {reason[:300]}") from None
-    return made.model, made.data
+    return parts.model, parts.data
 
 
 def _parser(task: Task) -> ArgumentParser:
