@@ -34,7 +34,7 @@ from mini_gpt_pl.geometry.path.trajectory import Rates, Trajectory
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector, role
 from mini_gpt_pl.observation.decay import DecayShadows
 from mini_gpt_pl.observation.steps import Step, StepObserver, require_observable
-from mini_gpt_pl.runs.logs import log_now, resume_tables
+from mini_gpt_pl.runs.logs import log_now
 from mini_gpt_pl.runs.record import record_run
 
 TRAJECTORY_FILE = "trajectory.safetensors"
@@ -528,7 +528,6 @@ class TrajectoryRecorder(Probe):
         """Take up the rows of the interrupted run from its snapshot files."""
         state, rows, folder = _need(self._restored), self._basis, _need(self._folder)
         self._restored = None
-        resume_tables(trainer)
         trajectory = Trajectory.from_state(state["trajectory"])
         rows.selection.require(trajectory.fingerprint)
         device = torch.device("cpu") if self.keep_on == "cpu" else self.selection.parameters(pl_module)[0].device

@@ -55,13 +55,6 @@ def logging_due(trainer: Trainer, step: int) -> bool:
     return step % max(1, every) == 0
 
 
-def resume_tables(trainer: Trainer) -> None:
-    """Let the trainer's CSVs go on with the rows before the checkpoint that it resumes from."""
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            logger.resume(trainer.global_step)
-
-
 # Times the last write's length that pass before the next one.
 _PATIENCE = 200
 

@@ -39,7 +39,7 @@ from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
 from mini_gpt_pl.runs.folder import CHECKPOINTS, CONFIG, FIGURES, METRICS, OUTCOME, PRODUCTS, Outcome, Run
-from mini_gpt_pl.runs.logs import MetricsCSV, resume_tables
+from mini_gpt_pl.runs.logs import MetricsCSV
 from mini_gpt_pl.tasks import TRAINING, commands, task_named, tasks, training_commands
 from mini_gpt_pl.training import (
     former_names,
@@ -73,8 +73,6 @@ class RunConfig(SaveConfigCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > 0:
-            resume_tables(trainer)
         self.save_config(trainer, pl_module, "fit")
         if trainer.is_global_zero:
             (Path(trainer.default_root_dir) / OUTCOME).unlink(missing_ok=True)  # it goes on: not ended yet
