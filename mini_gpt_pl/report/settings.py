@@ -135,7 +135,7 @@ class Facts:
 def general_facts(run: Run) -> dict[str, Any]:
     """Collect the facts of any run: its trainer's own record, and what its configuration says beyond that."""
     found = Facts.of_config(run.settings).words
-    if (record := Record.read(run.path)) is not None:
+    if (record := run.record) is not None:
         found |= {key: value for key, value in Facts.of_record(record).words.items() if value is not None}
     return found
 

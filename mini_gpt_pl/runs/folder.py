@@ -19,7 +19,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import pca
 from mini_gpt_pl.geometry.path.rebuild import rebuild
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
-from mini_gpt_pl.runs.record import RECORD, Record
+from mini_gpt_pl.runs.record import RECORD, Record, read_record
 from mini_gpt_pl.tasks import task_of
 
 CONFIG = "config.yaml"
@@ -115,15 +115,20 @@ class Run:
         Raises:
             UserError: The record of it is damaged.
         """
-        if (values := self._read_json(OUTCOME)) is not None:
-            return Outcome(**values)
-        record = Record.read(self.path)
+        if (outcome := read_record(Outcome, self.path / OUTCOME)) is not None:
+            return outcome
+        record = self.record
         return None if record is None or record.ended is None else Outcome("finished", record.ended)
+
+    @property
+    def record(self) -> Record | None:
+        """The settings that the trainer recorded beside the path; None if no path was recorded."""
+        return read_record(Record, self.path / RECORD)
 
     @property
     def lineage(self) -> dict[str, Any] | None:
         """What a run that continues another recorded: its `parent`, as a path from here, `parent_step`, and more."""
-        record = self._read_json(LINEAGE)
+        record = read_record(dict, self.path / LINEAGE)
         if record is not None and "parent" in record:
             record["parent"] = str((self.path / record["parent"]).resolve())
         return record
@@ -137,17 +142,7 @@ class Run:
     def replayed(self) -> dict[int, dict[str, Any]]:
         """What a replay found at each stored checkpoint, by step; empty before one."""
         files = sorted((self.path / REPLAY).glob("[0-9]*.json"))
-        return {int(file.stem): self._read_json(f"{REPLAY}/{file.name}") or {} for file in files}
-
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        file = self.path / name
-        if not file.is_file():
-            return None
-        try:
-            loaded: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
-        return loaded
+        return {int(file.stem): read_record(dict, file) or {} for file in files}
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 RECORD = "run.json"
+AnyRecord = TypeVar("AnyRecord")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Record:
 
     model: str
     weights: int
-    optimizers: tuple[Mapping[str, Any], ...] = ()
+    optimizers: Sequence[Mapping[str, Any]] = ()
     batch_size: int | None = None
     accumulation: int = 1
     processes: int = 1
@@ -53,7 +54,7 @@ class Record:
         return cls(
             type(module).__name__,
             sum(parameter.numel() for parameter in module.parameters()),
-            tuple(_settings(optimizer) for optimizer in trainer.optimizers),
+            [_settings(optimizer) for optimizer in trainer.optimizers],
             _batch_size(trainer.train_dataloader),
             trainer.accumulate_grad_batches,
             trainer.world_size,
@@ -63,25 +64,23 @@ class Record:
             trainer.gradient_clip_val,
         )
 
-    @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """Read the record of a run folder; None where there is none.
-
-        Raises:
-            UserError: It is damaged.
-        """
-        file = folder / RECORD
-        if not file.is_file():
-            return None
-        try:
-            loaded = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{**loaded, "optimizers": tuple(loaded["optimizers"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
-
     def write(self, folder: Path) -> None:
         """Write the record into a run folder, atomically."""
         write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_record(kind: type[AnyRecord], file: Path) -> AnyRecord | None:
+    """Read a JSON object as a dataclass, or as a dictionary; None without the file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return kind(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): restore or delete it") from None
 
 
 def record_run(trainer: Trainer, module: LightningModule, folder: Path, *, ended: bool = False) -> None:

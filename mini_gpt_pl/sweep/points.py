@@ -19,6 +19,7 @@ from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.folder import OUTCOME, Run
 from mini_gpt_pl.runs.record import RECORD as RUN_RECORD
+from mini_gpt_pl.runs.record import read_record
 from mini_gpt_pl.sweep.grid import Point, Sweep
 
 RECORD = "point.json"
@@ -42,17 +43,6 @@ class Record:
     command: list[str]
     seconds: float = 0.0
     failure: str | None = None
-
-    @classmethod
-    def read(cls, folder: Path) -> Record | None:
-        """Read the record of a folder, None if it has none; a damaged one raises a `UserError`."""
-        file = folder / RECORD
-        if not file.is_file():
-            return None
-        try:
-            return cls(**json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file} cannot be read ({error}): restore it, or move its folder away") from None
 
     def write(self, folder: Path) -> None:
         """Write the record into a folder, atomically."""
@@ -122,7 +112,7 @@ class PointRun:
     @property
     def record(self) -> Record | None:
         """The record in the folder."""
-        return Record.read(self.folder)
+        return read_record(Record, self.folder / RECORD)
 
     @property
     def state(self) -> State:

@@ -188,7 +188,7 @@ def test_the_recorder_leaves_the_settings_of_a_run_and_its_end(tmp_path: Path, s
             trainer.fit(Stopping(), data)
     else:
         trainer.fit(Stopping(), data)
-    record = Record.read(tmp_path)
+    record = Run(tmp_path).record
     assert record is not None
     assert (record.model, record.weights, record.batch_size, record.accumulation) == ("Stopping", 19, 4, 2)
     assert (record.max_steps, record.ended) == (6, None if stops else 6)
