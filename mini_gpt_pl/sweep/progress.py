@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.metrics.registry import Metric, data, find
-from mini_gpt_pl.runs.folder import METRICS
+from mini_gpt_pl.runs.folder import METRICS, Run
 from mini_gpt_pl.sweep.points import PointRun, State
 
 _STYLE: dict[str, str] = {"finished": "green", "diverged": "yellow", "failed": "red", "running": "cyan"}
@@ -39,15 +38,14 @@ class Reading:
 
     @classmethod
     def of(cls, folder: Path) -> Reading:
-        """Read the few columns that are shown; a run without any row is at step 0."""
+        """Read the table; a run without any row is at step 0."""
+        run = Run(folder)
         try:
-            shown = {"step", *outcomes()}
-            table = pd.read_csv(folder / METRICS, usecols=lambda name: name in shown, index_col="step")
-        except (OSError, ValueError):
+            table = run.metrics
+        except UserError:
             return cls()
-        values = {name: table[name].dropna() for name in outcomes() if name in table and table[name].notna().any()}
-        last = {name: float(series.iloc[-1]) for name, series in values.items()}
-        best = {name: float(series.max()) for name, series in values.items() if outcomes()[name].best == "max"}
+        last = {name: run.last(name) for name in outcomes() if len(run.series(name))}
+        best = {name: float(run.series(name).max()) for name in last if outcomes()[name].best == "max"}
         return cls(int(table.index.max()) if len(table) else 0, last, best)
 
     def write(self, steps: int | None) -> str:
