@@ -21,7 +21,7 @@ _NUMERICS = [f"mini_gpt_pl.arithmetic.{file.stem}" for file in sorted(_ARITHMETI
 _NUMERICS = [name for name in _NUMERICS if not name.endswith(".study")]
 install_import_hook(["mini_gpt_pl.geometry", "mini_gpt_pl.stories.objective", *_NUMERICS], "beartype.beartype")
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from mini_gpt_pl import main as entry  # noqa: E402
 from mini_gpt_pl.errors import UserError  # noqa: E402
 from mini_gpt_pl.geometry.path.rows import IncrementRows  # noqa: E402
 from mini_gpt_pl.geometry.path.trajectory import Trajectory  # noqa: E402
@@ -127,3 +128,36 @@ def one_line_error(match: str, kind: type[UserError] = UserError) -> Iterator[No
     with pytest.raises(kind, match=match) as caught:
         yield
     assert len(str(caught.value).splitlines()) == 1
+
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `mini_gpt_pl ...` in this process and return what it printed."""
+
+    def run(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["mini_gpt_pl", *args])
+        capsys.readouterr()
+        entry.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def mistake(command: Command, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command that must end with status 2 and one line, and return the line."""
+
+    def run(*args: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            command(*args)
+        lines = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 2
+        assert not any("Traceback" in line for line in lines)
+        assert [line for line in lines if "error:" in line] == lines[-1:], lines
+        assert lines[-1].startswith("mini_gpt_pl: error: ")
+        return lines[-1]
+
+    return run

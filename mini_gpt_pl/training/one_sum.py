@@ -61,16 +61,9 @@ class OneSumStrategy(DDPStrategy):
 
     def _average(self) -> None:
         """Take the mean of every gradient over the ranks."""
-        assert self.model is not None
         by_type: dict[torch.dtype, list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-            elif parameter.requires_grad:
-                raise UserError(
-                    f"{name} got no gradient, and the strategy {NAME} takes one of every parameter: "
-                    "use --trainer.strategy ddp_find_unused_parameters_true"
-                )
+        for gradient in self._gradients():
+            by_type.setdefault(gradient.dtype, []).append(gradient)
         averages = dist.get_backend() == "nccl"
         options = dist.AllreduceCoalescedOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM)
@@ -80,6 +73,17 @@ class OneSumStrategy(DDPStrategy):
             world.allreduce_coalesced(gradients, options).wait()
             for gradient in gradients if not averages else ():
                 gradient.div_(self.world_size)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        assert self.model is not None
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                yield parameter.grad
+            elif parameter.requires_grad:
+                raise UserError(
+                    f"{name} got no gradient, and the strategy {NAME} takes one of every parameter: "
+                    "use --trainer.strategy ddp_find_unused_parameters_true"
+                )
 
 
 StrategyRegistry.register(NAME, OneSumStrategy, description="DDP with one sum of all gradients", override=True)

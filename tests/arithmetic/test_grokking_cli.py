@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import Command
 
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.arithmetic.markers import MarkerTask
@@ -28,7 +27,6 @@ ROOT = Path(cli.__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "grokking"
 SWEEPS = ROOT / "configs" / "sweeps"
 TINY = ("-c", str(CONFIGS / "smoke.yaml"), "-c", str(CONFIGS / "tiny.yaml"))
-Command = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -41,34 +39,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder)
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Run `mini_gpt_pl ...` in this process, in a folder of the test's own, and return what it printed."""
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Work in a folder of the test's own, and draw nothing."""
     monkeypatch.setattr(trainer_cli, "draw_all", lambda run: [])
     monkeypatch.chdir(tmp_path)
-
-    def run(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["mini_gpt_pl", *args])
-        capsys.readouterr()
-        cli.main()
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def mistake(command: Command, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command that must end with status 2 and one line, and return the line."""
-
-    def run(*args: str) -> str:
-        with pytest.raises(SystemExit) as caught:
-            command(*args)
-        told = capsys.readouterr().err
-        assert caught.value.code == 2 and "Traceback" not in told
-        (error,) = [line for line in told.splitlines() if line.startswith("mini_gpt_pl: error:")]
-        return error
-
-    return run
 
 
 def weights(run: Run, step: int) -> dict[str, torch.Tensor]:

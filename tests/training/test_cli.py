@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib import resources
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from conftest import SMALL, normal
+from conftest import SMALL, Command, normal
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import WandbLogger
 from safetensors.torch import load_file
@@ -90,39 +89,7 @@ def one_process_many_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.chdir(tmp_path)
 
 
-Command = Callable[..., str]
 Reheated = tuple[Run, Run, str, list[dict[str, str]]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `mini_gpt_pl ...` in this process and return what it printed."""
-
-    def run(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["mini_gpt_pl", *args])
-        capsys.readouterr()
-        cli.main()
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def mistake(command: Command, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command that must end with status 2 and one line, and return the line."""
-
-    def run(*args: str) -> str:
-        with pytest.raises(SystemExit) as caught:
-            command(*args)
-        told = capsys.readouterr().err
-        assert caught.value.code == 2
-        assert "Traceback" not in told
-        errors = [line for line in told.splitlines() if "error:" in line]
-        assert errors == [told.splitlines()[-1]], told
-        assert errors[0].startswith("mini_gpt_pl: error: ")
-        return errors[0]
-
-    return run
 
 
 def checkpoint(run: Run, step: int = 3) -> str:
