@@ -43,9 +43,10 @@ class Stream(IntEnum):
     PROBE_IN = 3
     PROBE_OOD = 4
     CODEWORDS = 5
-    # Of a replay, far from those that training and evaluation may still come to need.
+    # Of a replay and of experiments, far from those that training and evaluation may still come to need.
     REPLAY_ORDER = 1 << 32
     REPLAY_SAMPLES = (1 << 32) + 1
+    EXPERIMENTS = (1 << 32) + 2
 
 
 def sample_rng(seed: int, stream: int, epoch: int, index: int) -> np.random.Generator:

@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from mini_gpt_pl.report import general
 from mini_gpt_pl.report.contents import Section, plates
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories.experiments.figures import EXPERIMENT_FIGURES
 from mini_gpt_pl.stories.study.beside import BOOK
 from mini_gpt_pl.stories.study.comparison_figures import COMPARISON_FIGURES
 from mini_gpt_pl.stories.study.story_figures import STORY_FIGURES
 
-RUN_FIGURES: Mapping[str, Callable[[Run], Figure]] = {**general.RUN_FIGURES, **STORY_FIGURES}
+RUN_FIGURES: Mapping[str, Callable[[Run], Figure]] = {**general.RUN_FIGURES, **STORY_FIGURES, **EXPERIMENT_FIGURES}
 
 
 def _with_own_names(section: Section[Run]) -> Section[Run]:
@@ -54,8 +55,32 @@ RUN_SECTIONS: tuple[Section[Run], ...] = (
             RUN_FIGURES,
             switching="Peaks and troughs; below, |cos| of each switch with the backbone (filled) and the mean over its "
             "controls (open).",
+            significance="p_ood with its binomial error at every evaluation, and below the height of each switch in "
+            "units of its error; the lines are the borders of the tiers.",
         ),
         ("switching*",),
+    ),
+    Section(
+        "experiments",
+        "Training again from checkpoints",
+        "What a fresh optimizer makes of the weights at peaks and troughs of p_ood, and of weights disturbed by noise "
+        "or by a move of one block.",
+        plates(
+            RUN_FIGURES,
+            recovery="p_ood while the probe's loss weighs eightfold, from peaks, troughs, and their nulls.",
+            depth="p_ood restored after noise in every matrix, mean and standard deviation over trials.",
+            blocks="p_ood when one block moves from the peak towards the trough (filled), beside moves as long in "
+            "random directions (open).",
+        ),
+        ("recovery*", "depth*", "blocks*"),
+    ),
+    Section(
+        "theory",
+        "The theory beside the measurement",
+        "What the paper's account of the backbone predicts, the pull along it, and the memory of the steps along it "
+        "and across it.",
+        (),
+        ("theory*", "restoring_force*", "time_scales*"),
     ),
     Section(
         "logit-lens",

@@ -30,8 +30,11 @@ from mini_gpt_pl.figures.plotting import (
 from mini_gpt_pl.report.settings import progress
 from mini_gpt_pl.report.subject import Subject, estimate
 from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.stories.evaluation import binomial_error
 from mini_gpt_pl.stories.study.learning_tables import fit_of
 from mini_gpt_pl.stories.study.reheat_tables import is_control, reheat_setting
+from mini_gpt_pl.stories.study.switch_noise import judged, questions_of
+from mini_gpt_pl.stories.switches import P_OOD
 
 _SWITCHING = "switching.json"
 
@@ -252,10 +255,36 @@ def _parent(record: Mapping[str, Any]) -> Run | None:
     return found if record.get("parent") and (found.path / METRICS).is_file() else None
 
 
+def significance(run: Run) -> Figure:
+    """p_ood with its error at every evaluation, and each switch in units of its error.
+
+    Raises:
+        UserError: p_ood has no switch.
+    """
+    found, series, count = judged(run), run.series(P_OOD), questions_of(run)
+    if not found:
+        raise UserError(f"p_ood of {run.path} has no switch")
+    figure = Figure(figsize=(WIDTH, 4.6))
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    errors = [binomial_error(value, count) for value in series]
+    top.errorbar(series.index.to_numpy(), series.to_numpy(), errors, fmt="-", lw=1, elinewidth=0.8, color=PROBE)
+    top.set(ylabel="$p_{ood}$", title=f"error of {count:,} answers")
+    middles = [(one.switch.peak.step + one.switch.trough.step) / 2 for one in found]
+    bottom.plot(middles, [one.height / one.error if one.error else np.nan for one in found], "o", ms=5, color=RESIDUAL)
+    for level, tier in ((3, "A"), (2, "B")):
+        bottom.axhline(level, color=NULL, lw=0.9, ls=":")
+        bottom.annotate(
+            tier, (1.0, level), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points"
+        )
+    bottom.set(xlabel="step", ylabel="height / error", yscale="log")
+    return figure
+
+
 STORY_FIGURES: dict[str, Callable[[Run], Figure]] = {
     "learning": learning,
     "signed_bias": signed_bias,
     "switching": switching,
+    "significance": significance,
     "logit_lens": logit_lens,
     "reheating": reheating,
 }
