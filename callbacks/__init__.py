@@ -5,11 +5,14 @@ a probe of your own (`CalibratedProbe`, `View`), and the table that a run writes
 loads torch, Lightning and nothing that draws or tabulates.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if __name__ != "mini_gpt_pl.callbacks":
-    raise ImportError(f"the package {__name__!r} is installed as mini_gpt_pl.callbacks: import that, not its folder")
+if __name__ == "callbacks":  # the folder of a checkout, as 0.1.0 had it: the installed package, loaded once
+    import_module("mini_gpt_pl.callbacks")
+    _LOADED = {name: module for name, module in sys.modules.items() if name.startswith("mini_gpt_pl.callbacks")}
+    sys.modules.update({name.removeprefix("mini_gpt_pl."): module for name, module in _LOADED.items()})
 
 from mini_gpt_pl.callbacks.anatomy import OptimizerAnatomy
 from mini_gpt_pl.callbacks.attention import AttentionProbe

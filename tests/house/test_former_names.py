@@ -63,11 +63,18 @@ def test_nothing_is_loaded_a_second_time_under_a_former_name(former: None) -> No
         import_module("callbacks.trajectory")
 
 
-def test_the_folder_of_the_checkout_is_not_loaded_as_another_package() -> None:
-    """In the checkout `import callbacks` would find the folder itself."""
-    done = subprocess.run([sys.executable, "-c", "import callbacks"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "installed as mini_gpt_pl.callbacks: import that" in done.stderr
+def test_scripts_of_0_1_0_find_what_they_import_once() -> None:
+    """In the checkout `import callbacks` finds the folder itself."""
+    lines = (
+        "import callbacks, callbacks.measuring, mini_gpt_pl.callbacks.trajectory as now",
+        "from callbacks.trajectory import TrajectoryRecorder",
+        "from mini_gpt_pl.logs import MetricsCSV",
+        "from mini_gpt_pl.runs import Run",
+        "assert TrajectoryRecorder is now.TrajectoryRecorder is callbacks.TrajectoryRecorder",
+        "assert MetricsCSV is callbacks.MetricsCSV and Run.__module__ == 'mini_gpt_pl.runs.folder'",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_readers_own_module_of_a_former_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
