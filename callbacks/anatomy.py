@@ -11,7 +11,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.last_gradient import loss_scale
@@ -22,7 +22,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.optimizer import predictions
 from mini_gpt_pl.geometry.optimizer.counterfactual import OtherSecondMoments
 from mini_gpt_pl.geometry.optimizer.displacement import DisplacementSplit
-from mini_gpt_pl.geometry.optimizer.moments import BeforeStep, Ladder, Settings
+from mini_gpt_pl.geometry.optimizer.moments import BeforeStep, Ladder, Settings, rule_of
 from mini_gpt_pl.geometry.path import nulls
 from mini_gpt_pl.geometry.vectors.alignment import Products, noise_floor
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
@@ -136,11 +136,11 @@ class OptimizerAnatomy(StepProbe):
         selection = self.recorder.selection
         parameters, optimizer = selection.parameters(pl_module), self._first_optimizer(trainer)
         self._subset = coordinate_subset(selection.local_dim, self.coordinates, self.seed).to(parameters[0].device)
-        if not isinstance(optimizer, Adam | SGD):
+        if (rule := rule_of(optimizer)) == "other":
             self._note(f"the anatomy knows no rule of {type(optimizer).__name__}: it shows gradient and update only")
         elif self.split:
             self._parts = DisplacementSplit(optimizer, parameters)
-        if self.counterfactual_beta2 and isinstance(optimizer, Adam):
+        if self.counterfactual_beta2 and rule == "adam":
             if any(group.get("amsgrad") for group in optimizer.param_groups):
                 raise UserError("counterfactual_beta2 knows no amsgrad: set the optimizer's amsgrad to false")
             self._others = OtherSecondMoments(optimizer, parameters, self.counterfactual_beta2)
@@ -167,7 +167,7 @@ class OptimizerAnatomy(StepProbe):
         with self.watch.running():
             scale = loss_scale(self._trainer, optimizer)
             # An optimizer that is not known may replace `.grad` within its step, as one with two closures does.
-            unclipped = self._parts is not None or (reading and not isinstance(optimizer, Adam | SGD))
+            unclipped = self._parts is not None or (reading and rule_of(optimizer) == "other")
             self._before = BeforeStep.of(
                 optimizer,
                 self.recorder.selection.parameters(module),

@@ -16,8 +16,9 @@ from mini_gpt_pl.callbacks.bases import BasisSource
 from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.steering import Steering
-from mini_gpt_pl.geometry.optimizer.moments import Settings
+from mini_gpt_pl.geometry.optimizer.moments import Settings, rule_of
 from mini_gpt_pl.geometry.vectors.selection import Vector, plain_name
+from mini_gpt_pl.observation.decay import DecayShadows
 from mini_gpt_pl.runs.logs import log_now, logging_due
 
 
@@ -30,7 +31,8 @@ class SubspaceIntervention(Callback):
     The gradient is that of all trained weights, accumulated and clipped, as the optimizer is about to see it. Adam
     then divides each coordinate by its own size: the motion leaves the subspace at once, and a constant factor is
     lost. The update is what the optimizer does beside weight decay, theta' - (1 - lr wd) theta; changed there, the
-    motion stays where it is put. Decay that is inside the gradient (L2) counts as part of the update.
+    motion stays where it is put. Decay that is inside the gradient (L2) counts as part of the update. Of an optimizer
+    other than Adam, AdamW, SGD and SGDW decay is what is measured (`DecayShadows`).
 
     Weight decay goes on by itself: where the gradient of a weight is removed, the weight shrinks by exp(-lr wd t), and
     with b = 0 the network is erased rather than confined. `decay` switches it off, or restricts it to the span, from
@@ -53,7 +55,8 @@ class SubspaceIntervention(Callback):
 
     Raises:
         UserError: A setting is out of range, the basis cannot be made, there is not one optimizer, float16 with a loss
-            scaler may skip the step whose update is changed, or a restricted decay is not decoupled.
+            scaler may skip the step whose update is changed, a restricted decay is not decoupled, or, at the first
+            changed step, the decay of an optimizer is not known, or goes on where it should not.
 
     Example:
         >>> scale = SubspaceIntervention(parallel=0.25, orthogonal=0.25, start=400)
@@ -92,7 +95,11 @@ class SubspaceIntervention(Callback):
         self._named: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._decays: list[float] = []
-        self._before: dict[str, tuple[Tensor, float]] = {}
+        self._before: dict[str, Tensor] = {}
+        self._rates: dict[str, float] = {}  # share of each weight that decay takes in the step
+        self._shadows: DecayShadows | None = None
+        self._started = False
+        self._saved: dict[str, Any] | None = None
         self._span: Vector | None = None
         self._found: dict[str, Tensor] = {}
         self._telling = False
@@ -118,6 +125,10 @@ class SubspaceIntervention(Callback):
         if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
             raise UserError("SubspaceIntervention: complex weights have no projection here: train real ones")
         self._named = {plain_name(raw): p for raw, p in pl_module.named_parameters() if id(p) in mine}
+        if rule_of(optimizer) == "other" and (self.space == "update" or self.decay == "none"):
+            self._shadows = DecayShadows(list(self._named.values()))
+            if self._saved is not None:
+                self._shadows.load_state_dict(self._saved)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._around(trainer, optimizer, args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after(optimizer)),
@@ -171,11 +182,12 @@ class SubspaceIntervention(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"decays": list(self._decays)}
+        shadows = None if self._shadows is None else self._shadows.state_dict()
+        return {"decays": list(self._decays), "shadows": shadows}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._decays = list(state_dict["decays"])
+        self._decays, self._saved = list(state_dict["decays"]), state_dict.get("shadows")
 
     # -------------------------------------------------------------------------------------------- the step
 
@@ -199,7 +211,10 @@ class SubspaceIntervention(Callback):
     def _act(self, trainer: Trainer, optimizer: Optimizer) -> None:
         assert self._steering is not None
         step, basis = trainer.global_step, self._steering.basis
-        if step < self.start:
+        if self._shadows is not None:
+            self._shadows.read(optimizer)
+        self._started = step >= self.start
+        if not self._started:
             return
         if self.decay == "span" and basis is not None and self._span is None:
             weights = basis.selection.flatten([self._named[name] for name in basis.selection.names])
@@ -208,7 +223,9 @@ class SubspaceIntervention(Callback):
             return
         self._telling = self._telling_due(trainer, step + 1)
         if self.space == "update":
-            self._before = self._before or self._weights(optimizer)  # not again at the weights of a second closure
+            if not self._before:  # not again at the weights of a second closure
+                self._before = {name: p.clone() for name, p in self._named.items() if p.grad is not None}
+                self._rates = {} if self._shadows is not None else self._known_rates(optimizer)
             return
         self._steer({name: p.grad for name, p in self._named.items() if p.grad is not None})
 
@@ -216,14 +233,31 @@ class SubspaceIntervention(Callback):
         """Whether the trainer has logged since the last changed step: changed steps need not be logged ones."""
         return any(logging_due(trainer, past) for past in range(step - self.every + 1, step + 1))
 
-    def _weights(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, float]]:
-        """Copies of the weights that are about to move, and the share of each that decay is about to take."""
+    def _known_rates(self, optimizer: Optimizer) -> dict[str, float]:
         rates: dict[int, float] = {}
         for group in optimizer.param_groups:
             settings = Settings.of(optimizer, group)
             rate = 0.0 if settings.decay_at == "gradient" else settings.lr * settings.decay
             rates |= {id(p): rate for p in group["params"]}
-        return {name: (p.clone(), rates[id(p)]) for name, p in self._named.items() if p.grad is not None}
+        return {name: rates[id(p)] for name, p in self._named.items()}
+
+    def _measure_rates(self, optimizer: Optimizer) -> None:
+        """Read off the shadows what decay has taken in the step that has just been made."""
+        assert self._shadows is not None
+        self._shadows.step()
+        self._rates = dict(zip(self._named, self._shadows.taken, strict=True))
+        if self._shadows.inside:
+            self._rates = {name: 0.0 if rate != rate else rate for name, rate in self._rates.items()}
+        if self._before and any(rate != rate for rate in self._rates.values()):
+            raise UserError(
+                f"SubspaceIntervention: {self._shadows.reasons[0]}, so that its update cannot be told from decay: "
+                "set its weight decay to 0, or change the gradient (space: gradient)"
+            )
+        if self._started and self.decay == "none" and any(rate > 0.0 for rate in self._rates.values()):
+            raise UserError(
+                f"SubspaceIntervention: {type(optimizer).__name__} decays with a weight_decay of 0: switch that off in "
+                "its own settings, and give decay: all"
+            )
 
     def _steer(self, tensors: dict[str, Tensor]) -> None:
         assert self._steering is not None
@@ -234,9 +268,11 @@ class SubspaceIntervention(Callback):
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
         """Behind the step: put its update together otherwise, and decay what is to be decayed."""
+        if self._shadows is not None:
+            self._measure_rates(optimizer)
         before, self._before = self._before, {}
         if before:
-            decayed = {name: weight.mul_(1.0 - rate) for name, (weight, rate) in before.items()}
+            decayed = {name: weight.mul_(1.0 - self._rates[name]) for name, weight in before.items()}
             updates = {name: self._named[name] - weight for name, weight in decayed.items()}
             self._steer(updates)
             for name, update in updates.items():

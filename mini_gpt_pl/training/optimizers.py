@@ -136,6 +136,9 @@ class SGDW(torch.optim.SGD):
         dampening: The tau above.
     """
 
+    decays_after_step = True
+    """Says to the optimizer's anatomy that this is the rule of its `step`."""
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],

@@ -92,7 +92,7 @@ class DisplacementSplit:
         self, i: int, settings: Settings, state: Mapping[str, Any], before: BeforeStep
     ) -> list[Tensor] | None:
         """Collect what the kernel needs of one weight; None if there is no kernel for it."""
-        if step_kernels is None or settings.kind != "adam" or settings.l2 != 0.0:
+        if step_kernels is None or settings.rule != "adam" or settings.l2 != 0.0:
             return None
         momentum, square = state["exp_avg"], state["max_exp_avg_sq" if settings.amsgrad else "exp_avg_sq"]
         raw = torch.zeros_like(momentum) if self._raw.values[i] is None else self._raw.values[i]
@@ -152,7 +152,7 @@ class _FirstMoment:
     def feed(self, i: int, settings: Settings, new: Tensor) -> Tensor:
         """Take in one value, and return the numerator of the step (for Adam, before bias correction)."""
         old = self.values[i]
-        if settings.kind == "adam":
+        if settings.rule == "adam":
             old = torch.zeros_like(new) if old is None else old
             self.values[i] = old.lerp_(new, 1.0 - settings.beta1)
             return old

@@ -1,6 +1,6 @@
 r"""What an optimizer's own settings and state say about its updates.
 
-From the gradient g to the step that is taken (paper, eqs. 13 to 16):
+From the gradient g to the step that is taken (arXiv 2602.23696, eqs. 13 to 16):
 
     g  ->  m_hat  ->  m_hat / (sqrt(v_hat) + eps)  ->  -lr m_hat / (sqrt(v_hat) + eps) - lr wd theta
 
@@ -11,6 +11,7 @@ that a cosine keeps its sign along the ladder, and for plain SGD all rungs are p
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector, as_real
 
-# torch keeps the two kinds of decay apart by class, or by this flag on Adam and its relatives.
-_DECOUPLED = ("AdamW", "SGDW", "Muon", "MuonAdamW", "Adafactor")
+Rule = Literal["adam", "sgd", "sgdw", "other"]
 
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
@@ -44,12 +44,19 @@ def steps_taken(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[int]
     return [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
 
 
-def _kinds(optimizer: Optimizer) -> set[str]:
-    return {kind.__name__ for kind in type(optimizer).__mro__}
+def rule_of(optimizer: Optimizer) -> Rule:
+    """Say whose update rule an optimizer has: by the function that its `step` is, as any class may derive from Adam.
 
-
-def _is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    return bool(_kinds(optimizer) & set(_DECOUPLED) or group.get("decoupled_weight_decay"))
+    `sgdw` is that of a class that says of its own `step`, by `decays_after_step`, that it is SGD's and decays after it.
+    """
+    own = inspect.unwrap(type(optimizer).step)  # PyTorch wraps the `step` of each class
+    for kind in type(optimizer).__mro__:
+        if "step" in vars(kind) and inspect.unwrap(vars(kind)["step"]) is own:
+            if kind in (Adam, SGD):
+                return "adam" if kind is Adam else "sgd"
+            if vars(kind).get("decays_after_step"):
+                return "sgdw"
+    return "other"
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -60,10 +67,11 @@ class Settings:
     """An optimizer's settings for one parameter group and one step.
 
     Args:
-        kind: Whose update rule it is: torch's Adam and AdamW, torch's SGD and SGDW, or one that is not known here.
+        rule: Whose update rule it is: that of torch's Adam and AdamW, of SGD, of SGDW, or one that is not known here.
         lr: Learning rate.
         decay: Weight decay coefficient.
-        decay_at: Where decay enters: in the gradient (L2), or on the weights before or after the step.
+        decay_at: Where decay enters: in the gradient (L2), or on the weights before or after the step; None where the
+            rule is not known.
         beta1: Of the first moment; SGD's momentum factor.
         beta2: Of the second moment.
         eps: Beside sqrt(v_hat).
@@ -74,10 +82,10 @@ class Settings:
         overwrites: Whether the step leaves g + momentum b in `.grad` (see `Settings.of`).
     """
 
-    kind: Literal["adam", "sgd", "other"]
+    rule: Rule
     lr: float
     decay: float
-    decay_at: Literal["gradient", "before", "after"]
+    decay_at: Literal["gradient", "before", "after"] | None
     beta1: float
     beta2: float
     eps: float
@@ -90,17 +98,15 @@ class Settings:
     @classmethod
     def of(cls, optimizer: Optimizer, group: Mapping[str, Any]) -> Settings:
         """Read a parameter group as it is now; schedulers change it between steps."""
-        kind: Literal["adam", "sgd", "other"] = (
-            "adam" if isinstance(optimizer, Adam) else "sgd" if isinstance(optimizer, SGD) else "other"
-        )
-        after = "SGDW" in _kinds(optimizer)
-        beta1, beta2 = group["betas"] if kind == "adam" else (group.get("momentum", 0.0), 0.0)
+        rule = rule_of(optimizer)
+        beta1, beta2 = group["betas"] if rule == "adam" else (group.get("momentum", 0.0), 0.0)
+        decoupled: Any = "before" if group.get("decoupled_weight_decay") else "gradient"
         decay = _number(group.get("weight_decay", 0.0))
         return cls(
-            kind=kind,
+            rule=rule,
             lr=_number(group.get("lr")),
             decay=decay,
-            decay_at="after" if after else "before" if _is_decoupled(optimizer, group) else "gradient",
+            decay_at={"sgdw": "after", "other": None}.get(rule, decoupled),
             beta1=_number(beta1),
             beta2=_number(beta2),
             eps=_number(group.get("eps", 0.0)),
@@ -108,7 +114,7 @@ class Settings:
             nesterov=bool(group.get("nesterov", False)),
             amsgrad=bool(group.get("amsgrad", False)),
             sign=-1.0 if group.get("maximize") else 1.0,
-            overwrites=kind == "sgd" and not after and _overwrites_gradient(group, decay),
+            overwrites=rule == "sgd" and _overwrites_gradient(group, decay),
         )
 
     @property
@@ -137,9 +143,9 @@ class BeforeStep:
     """What a step is about to destroy: the settings, copies of the weights, and the unclipped gradients.
 
     Args:
-        parameters: The selected parameters, in the selection's order.
-        settings: One per parameter; None where the step will not touch it (frozen, or without gradient).
-        weights: Copies, one per parameter; empty if not asked for.
+        parameters: The selected ones, in the selection's order; what follows has one entry for each.
+        settings: None where the step will not touch the parameter (frozen, or without gradient).
+        weights: Copies; empty if not asked for.
         gradients: As the loss gave them, signed for descent, of one width with the weights; empty if not asked for.
     """
 
@@ -164,7 +170,7 @@ class BeforeStep:
             optimizer: About to step.
             parameters: The selected ones.
             weights: Whether to copy the weights.
-            gradients: Copies of the gradients, one per parameter, for whoever wants them beside the clipped ones.
+            gradients: Copies, for whoever wants them beside the clipped ones.
             loss_scale: Factor that is still on the gradients.
         """
         groups = [(Settings.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
@@ -178,9 +184,8 @@ class BeforeStep:
 
     def touched(self) -> Iterator[tuple[int, Settings, Tensor]]:
         """Iterate over position, settings and parameter of what the step moves."""
-        for i, (settings, parameter) in enumerate(zip(self.settings, self.parameters, strict=True)):
-            if settings is not None:
-                yield i, settings, parameter
+        pairs = enumerate(zip(self.settings, self.parameters, strict=True))
+        return ((i, settings, parameter) for i, (settings, parameter) in pairs if settings is not None)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -208,7 +213,7 @@ def parts_of(optimizer: Optimizer, settings: Settings, parameter: Tensor, before
     """Take apart the step that has just been made on one parameter, in float32 or wider."""
     gradient, theta = seen_gradient(optimizer, settings, parameter), wide(before)
     one = torch.ones((), dtype=theta.dtype, device=theta.device)
-    if settings.kind == "adam":
+    if settings.rule == "adam":
         state = optimizer.state[parameter]
         bias1 = 1.0 - settings.beta1 ** _count(state)
         momentum = numerator = wide(state["exp_avg"]) / bias1
@@ -255,19 +260,6 @@ def wide(tensor: Tensor) -> Tensor:
 _RUNGS = ("gradient", "momentum", "normalised", "decay", "update", "denominator", "difference")
 
 
-def _rungs(optimizer: Optimizer, settings: Settings, parameter: Tensor, before: Tensor) -> dict[str, Tensor]:
-    parts = parts_of(optimizer, settings, parameter, before)
-    ratio = parts.numerator / parts.denominator
-    return {
-        "gradient": -parts.gradient,
-        "momentum": -parts.momentum,
-        "normalised": -ratio,
-        "decay": parts.decay,
-        "update": parts.decay - settings.lr * ratio,
-        "denominator": parts.denominator.expand_as(ratio),
-    }
-
-
 @dataclass(frozen=True)
 class Ladder:
     """One step from the gradient to the update, each rung signed as a step.
@@ -297,7 +289,7 @@ class Ladder:
     def of(
         cls, optimizer: Optimizer, before: BeforeStep, selection: ParameterSelection, *, unclipped: bool = False
     ) -> Ladder:
-        """Read the ladder after `optimizer.step()`, `.grad` still there. Reads only.
+        """Read the ladder after `optimizer.step()`, `.grad` still there.
 
         Args:
             optimizer: That has stepped.
@@ -306,22 +298,24 @@ class Ladder:
             unclipped: Whether an optimizer whose rule is not known has put another gradient into `.grad` since.
         """
         first = next((settings for _, settings, _ in before.touched()), None)
-        kind = "other" if first is None else first.kind
+        rule = "other" if first is None else first.rule
         rungs: dict[str, list[Tensor]] = {name: [] for name in _RUNGS}
         pairs = zip(before.weights, before.parameters, before.settings, strict=True)
         for i, (old, parameter, settings) in enumerate(pairs):
-            if settings is None:
-                found = {}
-            elif settings.kind == "other":
+            found = {"difference": wide(parameter) - wide(old)}
+            if settings is not None and settings.rule == "other":
                 seen = before.gradients[i] if unclipped else seen_gradient(optimizer, settings, parameter)
-                found = {"gradient": -seen}
-            else:
-                found = _rungs(optimizer, settings, parameter, old)
-            found["difference"] = wide(parameter) - wide(old)
+                found["gradient"] = -seen
+            elif settings is not None:
+                parts = parts_of(optimizer, settings, parameter, old)
+                ratio = parts.numerator / parts.denominator
+                found |= {"gradient": -parts.gradient, "momentum": -parts.momentum, "normalised": -ratio}
+                found |= {"decay": parts.decay, "update": parts.decay - settings.lr * ratio}
+                found["denominator"] = parts.denominator.expand_as(ratio)
             for name, tensors in rungs.items():
                 tensors.append(found[name] if name in found else torch.zeros_like(found["difference"]))
         flat = {name: flatten(selection, rungs.pop(name)) for name in _RUNGS}
-        known, adaptive = kind != "other", kind == "adam"
+        known, adaptive = rule != "other", rule == "adam"
         return cls(
             gradient=flat["gradient"],
             momentum=flat["momentum"] if known else None,

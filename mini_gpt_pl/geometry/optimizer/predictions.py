@@ -1,4 +1,4 @@
-r"""What the paper's account of Adam predicts (eqs. 17 to 21), beside what white noise alone would give.
+r"""What arXiv 2602.23696 predicts of Adam (eqs. 17 to 21), beside what white noise alone would give.
 
 Gradients of mean mu and standard deviation sigma, averaged with memories beta1 and beta2: how much noise the first
 moment keeps (eqs. 17 and 18), how long an update is (eq. 19), and how the backbone's share of the drift grows over the
@@ -33,7 +33,7 @@ def memory(beta: float) -> float:
 
 
 def averaging(beta1: float) -> float:
-    """Var[m_i] / sigma_i^2 of white gradient noise, (1 - beta1) / (1 + beta1) (paper, eq. 17)."""
+    """Var[m_i] / sigma_i^2 of white gradient noise, (1 - beta1) / (1 + beta1) (eq. 17)."""
     return (1.0 - beta1) / (1.0 + beta1)
 
 
@@ -74,15 +74,10 @@ def _average_on_ring(transform: Spectrum, beta: float, reach: int) -> Array:
 
 @lru_cache(maxsize=64)
 def white_noise(beta1: float, beta2: float, steps: int) -> WhiteNoise:
-    """Draw the null of the update's size: standard normal gradients through both moments.
+    """Draw the null of the update's size: standard normal gradients through both moments, after some steps.
 
     The draw is fixed: 131,072 steps of one coordinate on a ring, along which both moments are averaged with their
     weights after `steps` steps. That leaves an error of about 2 % at beta1 = 0.9.
-
-    Args:
-        beta1: Of the first moment.
-        beta2: Of the second.
-        steps: Taken so far, for the bias correction.
     """
     # Beyond sixteen memories nothing changes: callers then share one cached answer.
     reach = max(1, int(min(steps, _DEVIATES, 16 * max(memory(beta1), memory(beta2), 1.0))))
@@ -97,7 +92,7 @@ def white_noise(beta1: float, beta2: float, steps: int) -> WhiteNoise:
 def memory_metrics(u: Float[Tensor, " C"], null: WhiteNoise) -> dict[str, Float[Tensor, ""]]:
     r"""Effective signal-to-noise ratio of the gradients, and eq. 19 beside what is measured.
 
-    With mean mu and variance sigma^2 of a coordinate's gradient and SNR = mu / sigma, the paper's eq. 19 has
+    With mean mu and variance sigma^2 of a coordinate's gradient and SNR = mu / sigma, eq. 19 has
     |u| = SNR / sqrt(1 + SNR^2). But u^2 is c > 0 on noise alone, so the share f = SNR^2 / (1 + SNR^2) of the signal is
     read from mean(u^2) = c + (1 - c) f, right at both ends.
 
@@ -169,7 +164,7 @@ class BackboneGrowth:
 
     Args:
         predicted: T^2 d^2 / (T^2 d^2 + T s^2) for a mean displacement d along the backbone and a mean square s^2 across
-            it in each interval (paper, eqs. 20 and 21): what lies across cancels as a random walk does.
+            it in each interval (eqs. 20 and 21): what lies across cancels as a random walk does.
         measured: a(T)^2 / ||x(T)||^2.
     """
 
@@ -178,7 +173,7 @@ class BackboneGrowth:
 
 
 def backbone_growth(gram: Gram) -> BackboneGrowth | None:
-    """Compare the growth of the backbone fraction with the paper's account of it; None where nothing has moved.
+    """Compare how the backbone fraction has grown with eqs. 20 and 21; None where nothing has moved.
 
     Args:
         gram: H over (theta_0, d_1, ..., d_T), measured or of a null.
