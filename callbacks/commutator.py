@@ -38,6 +38,7 @@ from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.free_weights import FreeWeights, Loss
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
+from mini_gpt_pl.observation.steps import StepObserver
 
 
 class CommutatorProbe(DeferringProbe):
@@ -139,6 +140,8 @@ class CommutatorProbe(DeferringProbe):
         self._recorder: TrajectoryRecorder | None = None
         self._selection: ParameterSelection | None = None
         self._pairs: BatchPairs | None = None
+        self._steps: StepObserver | None = None
+        self._counted: dict[str, int] = {}
         self._other: Basis | None = None
         self._passing: Any = None
         self._reaches = False
@@ -199,6 +202,11 @@ class CommutatorProbe(DeferringProbe):
         if self._selection.shards is not None:
             raise UserError("CommutatorProbe: the ranks share the weights (FSDP2): measure on one device or under DDP")
         self._pairs = BatchPairs(trainer, pl_module, self.seed, self.size, self.dtype)
+        parameters, alone = self._selection.parameters(pl_module), len(trainer.optimizers) == 1
+        self._steps = StepObserver(parameters, lambda: trainer.global_step, alone)
+        last = trainer.global_step
+        self._steps.count, self._steps.number = self._counted.get("count", last), self._counted.get("number", last)
+        self._steps.__enter__()
         if self._recorder is not None:
             self._require_recorded(self._selection, self._recorder.selection)
             if self.other_run is not None:
@@ -225,15 +233,44 @@ class CommutatorProbe(DeferringProbe):
         if self._passing is not None or (self._pairs is not None and self._pairs.drawer is not None):
             self._measure_if_due(trainer, pl_module, self._passing)
         super().on_train_end(trainer, pl_module)
+        self._close()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._close()
+
+    def _close(self) -> None:
+        if self._steps is not None:
+            self._steps.__exit__()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()
+        return {} if self._steps is None else {"count": self._steps.count, "number": self._steps.number}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._counted = state_dict
 
     # -------------------------------------------------------------------------------------------- measuring
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        step = trainer.global_step
-        if not self.due_once(step):
+        assert self._steps is not None
+        step = self._steps.now
+        if not self.due_once(self._steps.next - 1):
             return
         with self.watch.running(), measuring(trainer, module, self.mode):
-            if (measured := self._measure(trainer, module, batch, step)) is not None:
+            try:
+                measured = self._measure(trainer, module, batch, step)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise UserError(
+                    f"CommutatorProbe: a forward of {type(module).__name__} writes into its weights (max_norm of an "
+                    "embedding, a clamp), so that its loss has no derivatives by them: leave them out of the pattern"
+                ) from None
+            if measured is not None:
                 self._pending.append(measured)
 
     def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, step: int) -> Measured | None:
@@ -275,10 +312,14 @@ class CommutatorProbe(DeferringProbe):
             raise UserError(f"CommutatorProbe: {error}: use gradient differences (method: differences)") from None
 
     def _optimizer_steps(self, trainer: Trainer, module: LightningModule, theta: Vector) -> OptimizerSteps:
+        training = [optimizer for optimizer in trainer.optimizers if self._steps and self._steps.trains(optimizer)]
+        if len(training) != 1:
+            raise UserError(
+                f"CommutatorProbe: {len(training)} optimizers train the weights that move, and optimizer_step takes "
+                "the steps of one: let the pattern name the weights of one"
+            )
         clip = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
-        return OptimizerSteps(
-            trainer.optimizers[0], module, theta.selection, theta.values, None if clip is None else float(clip)
-        )
+        return OptimizerSteps(training[0], module, theta.selection, theta.values, None if clip is None else float(clip))
 
     def _bases(self, theta: Vector, step: int) -> Iterator[tuple[str, Basis]]:
         """Directions that are known now."""

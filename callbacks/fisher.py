@@ -235,13 +235,14 @@ class FisherProbe(DeferringProbe):
     # -------------------------------------------------------------------------------------------- measuring
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
-        step = trainer.global_step
-        if not self._fixed or not self._complete or not self.due_once(step):
+        assert self._recorder is not None
+        steps = self._recorder.steps
+        if not self._fixed or not self._complete or not self.due_once(steps.next - 1):
             return
         with self.watch.running():
             axes = self._axes()
             for kind in self.kinds:
-                self._pending.append((step, kind, self._survey(trainer, module, kind, axes)))
+                self._pending.append((steps.now, kind, self._survey(trainer, module, kind, axes)))
 
     def _axes(self) -> Axes:
         assert self._recorder is not None and self._recorder.trajectory is not None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,6 +42,8 @@ TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
 # Of a run with a sketch: the rows that stand in for snapshots, and the directions that are kept.
 SKETCH_FOLDER, LEADING_FOLDER = "sketches", "directions"
+# Paths that a resumed run does not go on with, by the step at which it was resumed.
+EARLIER = "earlier"
 
 # The basis of a path, exact or as sketches.
 Rows: TypeAlias = IncrementRows | SketchedRows
@@ -79,13 +82,14 @@ class TrajectoryRecorder(Probe):
             directions that are kept beside it (`backbone/<name>/kept` says how well). Such a run can be resumed, not
             replayed, and not reheated against its own basis. `dtype` plays no part.
 
-        overwrite: Whether a run that begins anew may replace what another has recorded in the folder. With Lightning's
-            `fast_dev_run` nothing is written there.
+        overwrite: Whether a run that begins anew may replace what another has recorded in the folder. One that goes on
+            with other weights, or without a state of this callback, moves the old path into `earlier/` and begins
+            another. With Lightning's `fast_dev_run` nothing is written there.
 
     Raises:
         UserError: The pattern selects nothing, the folder holds the path of another run, another recorder has the same
             folder, a resumed run's snapshots are missing or of another model, rows are to be kept on disk and not
-            written, or an optimizer is none of PyTorch's, whose steps can be observed.
+            written, the strategy is FSDP1 or DeepSpeed, or an optimizer is none of PyTorch's, whose steps are observed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -230,6 +234,11 @@ class TrajectoryRecorder(Probe):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+                raise UserError(
+                    f"TrajectoryRecorder: {type(trainer.strategy).__name__} steps flat copies of the weights, which "
+                    "are not recorded: share the weights by FSDP2 (ModelParallelStrategy), or use DDP"
+                )
             self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
             self._axes, self._restored, self._coming = None, None, None
             self._trainer, self._steps, self._probes = trainer, None, []
@@ -253,17 +262,35 @@ class TrajectoryRecorder(Probe):
         return Path(self._scratch.name)
 
     def _require_free_folder(self, trainer: Trainer) -> None:
-        """Refuse to replace the path of another run, unless told to."""
+        """Refuse to replace the path of another run, unless told to; what a run that goes on has recorded is kept."""
         file, folder = _need(self._file), _need(self._folder)
+        if trainer.ckpt_path is not None or trainer.global_step:
+            if trainer.is_global_zero:
+                self._set_aside(trainer)
+            trainer.strategy.barrier()
         if trainer.ckpt_path is not None or not trainer.is_global_zero:
             return
         recorded = Trajectory.load(file).steps if file.is_file() and not self.overwrite else []
-        if not self.overwrite and (last := max([*recorded, *folder.steps()], default=0)) > trainer.global_step:
+        if not self.overwrite and (last := max([*recorded, *folder.steps()], default=0)) > 0:
             raise UserError(
                 f"{file.parent} holds the path of a run of {last} steps: resume it with ckpt_path, give another "
                 "default_root_dir or dirpath, or replace it with TrajectoryRecorder(..., overwrite=True)"
             )
         folder.discard_after(-1)
+
+    def _set_aside(self, trainer: Trainer) -> None:
+        """Move a path that is not gone on with, of other weights or of another callback, out of the way."""
+        root = _need(self._file).parent
+        names = (TRAJECTORY_FILE, SNAPSHOT_FOLDER, SKETCH_FOLDER, LEADING_FOLDER)
+        if not (there := [root / name for name in names if (root / name).exists()]):
+            return
+        step = f"{trainer.global_step:09d}"
+        before = len([*(root / EARLIER).glob(f"{step}*")])
+        place = root / EARLIER / (f"{step}-{before + 1}" if before else step)
+        place.mkdir(parents=True)
+        for path in there:
+            path.rename(place / path.name)
+        self._say(f"the path that {root} holds is not one that this run goes on with: it is kept in {place}")
 
     def _require_own_folder(self, trainer: Trainer) -> None:
         mine = self._root(trainer)
@@ -305,7 +332,7 @@ class TrajectoryRecorder(Probe):
         for optimizer in trainer.optimizers:
             require_observable(optimizer)
         alone = len(trainer.optimizers) == 1
-        self._steps = StepObserver(parameters, self, lambda: trainer.global_step, alone)
+        self._steps = StepObserver(parameters, lambda: trainer.global_step, alone, [self])
         if self._restored is not None:
             self._restore(trainer, pl_module)
         elif not _need(self.trajectory).steps:
@@ -317,18 +344,26 @@ class TrajectoryRecorder(Probe):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.gradient.forget()
         self.steps.settle()
+        if self.selection.shards is None:  # shares of weights change places within a step
+            parameters = self.selection.parameters(pl_module)
+            if any(new is not old for new, old in zip(parameters, _need(self._decay).parameters, strict=True)):
+                self.steps.rebind(parameters)
+                _need(self._decay).rebind(parameters)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self.steps.backward_begins():
+        if self.steps.backward_begins(by_value=self._by_hand(pl_module)):
             self.gradient.forget()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A SAM step in two halves under manual optimization has no hook between them.
-        manual = not pl_module.automatic_optimization and self.steps.backward_begins()
-        if manual and any(probe.schedule.due(self.steps.next) for probe in self._probes):
+        if self._by_hand(pl_module) and self.steps.backward_begins():
             self.gradient.hold(pl_module, backward_scale(trainer))
+
+    def _by_hand(self, module: LightningModule) -> bool:
+        """Whether the module itself makes the coming step, and a probe looks at it."""
+        return not module.automatic_optimization and any(p.schedule.due(self.steps.next) for p in self._probes)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -337,7 +372,10 @@ class TrajectoryRecorder(Probe):
     def before_step(self, step: Step) -> None:
         """Let the shadows of decay have the settings of the step."""
         if step.elsewhere and not self.gradient.leave():
-            self._say("the weights moved between two backward passes of one step: its gradient is not measured")
+            self._say(
+                "the weights moved between the backward passes of a step, or before one without `manual_backward`: "
+                "the gradient of such a step is not measured"
+            )
         _need(self._decay).read(step.optimizer)
 
     def after_step(self, step: Step) -> None:
@@ -413,7 +451,7 @@ class TrajectoryRecorder(Probe):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self.trajectory is None:
+        if self.trajectory is None or not len(self.trajectory):  # of a search for a learning rate before training
             return {}
         self._tell()  # a resumed run does not say it again
         if self._folder is not None:
@@ -424,7 +462,7 @@ class TrajectoryRecorder(Probe):
         if self._steps is not None and self._decay is not None:
             state |= {"count": self._steps.count, "number": self._steps.number, "decay": self._decay.state_dict()}
             state |= {"left": [list(row) for row in self._left], "squares": [list(row) for row in self._squares]}
-        if isinstance(self._rows, SketchedRows) and len(self.trajectory):
+        if isinstance(self._rows, SketchedRows):
             state["leading"] = self._rows.leading.coefficients.clone()
             if self.write_snapshots and self._writes:
                 _need(self._leading).save(self.trajectory.steps[-1], self._rows.leading)
@@ -462,16 +500,22 @@ class TrajectoryRecorder(Probe):
         if len(rates) == 1:
             trajectory.survival = curves[0].tolist()
             return
-        if not isinstance(self._rows, IncrementRows):
-            self._say("the weights do not all decay alike, which sketches cannot tell apart: the null is unknown")
-            trajectory.survival[-1] = math.nan
+        owners, groups = self.selection.owners, self.selection.groups
+        found = torch.zeros(len(groups), len(rates), len(left)).double()
+        if isinstance(self._rows, IncrementRows):
+            rows = [*(kept[:] for kept in self._rows.rows[len(self._squares) :]), row.values]
+            self._squares += [self.selection.squares(values) for values in rows]
+            squares = torch.tensor(self._squares, dtype=torch.float64).T  # (P, n)
+            for owner, key, of_weight in zip(owners, keys, squares, strict=True):
+                found[groups.index(owner), rates.index(key)] += of_weight
+        elif len(pairs := set(zip(owners, keys, strict=True))) == len(groups):
+            for owner, key in pairs:
+                own = groups.index(owner)
+                found[own, rates.index(key)] = trajectory.grams[own].diagonal()
+        else:
+            self._say("weights of one group decay at several rates, which no sketch tells apart: the null is unknown")
+            trajectory.survival[-1], trajectory.rates = math.nan, None
             return
-        rows = [*(kept[:] for kept in self._rows.rows[len(self._squares) :]), row.values]
-        self._squares += [self.selection.squares(values) for values in rows]
-        squares = torch.tensor(self._squares, dtype=torch.float64).T  # (P, n)
-        groups, found = self.selection.groups, torch.zeros(len(self.selection.groups), len(rates), len(left)).double()
-        for owner, key, of_weight in zip(self.selection.owners, keys, squares, strict=True):
-            found[groups.index(owner), rates.index(key)] += of_weight
         trajectory.rates = Rates(torch.from_numpy(curves[[keys.index(rate) for rate in rates]]), found)
         trajectory.survival = trajectory.rates.survival
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 PROBATION = 16
+_INSIDE = "is no shrinkage"
 # Settings that only say how tensors are gone through.
 _PLAIN = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
 _STARTS = (1.0, 2.0, 1.0, 1.0, 1.0)
@@ -51,20 +52,20 @@ class _Class:
         acted: In how many of them decay has moved the first shadow.
         decays: Whether a setting that is called decay is not zero.
         reason: Why the share is not known; empty where it is.
+        saved: State of the twin in a checkpoint, until there is one.
     """
 
-    def __init__(self, members: Sequence[int], key: tuple[int, int]) -> None:
-        self.members = list(members)
-        self.key = key
+    def __init__(self, members: Sequence[int], key: Sequence[int], **state: Any) -> None:
+        self.members, self.key = list(members), (key[0], key[1])
         self.twin: Optimizer | None = None
-        self.steps = self.acted = 0
-        self.decays = False
-        self.reason = ""
-        self.saved: dict[str, Any] | None = None
+        self.steps: int = state.get("steps", 0)
+        self.acted: int = state.get("acted", 0)
+        self.decays: bool = state.get("decays", False)
+        self.reason: str = state.get("reason", "")
+        self.saved: dict[str, Any] | None = state.get("twin")
 
     @property
     def shadows(self) -> list[nn.Parameter]:
-        """The twin's weights."""
         assert self.twin is not None
         found: list[nn.Parameter] = self.twin.param_groups[0]["params"]
         return found
@@ -80,22 +81,19 @@ class _Class:
             _fill(self.twin, self.saved)
             self.saved = None
         elif late and not self.acted and len(self.shadows) == 1:
-            self.recall()
-        for own, original in _pairs(self.twin, optimizer, group):
-            own.update(_settings(original))
+            # Decay is about to begin; until now it has left no trace in any state.
+            first = self.shadows[0]
+            for start in _STARTS[1:4]:
+                self.shadows.append(nn.Parameter(torch.full_like(first, start)))
+                for part in _tree(self.twin):
+                    if first in part.state:
+                        part.state[self.shadows[-1]] = copy.deepcopy(part.state[first])
+        for own, original in zip(_tree(self.twin), _tree(optimizer), strict=True):
+            for mine, other in zip(own.param_groups, _groups_of(original, group), strict=True):
+                mine.update(_settings(other))
         for shadow, gradient in zip(self.shadows, _GRADIENTS, strict=False):
             full = torch.full_like(shadow, gradient)
             shadow.grad = full.to_sparse() if sparse else full
-
-    def recall(self) -> None:
-        """Ask several shadows again, as decay is about to begin; until now it has left no trace in any state."""
-        first = self.shadows[0]
-        for start in _STARTS[1:4]:
-            shadow = nn.Parameter(torch.full_like(first, start))
-            self.shadows.append(shadow)
-            for part in _tree(self.twin):
-                if first in part.state:
-                    part.state[shadow] = copy.deepcopy(part.state[first])
 
     def share(self) -> float:
         """Step the twin: the share that decay leaves in this step.
@@ -133,37 +131,29 @@ class _Class:
             return
         near = 1e-12 * before + 1e-6 * abs(before - first)
         if abs(after[1] - 2.0 * first) > 2.0 * near:
-            raise _Unknown(f"the decay of {name} is no shrinkage: it takes other shares of large and of small weights")
+            raise _Unknown(f"the decay of {name} {_INSIDE}: it takes other shares of large and of small weights")
         if abs(after[2] + after[3] - 2.0 * first) > 2.0 * (near + 1e-12 * abs(after[2] - after[3])):
-            raise _Unknown(f"the decay of {name} is no shrinkage: what it takes depends on the gradient")
+            raise _Unknown(f"the decay of {name} {_INSIDE}: what it takes depends on the gradient")
         if len(after) > 4 and abs(after[4] - first) > near:
             raise _Unknown(f"the decay of {name} depends on a weight's shape")
 
     def branch(self, members: Sequence[int], optimizer: Optimizer) -> _Class:
         """Split some weights off, whose history is another one from now on."""
-        other = _Class(members, self.key)
-        other.steps, other.acted, other.decays, other.reason = self.steps, self.acted, self.decays, self.reason
+        state = {name: getattr(self, name) for name in ("steps", "acted", "decays", "reason")}
+        other = _Class(members, self.key, **state)
         if self.twin is not None:
             other.twin = _twin(optimizer, optimizer.param_groups[self.key[0]], _new_shadows(self.key[1]))
             _fill(other.twin, _state(self.twin))
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and primitives only."""
+        """Return tensors and primitives only, the arguments of another one."""
         kept = {name: getattr(self, name) for name in ("members", "steps", "acted", "decays", "reason")}
+        kept |= {"key": list(self.key), "twin": None}
         try:
-            twin = self.saved if self.twin is None else _state(self.twin)
+            return {**kept, "twin": self.saved if self.twin is None else _state(self.twin)}
         except _Unknown as error:
-            return {**kept, "key": list(self.key), "twin": None, "reason": str(error)}
-        return {**kept, "key": list(self.key), "twin": twin}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> _Class:
-        """Rebuild a class; its twin comes with the first step."""
-        found = cls(state["members"], (state["key"][0], state["key"][1]))
-        found.steps, found.acted, found.decays = state["steps"], state["acted"], state["decays"]
-        found.reason, found.saved = state["reason"], state["twin"]
-        return found
+            return {**kept, "reason": str(error)}
 
 
 class DecayShadows:
@@ -200,6 +190,14 @@ class DecayShadows:
         self._classes: list[_Class] = []
         self._moving: list[_Class] = []
 
+    def rebind(self, parameters: Sequence[Tensor]) -> None:
+        """Follow these weights from now on, which stand in the place of those so far; new ones have no history."""
+        same = [new is old for new, old in zip(parameters, self.parameters, strict=True)]
+        self.parameters = list(parameters)
+        for found in self._classes:
+            found.members = [i for i in found.members if same[i]]
+        self._classes = [found for found in self._classes if found.members]
+
     def read(self, optimizer: Optimizer) -> None:
         """Read which weights a step is about to move and with which settings: gradients complete, nothing moved yet."""
         place = {id(p): (i, p.ndim) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -214,9 +212,9 @@ class DecayShadows:
                 found.members = here
             if here:
                 self._moving.append(found)
-        known = {i for found in self._classes for i in found.members}
+        followed = {i for found in self._classes for i in found.members}
         for key in dict.fromkeys(moving.values()):
-            if members := [i for i, at in moving.items() if at == key and i not in known]:
+            if members := [i for i, at in moving.items() if at == key and i not in followed]:
                 self._moving.append(_Class(members, key))
                 self._classes.append(self._moving[-1])
         for found in self._moving:
@@ -234,12 +232,20 @@ class DecayShadows:
         moving, self._moving = (self._moving if effective else []), []
         random = torch.get_rng_state()
         for found in moving:
-            share = self._attempt(found, found.share)
+            share = self._attempt(found, partial(self._share, found))
             share = math.nan if share is None else share
             for i in found.members:
                 self.left[i] *= share
                 self.taken[i] = 1.0 - share
         torch.set_rng_state(random)
+
+    def _share(self, found: _Class) -> float:
+        share = found.share()
+        for dtype in {self.parameters[i].dtype for i in found.members}:
+            # Whether such a weight moves at all depends on what else an optimizer adds before it rounds.
+            if torch.finfo(dtype).bits < 32 and 0.0 < 1.0 - share < torch.finfo(dtype).eps:
+                raise _Unknown(f"a decay of {1.0 - share:.1g} a step is below the rounding of weights in {dtype}")
+        return share
 
     def _attempt(self, found: _Class, act: Callable[[], float | None]) -> float | None:
         if found.reason:
@@ -255,6 +261,11 @@ class DecayShadows:
             self.reasons.append(reason)
         return math.nan
 
+    @property
+    def inside(self) -> bool:
+        """Whether every share that is not known is of decay that belongs to the update: L2, a scaled step."""
+        return all(_INSIDE in reason for reason in self.reasons)
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only, for a checkpoint."""
         return {"left": list(self.left), "classes": [found.state_dict() for found in self._classes]}
@@ -262,7 +273,7 @@ class DecayShadows:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self.left = list(state["left"])
-        self._classes = [_Class.from_state(found) for found in state["classes"]]
+        self._classes = [_Class(**found) for found in state["classes"]]
         self.reasons = list(dict.fromkeys(found.reason for found in self._classes if found.reason))
 
 
@@ -285,20 +296,11 @@ def _tree(optimizer: Any) -> list[Optimizer]:
     return found
 
 
-def _holds(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _groups_of(optimizer: Optimizer, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups of an optimizer that hold weights of one group."""
     mine = set(map(id, group["params"]))
-    return any(id(parameter) in mine for parameter in other["params"])
-
-
-def _pairs(
-    twin: Optimizer, optimizer: Optimizer, group: Mapping[str, Any]
-) -> list[tuple[dict[str, Any], Mapping[str, Any]]]:
-    """Groups of a twin, and of the optimizers that it holds, beside those that they stand for."""
-    found: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
-    for own, original in zip(_tree(twin), _tree(optimizer), strict=True):
-        originals = [other for other in original.param_groups if other is group or _holds(other, group)]
-        found += list(zip(own.param_groups, originals, strict=True))
-    return found
+    groups = optimizer.param_groups
+    return [other for other in groups if other is group or any(id(p) in mine for p in other["params"])]
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,40 +308,31 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return found | {name: value for name, value in _PLAIN.items() if name in found}
 
 
-def _twin(optimizer: Optimizer, group: Mapping[str, Any], shadows: list[nn.Parameter]) -> Optimizer:
+def _twin(
+    optimizer: Optimizer, group: Mapping[str, Any], shadows: list[nn.Parameter], memo: dict[int, Any] | None = None
+) -> Optimizer:
     """Make an optimizer of the same class with the settings of one group and weights of its own.
 
     Raises:
         _Unknown: It holds what cannot be copied.
     """
-    memo: dict[int, Any] = {id(group["params"]): shadows}
-    return _twin_of(optimizer, group, shadows, memo)
-
-
-def _twin_of(
-    optimizer: Optimizer, group: Mapping[str, Any], shadows: list[nn.Parameter], memo: dict[int, Any]
-) -> Optimizer:
+    memo = {id(group["params"]): shadows} if memo is None else memo
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
-    if id(optimizer.state) not in memo:
-        memo[id(optimizer.state)] = defaultdict(dict)
+    memo.setdefault(id(optimizer.state), defaultdict(dict))
     if id(optimizer.param_groups) not in memo:
-        groups = []
-        for other in optimizer.param_groups:
-            if other is group or _holds(other, group):
-                memo.setdefault(id(other), {"params": shadows, **_settings(other)})
-                memo[id(other["params"])] = shadows
-                groups.append(memo[id(other)])
-        memo[id(optimizer.param_groups)] = groups
+        groups = _groups_of(optimizer, group)
+        for other in groups:
+            memo.setdefault(id(other), {"params": shadows, **_settings(other)})
+            memo[id(other["params"])] = shadows
+        memo[id(optimizer.param_groups)] = [memo[id(other)] for other in groups]
     for name, value in vars(optimizer).items():
+        parts = value if isinstance(value, list | tuple) else [value]
         if name.startswith("_optimizer_"):
             twin.__dict__[name] = OrderedDict()  # hooks
-        elif isinstance(value, Optimizer) or (
-            isinstance(value, list | tuple) and value and all(isinstance(part, Optimizer) for part in value)
-        ):
-            parts = [value] if isinstance(value, Optimizer) else value
-            made = [memo.get(id(part)) or _twin_of(part, group, shadows, memo) for part in parts]
-            twin.__dict__[name] = made[0] if isinstance(value, Optimizer) else type(value)(made)
+        elif parts and all(isinstance(part, Optimizer) for part in parts):
+            made = [memo.get(id(part)) or _twin(part, group, shadows, memo) for part in parts]
+            twin.__dict__[name] = type(value)(made) if value is parts else made[0]
         elif name not in ("step", "zero_grad"):  # which learning rate schedulers wrap
             twin.__dict__[name] = _copied(value, memo)
     return twin
@@ -356,16 +349,14 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1 and not isinstance(value, nn.Parameter):
         return float(value)
     if isinstance(value, dict):
-        return type(value)({key: _copied(part, memo) for key, part in value.items()}) if type(value) in _MAPS else {}
+        plain = type(value) in (dict, OrderedDict)
+        return type(value)({key: _copied(part, memo) for key, part in value.items()}) if plain else {}
     if isinstance(value, list | tuple | set):
         return type(value)(_copied(part, memo) for part in value)
     simple = isinstance(value, int | float | complex | str | bytes | type | torch.dtype | torch.device)
     if value is None or simple or (callable(value) and getattr(value, "__closure__", 0) is None):
         return value
     raise _Unknown(f"the decay of an optimizer that holds a {type(value).__name__} of its own cannot be followed")
-
-
-_MAPS = (dict, OrderedDict)
 
 
 def _step(twin: Any) -> None:
@@ -381,9 +372,8 @@ def _rebuilt(twin: Any, error: Exception) -> Optimizer:
     Raises:
         _Unknown: Its class asks for more than that.
     """
-    if len(_tree(twin)) > 1:
-        raise _Unknown(f"no twin of {type(twin).__name__} steps ({error})") from None
     try:
+        assert len(_tree(twin)) == 1, "it holds others"
         made: Optimizer = type(twin)([dict(group) for group in twin.param_groups])
     except Exception:
         raise _Unknown(f"no twin of {type(twin).__name__} steps ({error})") from None

@@ -1,9 +1,7 @@
 """Every step of whatever optimizer trains some weights, seen from its own `step()`.
 
-What happened in a step is read where it happens: its gradient once the first backward pass of the step is complete,
-the weights before they move, and again when `step()` is over. Nothing is inferred from how often a trainer calls a
-hook, so that a closure that is called several times (SAM, LBFGS), several optimizers in any order, several steps on one
-batch and steps that are left out are all counted as what they are.
+Nothing is inferred from how often a trainer calls a hook: a closure that is called several times (SAM, LBFGS), several
+optimizers in any order, several steps on one batch and steps that are left out are all counted as what they are.
 """
 
 from __future__ import annotations
@@ -21,6 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.vectors.selection import local_part
+
+# Steps of several backward passes whose weights are compared by value, until it is clear that nothing moves them.
+PROBATION = 4
 
 
 @dataclass(eq=False)
@@ -70,9 +71,9 @@ class StepObserver:
 
     Args:
         parameters: The observed weights, as the optimizers have them.
-        watcher: Called first.
         clock: Gives the run's own count of steps so far.
         alone: Whether that counts steps of these weights only; a step that was left out may then be counted as well.
+        watchers: Called in this order.
 
     Example:
         >>> import torch
@@ -84,7 +85,7 @@ class StepObserver:
         ...         print("after", step.count)
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)
-        >>> with StepObserver([weight], Print(), clock=lambda: 0):
+        >>> with StepObserver([weight], lambda: 0, watchers=[Print()]):
         ...     optimizer.step()
         before 1
         after 1
@@ -93,15 +94,14 @@ class StepObserver:
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        watcher: Watcher,
         clock: Callable[[], int],
         alone: bool = False,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
-        self.watchers = [watcher]
+        self.watchers = list(watchers)
         self.count = 0
         self.number = 0
-        self._parameters = list(parameters)
-        self._mine = set(map(id, self._parameters))
+        self.rebind(parameters)
         self._clock = clock
         self._alone = alone
         self._hooks: list[RemovableHandle] = []
@@ -109,10 +109,18 @@ class StepObserver:
         self._running: Optimizer | None = None
         self._depth = 0  # a class whose `step` calls that of its base class runs every hook twice
         self._deaf: list[Optimizer] = []  # were given a closure and have not called it
-        self._begun: list[int] = []  # versions of the weights when `step()` was called
-        self._first: list[int] | None = None  # and at the first backward pass since the last step
+        self._first: list[int] | None = None  # versions of the weights at the first backward pass since the last step
+        self._values: list[Tensor] = []  # and some of their values there
+        self._silent = 0  # steps whose several backward passes had the same weights, versions and values
+        self._moved = self._moves = False  # whether values have moved since, without a version; whether they ever have
+        self._begun: list[int] = []  # versions when `step()` was called
         self._left: list[int] = []  # and when the last step was over
         self._sampled: tuple[int, list[Tensor]] = (-1, [])
+
+    def rebind(self, parameters: Sequence[Tensor]) -> None:
+        """Observe these weights from now on, which stand in the place of those so far."""
+        self._parameters = list(parameters)
+        self._mine = set(map(id, self._parameters))
 
     def __enter__(self) -> StepObserver:
         self._hooks = [register_optimizer_step_pre_hook(self._begin), register_optimizer_step_post_hook(self._end)]
@@ -131,7 +139,12 @@ class StepObserver:
     @property
     def next(self) -> int:
         """Count of the step that is being prepared."""
-        return self._new_number() if self._alone else self.count + 1
+        return self.now + 1 if self._alone else self.count + 1
+
+    @property
+    def now(self) -> int:
+        """Place on the run's own axis between the last step and the next."""
+        return max(self._clock(), self.number)
 
     def sample(self) -> None:
         """Keep a few of the weights as they are after the last step, if nothing has changed them since."""
@@ -161,11 +174,25 @@ class StepObserver:
         """Say that no step is under way: one that has not ended by now was left out, or has raised."""
         self._open = self._running = None
 
-    def backward_begins(self) -> bool:
-        """Say that a backward pass is about to begin; whether it is at the weights that the step begins from."""
-        versions = self._versions()
-        self._first = versions if self._first is None else self._first
-        return versions == self._first and (self._open is None or not self._open.ready)
+    def backward_begins(self, by_value: bool = False) -> bool:
+        """Say that a backward pass is about to begin; whether it is at the weights that the step begins from.
+
+        Args:
+            by_value: Compare some of the values as well: what is written through `.data` counts no version. That waits
+                for the device, so it ends after some steps of several passes in which nothing has moved like that.
+        """
+        versions, look = self._versions(), by_value and (self._moves or self._silent < PROBATION)
+        if self._first is None:
+            self._first, self._values, self._moved = versions, self._sample() if look else [], False
+        elif look and self._values:
+            self._moved = not all(map(torch.equal, self._values, self._sample()))
+            self._moves |= self._moved
+            self._silent += 1
+        return not self._elsewhere(versions) and (self._open is None or not self._open.ready)
+
+    def _elsewhere(self, versions: list[int]) -> bool:
+        """Whether the last backward pass was at other weights than the first one."""
+        return self._moved or (self._first is not None and versions != self._first)
 
     def gradient_ready(self, optimizer: Optimizer) -> None:
         """Say that `.grad` is complete, and not clipped yet."""
@@ -196,6 +223,11 @@ class StepObserver:
         return args[:1], {**kwargs, "closure": partial(self._evaluate, optimizer, self._open, closure)}
 
     def _evaluate(self, optimizer: Optimizer, step: Step, closure: Callable[[], Any]) -> Any:
+        if self.watchers and not step.ready and self._versions() != self._begun:
+            raise UserError(
+                f"{type(optimizer).__name__} moves the weights before it asks for their gradient: "
+                "no gradient of the weights that its step begins from exists, and its steps cannot be measured"
+            )
         result = closure()
         step.evaluations += 1
         self.gradient_ready(optimizer)
@@ -210,7 +242,7 @@ class StepObserver:
         step, first, self._open, self._running, self._first = self._open, self._first, None, None, None
         if self.replaced and first is None:
             return  # no backward pass has been made: it moves averages by a gradient of long ago
-        self._left = self._versions()
+        self._left, self._moved = self._versions(), False
         assert step is not None
         if not step.ready:
             self._deaf.append(optimizer)
@@ -220,20 +252,14 @@ class StepObserver:
 
     def _ready(self, step: Step) -> None:
         versions = self._versions()
-        if self._running is not None and versions != self._begun:
-            raise UserError(
-                f"{type(step.optimizer).__name__} moves the weights before it asks for their gradient: "
-                "no gradient of the weights that its step begins from exists, and its steps cannot be measured"
-            )
-        step.ready, step.elsewhere = True, self._first is not None and versions != self._first
+        # Without a word of a backward pass, weights that were moved since the last step may have been moved for one.
+        unseen = self._first is None and self._running is not None and versions != self._left
+        step.ready, step.elsewhere = True, unseen or self._elsewhere(versions)
         for watcher in self.watchers:
             watcher.before_step(step)
 
     def _new(self, optimizer: Optimizer) -> Step:
-        return Step(self._new_number(), self.next, optimizer)
-
-    def _new_number(self) -> int:
-        return max(self._clock(), self.number) + 1
+        return Step(self.now + 1, self.next, optimizer)
 
     def _versions(self) -> list[int]:
         return [parameter._version for parameter in self._parameters]

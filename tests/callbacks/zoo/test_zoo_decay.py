@@ -317,6 +317,69 @@ def test_a_group_of_two_rates_has_the_null_of_both(tmp_path: Path) -> None:
     assert trajectory.survival[-1] == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_sketches_have_the_null_of_groups_of_one_rate_each(
+    inside: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Layers(TwoRates):
+        def configure_optimizers(self) -> Any:
+            own = [self.layers[0].weight, self.layers[0].bias] if not inside else [self.layers[0].weight]
+            rest = [p for p in self.parameters() if all(p is not mine for mine in own)]
+            groups: list[dict[str, Any]] = [{"params": own, "weight_decay": 20.0}, {"params": rest}]
+            return AdamW(groups, lr=5e-3, weight_decay=0.0)
+
+    exact, sketched = (TrajectoryRecorder(Layers.pattern, Schedule(every=2), sketch=s) for s in (None, 64))
+    _, rows, _ = fit(Layers, [exact], tmp_path / "exact")
+    _, found, _ = fit(Layers, [sketched], tmp_path / "sketched")
+    assert exact.trajectory is not None and sketched.trajectory is not None
+    nulls_of = {key: value for key, value in rows[12].items() if key.endswith("_null")}
+    assert nulls_of and exact.trajectory.decay_known()
+    if inside:
+        assert not sketched.trajectory.decay_known() and not [key for key in found[12] if key.endswith("_null")]
+        assert len([w for w in recwarn if "no sketch tells apart" in str(w.message)]) == 1
+    else:  # 64 values hold each group exactly
+        assert {key: found[12][key] for key in nulls_of} == pytest.approx(nulls_of, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_a_decay_below_the_rounding_of_the_weights_is_unknown(settings: dict[str, bool]) -> None:
+    """A run of noise alone keeps all of its weights where each product is rounded, and decays where sums are."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(0.05 * torch.randn(300, 100, generator=generator).bfloat16())
+    first, shadows = weight.detach().double(), DecayShadows([weight])
+    optimizer = AdamW([weight], lr=2e-3, weight_decay=0.5, **settings)
+    for _ in range(200):
+        weight.grad = torch.randn(weight.shape, generator=generator).bfloat16()
+        shadows.read(optimizer)
+        optimizer.step()
+        shadows.step()
+    kept = float((weight.detach().double() * first).sum() / first.square().sum())
+    assert kept == pytest.approx(0.999**200 if "fused" in settings else 1.0, abs=0.03)
+    assert math.isnan(shadows.left[0]) and "below the rounding of weights in torch.bfloat16" in shadows.reasons[0]
+
+
+def test_a_weight_in_the_place_of_another_has_no_history() -> None:
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer, shadows = SGD(weights, lr=0.01, momentum=0.9, weight_decay=0.2), DecayShadows(weights)
+    expected = [1.0, 1.0]
+    buffers = [0.0, 0.0]
+    for step in range(30):
+        if step == 10:
+            weights[1] = nn.Parameter(torch.ones(2))
+            optimizer.param_groups[0]["params"][1] = weights[1]
+            shadows.rebind(weights)
+            buffers[1] = 0.0
+        for weight in weights:
+            weight.grad = torch.ones(2)
+        shadows.read(optimizer)
+        optimizer.step()
+        shadows.step()
+        # The twin of the new weight begins at 1, as all shadows do; shares multiply.
+        buffers = [0.9 * b + 0.2 * e for b, e in zip(buffers, expected, strict=True)]
+        expected = [e - 0.01 * b for e, b in zip(expected, buffers, strict=True)]
+    assert shadows.left == pytest.approx(expected, rel=1e-12)
+
+
 def test_rates_are_kept_in_files_and_states(tmp_path: Path) -> None:
     curves = torch.tensor([[1.0, 0.5], [1.0, 1.0]], dtype=torch.float64)
     squares = torch.rand(1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

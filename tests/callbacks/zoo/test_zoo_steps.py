@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from conftest import one_line_error
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 from witness import Seen, Witness, flat
 from zoo import Gan, Lookahead, Manual, Plain, Sharp, Silent, batches, fit, trained
 
 from mini_gpt_pl.callbacks import (
     CalibratedProbe,
+    CommutatorProbe,
+    FisherProbe,
     GradientAlignment,
     OptimizerAnatomy,
     Schedule,
@@ -106,34 +111,99 @@ def test_a_closure_may_be_called_several_times_and_an_optimizer_be_wrapped(make:
     Observed(lambda: Plain(make), tmp_path).check()
 
 
-def test_a_sam_step_in_two_halves_has_the_gradient_of_its_first(tmp_path: Path) -> None:
-    class Halves(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizer: Any = self.optimizers()
-            self.manual_backward(self.batch_loss(batch))
-            witness.steps.append(Seen(all_of(self), grads_of(self), torch.zeros(0)))
-            optimizer.first_step()
-            optimizer.zero_grad()
-            self.manual_backward(self.batch_loss(batch))
-            optimizer.second_step()
-            optimizer.zero_grad()
-            witness.steps[-1] = witness.steps[-1]._replace(after=all_of(self))
+class Halves(Manual):
+    """A SAM step in two halves, each with a backward pass of the module's own."""
 
-    def all_of(module: Any) -> Tensor:
-        return flat([module.layers[i].weight.detach() for i in (0, 2)])
+    seen: ClassVar[list[Seen]] = []
 
-    def grads_of(module: Any) -> Tensor:
-        return flat([module.layers[i].weight.grad for i in (0, 2)])
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        self.backward_of(batch)
+        self.seen.append(Seen(all_of(self), grads_of(self), torch.zeros(0)))
+        self.first_half(optimizer)
+        optimizer.zero_grad()
+        self.backward_of(batch)
+        self.second_half(optimizer)
+        optimizer.zero_grad()
+        self.seen[-1] = self.seen[-1]._replace(after=all_of(self))
 
-    # Lightning does not count such steps: they have the numbers 1, 2, ... of their own.
+    def backward_of(self, batch: Any) -> None:
+        self.manual_backward(self.batch_loss(batch))
+
+    def first_half(self, optimizer: Any) -> None:
+        optimizer.first_step()
+
+    def second_half(self, optimizer: Any) -> None:
+        optimizer.second_step()
+
+
+class Unnoticed(Halves):
+    """Writes through `.data`, which counts no version of the weights."""
+
+    def first_half(self, optimizer: Any) -> None:
+        self.old = [p.data.clone() for p in self.parameters()]
+        for p in self.parameters():
+            assert p.grad is not None
+            p.data.add_(p.grad, alpha=0.3)
+
+    def second_half(self, optimizer: Any) -> None:
+        for p, old in zip(self.parameters(), self.old, strict=True):
+            p.data.copy_(old)
+        optimizer.step()
+
+
+class Exchanged(Unnoticed):
+    """Puts other tensors in the weights' place."""
+
+    def first_half(self, optimizer: Any) -> None:
+        super().first_half(optimizer)
+        for p in self.parameters():
+            p.data = p.data.clone()
+
+
+class Unannounced(Halves):
+    """Calls `backward` itself."""
+
+    def backward_of(self, batch: Any) -> None:
+        self.batch_loss(batch).backward()
+
+
+def all_of(module: Any) -> Tensor:
+    return flat([module.layers[i].weight.detach() for i in (0, 2)])
+
+
+def grads_of(module: Any) -> Tensor:
+    return flat([module.layers[i].weight.grad for i in (0, 2)])
+
+
+def plain(module: LightningModule) -> AdamW:
+    return AdamW(trained(module), lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(("halves", "make"), [(Halves, sharp), (Unnoticed, plain), (Exchanged, plain)])
+def test_a_sam_step_in_two_halves_has_the_gradient_of_its_first(halves: Any, make: Any, tmp_path: Path) -> None:
+    # Lightning does not count such steps of `sharp`: they have the numbers 1, 2, ... of their own.
     observed = Observed.__new__(Observed)
     observed.ladder = False  # AdamW inside of it is given the gradient of the perturbed weights
     witness = observed.witness = Witness(Halves.pattern)
     observed.recorder = TrajectoryRecorder(Halves.pattern, Schedule(every=2))
     probes: list[Callback] = [GradientAlignment(Schedule(every=1), None), OptimizerAnatomy(Schedule(every=1))]
     probes += [StreamingFisher(Schedule(every=1)), Lengths(Schedule(every=1), draws=1), observed.recorder, witness]
-    _, observed.rows, _ = fit(lambda: Halves(sharp), probes, tmp_path, max_steps=-1, max_epochs=1)
+    halves.seen = []
+    _, observed.rows, _ = fit(lambda: halves(make), probes, tmp_path, max_steps=-1, max_epochs=1)
+    witness.steps = halves.seen
     observed.check()
+
+
+def test_a_gradient_that_no_backward_pass_announced_is_not_taken_for_another(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    Unannounced.seen = []
+    probes = [TrajectoryRecorder(Halves.pattern, Schedule(every=2)), GradientAlignment(Schedule(every=1), None)]
+    _, rows, _ = fit(lambda: Unannounced(sharp), probes, tmp_path, max_steps=-1, max_epochs=1)
+    assert "backbone/trunk/pc1" in rows[12]
+    assert not [name for row in rows.values() for name in row if "alignment/trunk/gradient" in name]
+    assert len([w for w in recwarn if "without `manual_backward`" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("ratio", [1, 3])
@@ -148,6 +218,36 @@ def test_two_optimizers_in_any_order_and_ratio(ratio: int, first: bool, network:
     order = (turns if first else turns[::-1]) * 6  # Lightning counts the steps of both
     numbers = [number for number, who in enumerate(order, start=1) if who == network]
     Observed(Both, tmp_path, max_steps=len(order)).check(numbers)
+
+
+@pytest.mark.parametrize("network", ["generator", "critic"])
+def test_probes_between_the_steps_count_those_of_their_own_weights(network: str, tmp_path: Path) -> None:
+    """Fisher and commutators; two optimizers whose steps Lightning counts together, the critic's three to one."""
+
+    class Asked(Gan):
+        pattern = rf"(?P<group>{network})\b.*weight"
+        ratio = 3
+
+        def batch_loss(self, batch: Any) -> Tensor:
+            return F.softplus(-self.critic(self.generator(batch[0][:, :4]))).mean()
+
+    fisher, pairs = FisherProbe(Schedule(every=3), batches=2), CommutatorProbe(Schedule(every=3), 1, pattern=network)
+    pairs.directions, pairs.optimizer_step = 0, True
+    recorder = TrajectoryRecorder(Asked.pattern, Schedule(every=1))
+    _, rows, _ = fit(Asked, [recorder, fisher, pairs], tmp_path, max_steps=48)
+    # A batch takes four steps; before batch k the generator has taken k of them, the critic 3 k.
+    due = [step for step in range(0, 49, 4) if (step // 4 if network == "generator" else 3 * step // 4) % 3 == 0]
+    assert [step for step in rows if "commutator/all/step_defect" in rows[step]] == due
+    assert [step for step in rows if "fisher/trunk/batch_mean/trace" in rows[step]] == due[1:]
+
+
+def test_the_optimizers_own_steps_are_those_of_one(tmp_path: Path) -> None:
+    class Asked(Gan):
+        def batch_loss(self, batch: Any) -> Tensor:
+            return self.critic(self.generator(batch[0][:, :4])).mean()
+
+    with one_line_error("2 optimizers train the weights that move"):
+        fit(Asked, [CommutatorProbe(Schedule(every=1), 1, optimizer_step=True)], tmp_path)
 
 
 @pytest.mark.parametrize("make", [None, lambda module: Silent(trained(module))])
@@ -230,6 +330,9 @@ def test_what_cannot_be_observed_is_refused_in_one_line(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return Ahead(self.parameters(), lr=0.1)
 
+    with one_line_error("FSDPStrategy steps flat copies"):
+        shared: Any = SimpleNamespace(strategy=FSDPStrategy())
+        TrajectoryRecorder(Plain.pattern).setup(shared, Plain(), "fit")
     for module, text in ((ForeignOne, "cannot be observed"), (AheadOne, "moves the weights")):
         with one_line_error(text):
             fit(module, [TrajectoryRecorder(Plain.pattern, Schedule(every=2))], tmp_path)

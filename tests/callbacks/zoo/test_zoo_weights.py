@@ -8,14 +8,32 @@ from typing import Any
 import pytest
 import torch
 from conftest import one_line_error
+from helpers import same
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from witness import Witness
 from zoo import BatchNorm, Complex, Parametrized, Plain, batches, fit, trained
 
-from mini_gpt_pl.callbacks import Kick, Schedule, SubspaceIntervention, TrajectoryRecorder
+from mini_gpt_pl.callbacks import (
+    CommutatorProbe,
+    FisherProbe,
+    GradientAlignment,
+    Kick,
+    OptimizerAnatomy,
+    Schedule,
+    SubspaceIntervention,
+    TrajectoryRecorder,
+)
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
 
 
 class Averages(Callback):
@@ -132,6 +150,104 @@ def test_a_parametrized_weight_is_selected_by_its_own_name(tmp_path: Path) -> No
     stem = "layers.0.parametrizations.weight.original"
     assert recorder.selection.names == (f"{stem}0", f"{stem}1", "layers.2.weight")
     assert recorder.selection.groups == ("layers.0", "layers.2")
+
+
+def test_a_weight_that_is_exchanged_while_training_is_followed(tmp_path: Path) -> None:
+    class Exchanged(Plain):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                for layer in (self.layers[0], self.layers[2]):
+                    layer.weight = nn.Parameter(layer.weight.detach().clone())
+                self.trainer.optimizers[0].param_groups[0]["params"] = list(self.parameters())
+
+    recorder = TrajectoryRecorder(Plain.pattern, Schedule(every=5))
+    fit(Exchanged, [recorder], tmp_path, max_steps=-1, max_epochs=2)
+    assert recorder.trajectory is not None and recorder.trajectory.steps == [0, 5, 10, 15, 20, 24]
+    assert recorder.trajectory.survival[-1] == pytest.approx(0.999**24, rel=1e-12)
+
+
+class Bounded(Plain):
+    """An embedding whose forward shortens the rows that it reads."""
+
+    pattern = r"(?P<group>table|head)\.weight"
+
+    def build(self) -> None:
+        self.table, self.head = nn.Embedding(8, 6, max_norm=0.5), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.table(((x[:, :3] > 0) * torch.tensor([1, 2, 4])).sum(1)))
+        return out
+
+
+class Clamped(Plain):
+    """A forward that clamps its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layers[0].weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def test_a_forward_that_writes_its_weights_is_measured_without_a_trace_or_refused(tmp_path: Path) -> None:
+    def run(module: Any, *probes: Callback) -> tuple[Any, dict[int, dict[str, float]]]:
+        callbacks = [TrajectoryRecorder(module.pattern, Schedule(every=2)), *probes] if probes else []
+        found, rows, _ = fit(module, callbacks, tmp_path / f"{module.__name__}-{len(list(tmp_path.iterdir()))}")
+        return found.state_dict(), rows
+
+    for module in (Bounded, Clamped):
+        probed, rows = run(module, GradientAlignment(Schedule(every=1), None), OptimizerAnatomy(Schedule(every=1)))
+        assert same(run(module)[0], probed) and "alignment/trunk/gradient" in rows[12]
+    probed, rows = run(Bounded, FisherProbe(Schedule(every=4), batches=2))
+    assert same(run(Bounded)[0], probed) and "fisher/trunk/batch_mean/trace" in rows[12]
+    with one_line_error("a forward of Clamped writes into its weights"):
+        run(Clamped, FisherProbe(Schedule(every=4), batches=2))
+    with one_line_error("no derivatives by them"):
+        run(Bounded, CommutatorProbe(Schedule(every=4), samples=1, directions=0))
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder(num_training_steps=5, update_attr=False), None])
+def test_a_search_before_training_leaves_no_trace_in_the_path(finder: Any, tmp_path: Path) -> None:
+    class Searched(Plain):
+        lr = 1e-2
+        size = 2
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(batches().dataset, self.size)
+
+    recorder = TrajectoryRecorder(Plain.pattern, Schedule(every=2))
+    search = finder or BatchSizeFinder("power", 1, max_trials=1, batch_arg_name="size")
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(callbacks=[search, recorder], max_steps=4, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(Searched())
+    assert recorder.trajectory is not None and recorder.trajectory.steps == [0, 2, 4]
+
+
+def test_a_path_that_a_run_does_not_go_on_with_is_kept_beside_the_new_one(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def run(pattern: str, steps: int, resume: Path | None = None) -> list[int]:
+        recorder = TrajectoryRecorder(pattern, Schedule(every=2))
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1, auto_insert_metric_name=False)
+        settings: dict[str, Any] = {"max_steps": steps, "logger": False, "enable_progress_bar": False}
+        trainer = Trainer(callbacks=[recorder, keep], accelerator="cpu", default_root_dir=tmp_path, **settings)
+        trainer.fit(Plain(), batches(), ckpt_path=resume)
+        if resume is None:  # and again, with the same trainer
+            trainer.fit_loop.epoch_loop.max_steps = steps + 4
+            trainer.fit(Plain(), batches())
+        assert recorder.trajectory is not None
+        return recorder.trajectory.steps
+
+    assert run(Plain.pattern, 6) == [6, 8, 10]
+    first = tmp_path / "earlier" / "000000006"
+    assert Trajectory.load(first / "trajectory.safetensors").steps == [0, 2, 4, 6]
+    again = load_file(first / "snapshots" / "step_000000006.safetensors")
+    for _ in range(2):
+        assert run(r"layers\.2\.weight", 8, tmp_path / "6.ckpt") == [6, 8]
+    kept = [Trajectory.load(tmp_path / "earlier" / f"000000006-{k}" / "trajectory.safetensors").steps for k in (2, 3)]
+    assert kept == [[6, 8, 10], [6, 8]]
+    assert again.keys() == load_file(first / "snapshots" / "step_000000006.safetensors").keys()
+    assert Trajectory.load(tmp_path / "trajectory.safetensors").steps == [6, 8]
+    assert len([w for w in recwarn if "is kept in" in str(w.message)]) == 3
 
 
 def test_lazy_weights_are_refused_before_the_first_step(tmp_path: Path) -> None:
