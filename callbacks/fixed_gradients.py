@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 Kind = Literal["batch_mean", "per_sample", "monte_carlo"]
 
 
+@dataclass(frozen=True)
 class FixedGradients:
     """Gives gradient i of one kind of Fisher, the same whenever it is asked as long as the weights stay.
 
@@ -38,25 +40,14 @@ class FixedGradients:
         mode: As in `FisherProbe`.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        selection: ParameterSelection,
-        batches: Sequence[Any],
-        kind: Kind,
-        samples_per_batch: int = 1,
-        seed: int = 0,
-        mode: Mode = "eval",
-    ) -> None:
-        self.trainer = trainer
-        self.module = module
-        self.selection = selection
-        self.batches = batches
-        self.kind = kind
-        self.samples_per_batch = samples_per_batch
-        self.seed = seed
-        self.mode = mode
+    trainer: Trainer
+    module: LightningModule
+    selection: ParameterSelection
+    batches: Sequence[Any]
+    kind: Kind
+    samples_per_batch: int = 1
+    seed: int = 0
+    mode: Mode = "eval"
 
     def __len__(self) -> int:
         """Number of gradients, M."""

@@ -129,9 +129,13 @@ class Kick(Callback):
         step = trainer.global_step
         if step == self._done or not self._due(step):
             return
+        assert self._selection is not None
         self._done = step  # once per optimizer step, before its first micro-batch
         with measuring(trainer, pl_module):
-            self._kick(pl_module, batch, step)
+            kick = self._kick(pl_module, batch, step)
+        with torch.no_grad():
+            for parameter, part in zip(self._selection.parameters(pl_module), kick.values(), strict=True):
+                parameter.add_(part.to(parameter.dtype))
 
     def _due(self, step: int) -> bool:
         past = step - self.start
@@ -147,7 +151,7 @@ class Kick(Callback):
 
     # ---------------------------------------------------------------------------------------------- the kick
 
-    def _kick(self, module: LightningModule, batch: Any, step: int) -> None:
+    def _kick(self, module: LightningModule, batch: Any, step: int) -> dict[str, Tensor]:
         assert self._selection is not None
         selection = self._selection
         free = FreeWeights(module, selection)
@@ -159,11 +163,8 @@ class Kick(Callback):
         size = torch.linalg.vector_norm(direction)
         length = torch.where(size > 0, norm, 0.0)
         kick = direction * (length / size.clamp_min(torch.finfo(torch.float64).tiny))
-        parts = selection.unflatten(Vector(kick, selection))
-        with torch.no_grad():
-            for parameter, part in zip(selection.parameters(module), parts.values(), strict=True):
-                parameter.add_(part.to(parameter.dtype))
         self._found = (step, {"length": length, "relative": length / torch.linalg.vector_norm(theta)})
+        return selection.unflatten(Vector(kick, selection))
 
     def _measure(
         self, free: FreeWeights, module: LightningModule, batch: Any, step: int

@@ -74,10 +74,7 @@ class KnowsItsLoss(Protocol, metaclass=_BySignature):
 
 @runtime_checkable
 class SplitsItsLoss(Protocol, metaclass=_BySignature):
-    """A module that can say what one sample of a batch adds to the batch's loss.
-
-    It matters where the loss is no plain mean over samples: a sample alone would then be normalised otherwise.
-    """
+    """A module whose loss is no plain mean over samples: a sample alone would be normalised otherwise."""
 
     def sample_loss(self, batch: Any, index: int) -> Tensor:
         """Return the sample's share of `batch_loss` times the number of samples: their mean is `batch_loss`."""
@@ -89,14 +86,11 @@ class SamplesItsLabels(Protocol, metaclass=_BySignature):
     """A module that can answer for itself, for the true Fisher."""
 
     def sampled_loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw every label of a batch from the module's own prediction.
-
-        Args:
-            batch: Its true labels only say where labels are asked for.
-            generator: The one source of randomness, on the module's device.
+        """Draw every label of a batch from the module's own prediction; its true ones only say where there is one.
 
         Returns:
-            Mean negative log-likelihood of the drawn labels, a scalar with a graph, and their number.
+            Mean negative log-likelihood of the drawn labels, a scalar with a graph, and their number. All that is
+            random comes from the generator, which is on the module's device.
         """
         ...
 
@@ -106,12 +100,7 @@ class DrawsBatches(Protocol, metaclass=_BySignature):
     """A module or a data module that can draw batches like those of training, as many as are asked for."""
 
     def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Any:
-        """Draw a batch, independent of all others and of those of training.
-
-        Args:
-            generator: The one source of randomness.
-            size: Samples in it; None for as many as a training batch has.
-        """
+        """Draw a batch of some samples (None: as many as in training), independent of all others, by the generator."""
         ...
 
 
@@ -120,12 +109,7 @@ class DrawsKinds(Protocol, metaclass=_BySignature):
     """A module or a data module whose examples are of several kinds, each to be looked at by itself."""
 
     def draw_kinds(self, generator: np.random.Generator, size: int) -> Mapping[str, Any]:
-        """Draw a batch of each kind, by name: training and test examples, easy and hard ones.
-
-        Args:
-            generator: The one source of randomness.
-            size: Samples in each; fewer where there are not as many.
-        """
+        """Draw a batch of each kind, by name (training and test examples, easy and hard ones), of at most `size`."""
         ...
 
 
@@ -190,9 +174,10 @@ def measuring(trainer: Trainer, module: LightningModule, mode: Mode = "eval") ->
     """Evaluate the module inside training, and leave no trace.
 
     Modes go through `train(mode)`, as a layer may fold itself into its weight there. Put back, bit for bit and also
-    where the measurement fails: the modes, the weights that setting them may have written, all buffers, and the random
-    states of Python, of numpy and of torch on the host and on the module's devices. Other attributes that a forward
-    writes are the module's own affair. Take gradients inside with `gradient_of`: `.grad` belongs to training.
+    where the measurement fails: the modes, the weights that setting them may have written, those that an embedding's
+    `max_norm` writes in a forward, all buffers, and the random states of Python, of numpy and of torch on the host and
+    on the module's devices. Other attributes that a forward writes are the module's own affair. Take gradients inside
+    with `gradient_of`: `.grad` belongs to training.
 
     Args:
         trainer: Knows the precision.
@@ -200,13 +185,29 @@ def measuring(trainer: Trainer, module: LightningModule, mode: Mode = "eval") ->
         mode: `train` leaves the modes as they are.
 
     Raises:
-        UserError: An iterator ended inside: Lightning would take it for the end of the epoch.
+        UserError: An iterator ended inside, which Lightning would take for the end of the epoch; or a forward has
+            written into other weights, which it would do to those of training.
     """
     parts = _parts(module)
     states, precision = RandomStates(parts), trainer.precision_plugin
+    bounded = [part.weight for part in parts if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm]
+    others = [p for part in parts for p in part._parameters.values() if p is not None]
+    others = [p for p in others if all(p is not weight for weight in bounded)]
+    versions = [p._version for p in others]
     try:
-        with _kept_buffers(parts), evaluating(module, mode), torch.enable_grad(), precision.forward_context():
+        with (
+            _kept(bounded),
+            _kept_buffers(parts),
+            evaluating(module, mode),
+            torch.enable_grad(),
+            precision.forward_context(),
+        ):
             yield
+        if [p._version for p in others] != versions:
+            raise UserError(
+                f"a forward of {type(module).__name__} writes into its weights, so that measuring it would change "
+                "training: bound them in a hook after the optimizer's step instead"
+            )
     except StopIteration as error:
         raise UserError(
             f"an iterator ended while a probe measured {type(module).__name__} (StopIteration): let what draws batches "
@@ -221,12 +222,8 @@ def evaluating(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """Put a module in evaluation mode, and each part back into its own mode afterwards.
 
     Who measures many times enters it once around all of them, and `measuring` then finds nothing to set: while the host
-    sets the modes of every part a GPU may run out of work.
-
-    Args:
-        module: With all of its parts. Weights and buffers of those that have a `train` of their own are copied
-            meanwhile, and put back bit for bit.
-        mode: `train` leaves everything as it is.
+    sets modes a GPU may run out of work. Weights and buffers of parts that have a `train` of their own are copied
+    meanwhile, and put back bit for bit. Mode `train` leaves everything as it is.
     """
     modes = [(part, part.training) for part in _parts(module)]
     if mode == "train" or not any(training for _, training in modes):
@@ -252,11 +249,7 @@ def _sets_more_than_modes(part: nn.Module) -> bool:
 
 
 class RandomStates:
-    """The random states of Python, of numpy, and of torch on the host and on some modules' devices.
-
-    Args:
-        parts: Modules; their own weights and buffers say which devices.
-    """
+    """The random states of Python, of numpy, and of torch on the host and where modules have weights or buffers."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
         self._host = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -273,12 +266,7 @@ class RandomStates:
 
 
 def seed_everything(module: nn.Module, *numbers: int) -> None:
-    """Let all random states go on from some numbers; inside `measuring`, which puts them back.
-
-    Args:
-        module: Its weights say which devices' states.
-        numbers: Of 0 or more.
-    """
+    """Let all random states of a module's devices go on from some numbers; inside `measuring`, which puts them back."""
     drawn = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(drawn)
     np.random.seed(drawn)

@@ -141,11 +141,7 @@ def take_sample(batch: Any, index: int) -> Any:
 def take_samples(batch: Any, index: Tensor) -> Any:
     """Cut several samples out of a batch: by its own `take_samples`, if it has one, else out of its columns.
 
-    Columns of another length than `first_length`, scalars and everything else stay whole.
-
-    Args:
-        batch: Left as it is.
-        index: Of the samples, on any device.
+    Columns of another length than `first_length`, scalars and everything else stay whole, as does the batch itself.
 
     Raises:
         UserError: It cannot be told what its samples are.
@@ -207,46 +203,37 @@ def packed(nest: Any) -> Packed:
             f"a batch holds a {type(nest).__name__}, which no checkpoint can keep: let the data give tensors, numbers "
             "and strings, in containers or in objects with attributes and a `to`"
         )
-    return (_kind(nest), list(parts), [packed(part) for part in parts.values()])
+    return (type(nest).__qualname__, list(parts), [packed(part) for part in parts.values()])
 
 
 def unpacked(nest: Packed, like: Any) -> Any:
-    """Make the nest again.
-
-    Args:
-        nest: As `packed` gave it.
-        like: A batch of the same data, whose containers are those to be made.
+    """Make what `packed` was given again, of the containers of a batch of the same data.
 
     Raises:
         UserError: It has no container of a kind.
     """
     kinds: dict[str, Any] = {"dict": {}, "list": [], "tuple": ()}
-    _collect_kinds(like, kinds)
-    return _unpacked(nest, kinds)
 
+    def collect(nest: Any) -> None:
+        if (parts := _parts_of(nest)) is not None:
+            kinds.setdefault(type(nest).__qualname__, nest)
+            for part in parts.values():
+                collect(part)
 
-def _unpacked(nest: Packed, kinds: Mapping[str, Any]) -> Any:
-    if not isinstance(nest, tuple):
-        return nest
-    kind, keys, packs = nest
-    if kind == "Size":
-        return torch.Size(packs)
-    if kind == "numpy":
-        return packs[0].numpy() if packs[0].ndim else packs[0].numpy()[()]
-    if kind not in kinds:
-        raise UserError(f"the checkpoint's fixed batches hold a {kind}, those of this run do not: resume on its data")
-    return _made_like(kinds[kind], {key: _unpacked(pack, kinds) for key, pack in zip(keys, packs, strict=True)})
+    def made(nest: Packed) -> Any:
+        if not isinstance(nest, tuple):
+            return nest
+        kind, keys, packs = nest
+        if kind == "Size":
+            return torch.Size(packs)
+        if kind == "numpy":
+            return packs[0].numpy() if packs[0].ndim else packs[0].numpy()[()]
+        if kind not in kinds:
+            raise UserError(f"the checkpoint's batches hold a {kind}, those of this run do not: resume on its data")
+        return _made_like(kinds[kind], {key: made(pack) for key, pack in zip(keys, packs, strict=True)})
 
-
-def _collect_kinds(nest: Any, kinds: dict[str, Any]) -> None:
-    if (parts := _parts_of(nest)) is not None:
-        kinds.setdefault(_kind(nest), nest)
-        for part in parts.values():
-            _collect_kinds(part, kinds)
-
-
-def _kind(nest: Any) -> str:
-    return type(nest).__qualname__
+    collect(like)
+    return made(nest)
 
 
 def filled(like: Any, leaves: Sequence[Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Write docs/what-works.md: every combination of module and optimizer that the tests try, with its verdict.
+"""Write docs/what-works.md: every combination that the tests try, with its verdict.
 
     python -m docs.tools.what_works
 
@@ -20,11 +20,14 @@ def main() -> None:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "callbacks" / "zoo")]
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    from combinations import COMBINATIONS, compare, page
+    from combinations import COMBINATIONS, WAYS, compare, compare_way, page
 
     for number, combination in enumerate(COMBINATIONS, start=1):
         print(f"{number}/{len(COMBINATIONS)} {combination.module}: {combination.optimizer}", flush=True)
         compare(combination)
+    for name in WAYS:
+        print(name, flush=True)
+        compare_way(name)
     (ROOT / "docs" / "what-works.md").write_text(page())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import zoo
 from helpers import same
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler
 from torch import nn, optim
 from witness import Witness
 
@@ -35,6 +36,26 @@ class Tried(NamedTuple):
     make: Make
     survival: float
     why: str = ""
+
+
+class Way(NamedTuple):
+    """A way to train, with AdamW.
+
+    Attributes:
+        module: What is trained.
+        settings: Of the trainer.
+        survival: What decay alone leaves of the last group.
+        data: Makes the loaders.
+        others: Makes other callbacks.
+        behind: Whether those stand behind the probes.
+    """
+
+    module: type[zoo.Plain] = zoo.Plain
+    settings: Mapping[str, Any] = {}
+    survival: float = 0.999**zoo.STEPS
+    data: Callable[[], Any] = zoo.batches
+    others: Callable[[], list[Any]] = list
+    behind: bool = False
 
 
 class Combination(NamedTuple):
@@ -106,6 +127,7 @@ OPTIMIZERS = {
         lambda module: zoo.Lookahead(optim.SGD(zoo.trained(module), lr=0.1)), math.nan, "it holds weights of its own"
     ),
     "trust ratio (own)": Tried(own(zoo.Trusted, lr=LR), math.nan, "what decay takes depends on the gradient"),
+    "derived from AdamW (own)": Tried(own(zoo.Derived, lr=LR, weight_decay=DECAY / 2), DECOUPLED),
     "descent without lr (own)": Tried(own(zoo.Silent), 1.0),
 }
 MODULES: dict[str, type[zoo.Plain]] = {
@@ -140,6 +162,35 @@ COMBINATIONS = [
 ]
 
 
+EPOCHS: dict[str, Any] = {"max_steps": -1, "max_epochs": 3}
+WAYS = {
+    "accumulation, an epoch's last step of fewer batches": Way(settings={"accumulate_grad_batches": 5}),
+    "accumulation that changes by epoch": Way(
+        settings={**EPOCHS, "limit_train_batches": 6},
+        survival=0.999 ** (6 + 3 + 3),
+        others=lambda: [GradientAccumulationScheduler({0: 1, 1: 2})],
+    ),
+    "clipping by value": Way(settings={"gradient_clip_val": 1e3, "gradient_clip_algorithm": "value"}),
+    "`overfit_batches`": Way(settings={"overfit_batches": 2}),
+    "`limit_train_batches` as a share": Way(settings={**EPOCHS, "limit_train_batches": 1 / 3}),
+    "`detect_anomaly`": Way(settings={"detect_anomaly": True}),
+    "an iterable dataset of unknown length": Way(data=zoo.stream),
+    "several loaders": Way(zoo.Several, data=lambda: {"a": zoo.batches(), "b": zoo.stream()}),
+    "two backward passes a step": Way(zoo.TwoPasses),
+    "a compiled `optimizer.step`": Way(zoo.CompiledStep),
+    "a parameter group added while training": Way(
+        zoo.Grows, {**EPOCHS, "limit_train_batches": 6}, 0.999**18, others=list
+    ),
+    "one weight in two groups": Way(zoo.TiedAcross),
+    "an integer parameter": Way(zoo.Quantised),
+    "weights on the meta device until `configure_model`": Way(zoo.OnMeta),
+    "spectral norm": Way(zoo.Spectral),
+    "bf16-mixed": Way(settings={"precision": "bf16-mixed"}),
+    "`EMAWeightAveraging` before the probes": Way(others=lambda: [EMAWeightAveraging(decay=0.9)]),
+    "`EMAWeightAveraging` behind the probes": Way(others=lambda: [EMAWeightAveraging(decay=0.9)], behind=True),
+}
+
+
 def module_of(combination: Combination) -> Callable[[], zoo.Plain]:
     """Make the module, with the optimizer."""
     tried, kind = OPTIMIZERS[combination.optimizer], MODULES[combination.module]
@@ -165,19 +216,45 @@ def verdict(combination: Combination) -> str:
 
 
 def compare(combination: Combination) -> None:
+    """Train a combination bare, and with probes and a witness, and compare everything.
+
+    Raises:
+        AssertionError: Something differs.
+    """
+    compare_runs(module_of(combination), survival_of(combination))
+
+
+def compare_way(name: str) -> None:
+    """Do the same for a way to train.
+
+    Raises:
+        AssertionError: Something differs.
+    """
+    way = WAYS[name]
+    settings = {"max_steps": zoo.STEPS, **way.settings}
+    compare_runs(lambda: way.module(), way.survival, way.others, way.behind, data=way.data, **settings)
+
+
+def compare_runs(
+    module: Callable[[], zoo.Plain],
+    survival: float,
+    others: Callable[[], list[Any]] = list,
+    behind: bool = False,
+    **settings: Any,
+) -> None:
     """Train bare, and with probes and a witness, and compare everything.
 
     Raises:
         AssertionError: Something differs.
     """
-    module, every = module_of(combination), 2
-    pattern = module().pattern
-    steps = {"max_steps": zoo.STEPS}
+    pattern, every = module().pattern, 2
     recorder, witness = TrajectoryRecorder(pattern, Schedule(every=every)), Witness(pattern)
     probes = [GradientAlignment(Schedule(every=1), None), OptimizerAnatomy(Schedule(every=1))]
     with tempfile.TemporaryDirectory() as folder:
-        bare, _, drawn = zoo.fit(module, [], Path(folder, "bare"), **steps)
-        probed, rows, drawn_beside = zoo.fit(module, [*probes, witness, recorder], Path(folder, "probed"), **steps)
+        bare, _, drawn = zoo.fit(module, others(), Path(folder, "bare"), **settings)
+        mine = [*probes, witness, recorder]
+        both = [*mine, *others()] if behind else [*others(), *mine]
+        probed, rows, drawn_beside = zoo.fit(module, both, Path(folder, "probed"), **settings)
     assert same(bare.state_dict(), probed.state_dict()), "weights or buffers differ"
     assert torch.equal(drawn[0], drawn_beside[0]) and drawn[2] == drawn_beside[2], "random states differ"
     assert all(map(bool, [(drawn[1][1] == drawn_beside[1][1]).all(), drawn[1][2] == drawn_beside[1][2]]))
@@ -197,7 +274,7 @@ def compare(combination: Combination) -> None:
     trajectory = recorder.trajectory
     assert trajectory is not None
     left = trajectory.survival_of(trajectory.groups[-1])[-1]
-    assert left == pytest.approx(survival_of(combination), rel=1e-9, nan_ok=True)
+    assert left == pytest.approx(survival, rel=1e-9, nan_ok=True)
     assert trajectory.decay_known(trajectory.groups[-1]) == (left == left)
     shown = [name for name in rows[last] if name.startswith(f"backbone/{trajectory.groups[-1]}/") and "_excess" in name]
     assert bool(shown) == (left == left), "an excess stands beside an unknown null, or is missing"
@@ -208,6 +285,8 @@ def page() -> str:
     lines = [HEAD]
     for combination in COMBINATIONS:
         lines.append(f"| {combination.module} | {combination.optimizer} | {verdict(combination)} |")
+    lines += ["", "Ways of training, each with AdamW:", "", "| way | verdict |", "|---|---|"]
+    lines += [f"| {name} | measured; null known |" for name in WAYS]
     lines += ["", "Refused, in one line at the start of the run:", ""]
     lines += [f"* {text}" for text in REFUSALS]
     return "\n".join(lines) + "\n"
@@ -228,8 +307,11 @@ This page is written by `python -m docs.tools.what_works`, from the combinations
 | module | optimizer | verdict |
 |---|---|---|"""
 REFUSALS = (
+    "FSDP1 and DeepSpeed, whose optimizers step flat copies of the weights: FSDP2 and DDP are measured;",
     "an optimizer that is no `torch.optim.Optimizer`: its steps cannot be observed;",
     "an optimizer that moves the weights before it asks for their gradient: none belongs to where its step begins;",
     "selected weights of a lazy module that have no shape yet: let it see a batch before, as in `configure_model`;",
+    "a Fisher or commutators of a module whose forward writes into its weights, as it would into those of training\n"
+    "  (the `max_norm` of an embedding is put back, but has no commutators);",
     "a kick or an intervention on complex weights; recorder, alignment and anatomy take them as pairs of reals.",
 )

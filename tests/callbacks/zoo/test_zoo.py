@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from combinations import COMBINATIONS, Combination, compare, page
+from combinations import COMBINATIONS, WAYS, Combination, compare, compare_way, page
 from zoo import Trainer  # noqa: F401 (marks this file as one that trains)
 
 PAGE = Path(__file__).parents[3] / "docs" / "what-works.md"
@@ -14,6 +14,11 @@ PAGE = Path(__file__).parents[3] / "docs" / "what-works.md"
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: f"{c.module}-{c.optimizer}".replace(" ", "_"))
 def test_a_combination_is_as_the_witness_has_it(combination: Combination) -> None:
     compare(combination)
+
+
+@pytest.mark.parametrize("name", WAYS, ids=lambda name: name.replace(" ", "_"))
+def test_a_way_to_train_is_as_the_witness_has_it(name: str) -> None:
+    compare_way(name)
 
 
 def test_the_page_says_what_the_combinations_give() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 PATTERN = r"(?P<group>layers\.\d)\.weight"
 STEPS = 12
@@ -209,6 +209,92 @@ class Manual(Plain):
             optimizer.zero_grad()
 
 
+class TwoPasses(Manual):
+    """Two backward passes of one batch before each step."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        for part in (0.3, 0.7):
+            self.manual_backward(part * self.batch_loss(batch))
+        optimizer.step()
+
+
+class CompiledStep(Plain):
+    """The optimizer's `step` goes through `torch.compile`."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.step = torch.compile(optimizer.step, backend="eager")
+        return optimizer
+
+
+class Grows(Plain):
+    """The first layer is frozen for an epoch, and then a parameter group with a decay of its own."""
+
+    def configure_optimizers(self) -> Any:
+        self.layers[0].requires_grad_(False)
+        return super().configure_optimizers()
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            first = list(self.layers[0].requires_grad_(True).parameters())
+            self.trainer.optimizers[0].add_param_group({"params": first, "weight_decay": 0.5})
+
+
+class TiedAcross(Plain):
+    """One weight in two layers that the pattern calls two groups."""
+
+    pattern = r"(?P<group>inner|outer)\.weight"
+
+    def build(self) -> None:
+        self.inner, self.outer, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.outer.weight = self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.outer(torch.tanh(self.inner(x)))))
+        return out
+
+
+class Quantised(Plain):
+    """Holds integers as a frozen parameter."""
+
+    def build(self) -> None:
+        super().build()
+        self.levels = nn.Parameter(torch.arange(6, dtype=torch.int8), requires_grad=False)
+
+
+class OnMeta(Plain):
+    """Has no values until the run configures it."""
+
+    def build(self) -> None:
+        with torch.device("meta"):
+            super().build()
+
+    def configure_model(self) -> None:
+        if self.layers[0].weight.is_meta:
+            self.to_empty(device="cpu")
+            for p in self.parameters():
+                nn.init.normal_(p, std=0.3)
+
+
+class Spectral(Plain):
+    """A forward in training moves the buffers of a power iteration."""
+
+    pattern = r"(?P<group>layers\.\d)\.(?:weight|parametrizations)"
+
+    def build(self) -> None:
+        super().build()
+        nn.utils.parametrizations.spectral_norm(self.layers[0])
+
+
+class Several(Plain):
+    """A batch from each of two loaders."""
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        return super().batch_loss(batch["a"]) + super().batch_loss(batch["b"])
+
+
 class Gan(Plain):
     """Two networks, two optimizers; the second network takes as many steps on each batch as `ratio` says."""
 
@@ -382,6 +468,19 @@ class Trusted(Optimizer):
         return loss
 
 
+class Derived(AdamW):
+    """Has Adam's settings and a rule of its own: signs, and twice the decay."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = asked(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - 2 * group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
+        return loss
+
+
 def asked(closure: Any) -> Any:
     """Call a closure, if there is one."""
     if closure is None:
@@ -397,13 +496,31 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
+class Stream(IterableDataset[Any]):
+    """Seven samples, of which nobody knows how many they are."""
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(7):
+            x = torch.randn(6, generator=generator)
+            yield x, x[:3].argmax()
+
+
+def stream() -> DataLoader[Any]:
+    return DataLoader(Stream(), 2)
+
+
 def batches() -> DataLoader[Any]:
     x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8, shuffle=True)
 
 
 def fit(
-    module: Callable[[], LightningModule], callbacks: Sequence[Callback], folder: Path, **settings: Any
+    module: Callable[[], LightningModule],
+    callbacks: Sequence[Callback],
+    folder: Path,
+    data: Callable[[], Any] = batches,
+    **settings: Any,
 ) -> tuple[LightningModule, dict[int, dict[str, float]], list[Any]]:
     """Train from fixed seeds: the module, the logged rows, and every random state afterwards."""
     torch.manual_seed(0)
@@ -415,5 +532,5 @@ def fit(
     trainer = Trainer(
         callbacks=list(callbacks), accelerator="cpu", default_root_dir=folder, **quiet, **{**defaults, **settings}
     )
-    trainer.fit(model, batches())
+    trainer.fit(model, data())
     return model, log.rows, [torch.get_rng_state(), np.random.get_state(), random.getstate()]
