@@ -21,11 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mini_gpt_pl.arithmetic.nulls import DECAYING, walks
 from mini_gpt_pl.arithmetic.statistics.routing import chosen_groups
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions import subspace
 from mini_gpt_pl.geometry.directions.subspace import Basis, Block
-from mini_gpt_pl.geometry.path import innovations, nulls, pca
+from mini_gpt_pl.geometry.path import pca
 from mini_gpt_pl.geometry.path.centred import centred
 from mini_gpt_pl.geometry.path.rebuild import recorded_selection
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, steps_in
@@ -176,13 +177,9 @@ def _alike(a: _Matrix, b: _Matrix) -> bool:
 
 def _held_by_decay(trajectory: Trajectory, k: int) -> dict[str, Float[Tensor, " G"]]:
     """Share of theta_0 inside the first k centred directions of each decaying walk, group by group."""
-    walks = {
-        "decaying_walk": nulls.decaying_walk(trajectory.grams, trajectory.survival),
-        "innovation_walk": innovations.innovation_walk(trajectory.grams, trajectory.survival),
-    }
-    rows = centred(pca.drifts(len(trajectory)))
-    held = {}
-    for name, grams in walks.items():
+    rows, held = centred(pca.drifts(len(trajectory))), {}
+    paths = walks(trajectory.grams, trajectory.survival)
+    for name, grams in ((null, paths[null]) for null in DECAYING):
         along = (pca.spectra(grams, rows).directions[:, :k] @ grams)[..., 0]
         held[name] = along.square().sum(-1) / grams[:, 0, 0].clamp_min(1e-300)
     return held

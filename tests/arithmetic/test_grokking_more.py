@@ -12,17 +12,17 @@ import pytest
 import yaml
 from conftest import bent_path, record
 
-from mini_gpt_pl.arithmetic.study.attention import attention_tables
-from mini_gpt_pl.arithmetic.study.fourier import fourier_runs, fourier_table, product
-from mini_gpt_pl.arithmetic.study.markers import marker_runs, marker_table
-from mini_gpt_pl.arithmetic.study.moments import moments, recorded_at
-from mini_gpt_pl.arithmetic.study.ranks import rank_tables
-from mini_gpt_pl.arithmetic.study.sections import (
-    COMPARISON_SECTIONS,
-    RUN_SECTIONS,
-    more_of_run,
-    more_of_runs,
+from mini_gpt_pl.arithmetic.study.contents import CONTENTS, comparison_tables, run_tables
+from mini_gpt_pl.arithmetic.study.moments import (
+    fourier_runs,
+    marker_runs,
+    marker_table,
+    moment_tables,
+    moments,
+    product,
+    recorded_at,
 )
+from mini_gpt_pl.arithmetic.study.paths import rank_tables
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 from mini_gpt_pl.report.contents import MORE, claimed
 from mini_gpt_pl.report.sheet import Table
@@ -114,7 +114,7 @@ def test_moments_of_marker_sums_are_by_number_of_markers(tmp_path: Path) -> None
 def test_frequencies_stand_beside_chance_at_each_moment(tmp_path: Path) -> None:
     probes = fourier("additive/embedding", rises(600, 0.05, 0.5)) | fourier("multiplicative/head.mul", rises(9999))
     run = run_of(tmp_path / "a", SETS | probes, MODULUS)
-    (table,) = fourier_table(run)
+    table = by_name(moment_tables(run))["grokking_fourier"]
     frame = numbers(table)
     assert frame["table"].tolist() == ["E"] * 4 + ["head of mul"] * 4
     assert frame["step"].tolist() == [0, 200, 600, 1000] * 2
@@ -159,7 +159,7 @@ def by_name(tables: list[Table]) -> dict[str, Table]:
 
 
 def test_attention_stands_beside_even_attention_and_weights_kept_by_chance(tmp_path: Path) -> None:
-    found = by_name(attention_tables(run_of(tmp_path / "a", SETS | attention("drawn"), MODULUS)))
+    found = by_name(moment_tables(run_of(tmp_path / "a", SETS | attention("drawn"), MODULUS)))
     assert set(found) == {"grokking_attention", "grokking_attention_answers", "grokking_routing"}
     shapes, answers, moves = (numbers(found[name]) for name in sorted(found))
     assert shapes["step"].tolist() == answers["step"].tolist() == moves["step"].tolist() == [0, 300, 700, 1000]
@@ -176,7 +176,7 @@ def test_attention_stands_beside_even_attention_and_weights_kept_by_chance(tmp_p
 def test_scores_that_share_the_entropys_steps_are_correlated(tmp_path: Path) -> None:
     never = {"eval/train_accuracy": rises(9999), "eval/test_accuracy": rises(9999)}
     run = run_of(tmp_path / "a", never | attention("drawn"), MODULUS)
-    found = by_name(attention_tables(run))["grokking_routing_scores"]
+    found = by_name(moment_tables(run))["grokking_routing_scores"]
     assert set(numbers(found)["entropy of"]) == {"drawn/layer0"} and set(numbers(found)["changes"]) == {9}
 
 
@@ -219,9 +219,9 @@ def test_every_table_has_a_section(tmp_path: Path) -> None:
     probes = fourier("additive/embedding", rises(600)) | attention("drawn")
     sets = {"eval/m1_accuracy": rises(300)}
     runs = [run_of(tmp_path / "a", SETS | probes, MODULUS), run_of(tmp_path / "b", sets, {"task": {"classes": 4}})]
-    of_run = [table.name for run in runs for table in more_of_run(run)]
+    of_run = [table.name for run in runs for table in run_tables(run)]
     assert {"grokking_fourier", "grokking_attention", "grokking_markers", "grokking_ranks"} <= set(of_run)
-    over = [table.name for table in more_of_runs(runs)]
+    over = [table.name for table in comparison_tables(runs)]
     assert {"grokking_fourier_runs", "grokking_markers_runs"} <= set(over)
-    assert not claimed(RUN_SECTIONS, of_run).get(MORE[0])
-    assert not claimed(COMPARISON_SECTIONS, over).get(MORE[0])
+    assert not claimed(CONTENTS.of_run, of_run).get(MORE[0])
+    assert not claimed(CONTENTS.of_runs, over).get(MORE[0])

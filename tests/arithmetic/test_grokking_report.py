@@ -32,14 +32,19 @@ from docs.tools import place
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.arithmetic.study import claims as grokking_claims
 from mini_gpt_pl.arithmetic.study.claims import claims
-from mini_gpt_pl.arithmetic.study.clocks import ONSET, clock_steps, separation
-from mini_gpt_pl.arithmetic.study.comparison import comparison_tables, overview
-from mini_gpt_pl.arithmetic.study.defects import defect_at_grok, last_defects
-from mini_gpt_pl.arithmetic.study.groups import distinct, groups_of
-from mini_gpt_pl.arithmetic.study.onsets import onsets
-from mini_gpt_pl.arithmetic.study.runs import Phase, ResidueRun, common_windows, phases, residue_runs
-from mini_gpt_pl.arithmetic.study.seeds import excess_at_stop, fall_of_c, seed_by_seed
-from mini_gpt_pl.arithmetic.study.tables import run_tables, short
+from mini_gpt_pl.arithmetic.study.commutators import defect_at_grok, last_defects
+from mini_gpt_pl.arithmetic.study.contents import comparison_tables, run_tables
+from mini_gpt_pl.arithmetic.study.onsets import ONSET, clock_steps, onsets, separation
+from mini_gpt_pl.arithmetic.study.paths import excess_at_stop, fall_of_c, overview, seed_by_seed, short
+from mini_gpt_pl.arithmetic.study.runs import (
+    Phase,
+    ResidueRun,
+    common_windows,
+    distinct,
+    groups_of,
+    phases,
+    residue_runs,
+)
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.claims import Claim
 from mini_gpt_pl.report.comparison import require_comparable
@@ -399,7 +404,7 @@ def test_the_control_without_decay_is_read_beside_both_nulls(
         write(tmp_path / "free", memorising(), flat, config(decay=0.0)),
     ]
     excess = {"walk": free, **dict(zip(grokking_claims.DECAYING, groks, strict=True))}
-    monkeypatch.setattr(grokking_claims, "_excess", lambda cells, null: [excess[null]])
+    monkeypatch.setattr(grokking_claims, "_excess", lambda cells, null: [100 * excess[null]])
     assert judged(runs)["Without weight decay"].reading.startswith(verdict)
 
 
@@ -563,7 +568,8 @@ def test_runs_of_other_tasks_and_moduli_are_reported_apart(tmp_path: Path) -> No
 def test_a_run_without_evaluations_has_no_table_of_these(tmp_path: Path) -> None:
     run = write(tmp_path / "a", grokking(1200), {})
     (run.path / "metrics.csv").write_text("step,train/loss\n1,4.0\n")
-    assert run_tables(Run(run.path)) == [] and comparison_tables([Run(run.path)]) == []
+    assert {table.name for table in run_tables(Run(run.path))} == {"grokking_ranks", "grokking_turnover"}
+    assert comparison_tables([Run(run.path)]) == []
 
 
 def test_an_arm_of_an_intervention_is_no_seed_of_its_baseline(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from mini_gpt_pl import main as cli
+from mini_gpt_pl.arithmetic.study.paths import excess_at_stop, fall_of_c
 from mini_gpt_pl.arithmetic.study.runs import ResidueRun, residue_runs
-from mini_gpt_pl.arithmetic.study.seeds import excess_at_stop, fall_of_c
 from mini_gpt_pl.geometry.path import centred, innovations, nulls, windows
 from mini_gpt_pl.runs.folder import Outcome, Run
 from mini_gpt_pl.training import cli as trainer_cli

@@ -15,9 +15,7 @@ from conftest import one_line_error
 from mini_gpt_pl import callbacks
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.arithmetic.study import interventions
-from mini_gpt_pl.arithmetic.study.intervention_claims import claims_table
-from mini_gpt_pl.arithmetic.study.intervention_runs import Delays, Ended, arms_below, survival
-from mini_gpt_pl.arithmetic.study.interventions import tables
+from mini_gpt_pl.arithmetic.study.interventions import Delays, Ended, arms_below, claims_table, survival, tables
 from mini_gpt_pl.callbacks import BasisSource
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.checkpoints import read_checkpoint

@@ -12,14 +12,17 @@ import yaml
 from conftest import bent_path, one_line_error, record
 
 from mini_gpt_pl import main as cli
-from mini_gpt_pl.arithmetic.study.decay import decay_families, decay_table, fits
-from mini_gpt_pl.arithmetic.study.multitask import commutators_of, multitask_tables, order_of, tasks_of, tasks_table
-from mini_gpt_pl.arithmetic.study.multitask_claims import multitask_claims
-from mini_gpt_pl.arithmetic.study.sections import (
-    COMPARISON_SECTIONS,
-    RUN_SECTIONS,
-    more_of_run,
-    more_of_runs,
+from mini_gpt_pl.arithmetic.study.contents import CONTENTS, comparison_tables, run_tables
+from mini_gpt_pl.arithmetic.study.multitask import (
+    commutators_of,
+    decay_families,
+    decay_table,
+    fits,
+    multitask_claims,
+    multitask_tables,
+    order_of,
+    tasks_of,
+    tasks_table,
 )
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 from mini_gpt_pl.report.contents import MORE, claimed
@@ -193,12 +196,12 @@ def test_an_onset_that_leads_stands_beside_memorisation(tmp_path: Path, onset: i
 
 def test_every_table_has_a_section(tmp_path: Path) -> None:
     runs = swept(tmp_path, lambda w: 600 / w)
-    of_run, over = [t.name for t in more_of_run(runs[0])], [t.name for t in more_of_runs(runs)]
+    of_run, over = [t.name for t in run_tables(runs[0])], [t.name for t in comparison_tables(runs)]
     assert "grokking_tasks" in of_run and {"grokking_multitask_claims", "grokking_tasks_runs", "grokking_decay"} <= set(
         over
     )
-    assert not claimed(RUN_SECTIONS, of_run).get(MORE[0])
-    assert not claimed(COMPARISON_SECTIONS, over).get(MORE[0])
+    assert not claimed(CONTENTS.of_run, of_run).get(MORE[0])
+    assert not claimed(CONTENTS.of_runs, over).get(MORE[0])
 
 
 # ------------------------------------------------------------------------------------------------------- preset

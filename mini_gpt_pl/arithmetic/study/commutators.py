@@ -1,130 +1,183 @@
-"""Tables of one run of the second task: its commutator step by step, and where that points by phase."""
+"""Tables of commutators: the defect step by step and around generalisation, and where the bracket points."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import pandas as pd
-
-from mini_gpt_pl.arithmetic.study.groups import commutator_note
-from mini_gpt_pl.arithmetic.study.runs import TEST, TRAIN, Phase, ResidueRun, median
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
-
-GRADIENTS_NOTE = (
-    "‖g‖ is that of batch A. cos(g_A, g_B): 1 where both batches have one gradient, 0 where all of it is sampling "
-    "noise."
+from mini_gpt_pl.arithmetic.study.runs import (
+    TEST,
+    TRAIN,
+    Phase,
+    ResidueRun,
+    commutator_note,
+    groups_of,
+    median,
+    run_values,
+    setting_note,
+    spread,
 )
-_DEFECT = {
-    "D": ("defect", "{:.3g}"),
-    "‖g‖": ("norm_a", "{:.3g}"),
-    "‖g_B‖": ("norm_b", "{:.3g}"),
-    "cos(g_A, g_B)": ("gradient_cosine", "{:+.2f}"),
-    "‖bracket‖": ("bracket", "{:.2g}"),
-    "c": ("c", "{:.3g}"),
-    "c‖θ‖²": ("c_theta2", "{:.2g}"),
-    "relative": ("relative", "{:.2f}"),
-    "resolved": ("resolved", "{:.0%}"),
-    "float32 signal": ("float32_signal", "{:.2g}"),
-}
+from mini_gpt_pl.arithmetic.study.words import Value, Values, lay, metrics_of, words
+from mini_gpt_pl.report.sheet import Table
+
+
+def commutator_tables(run: ResidueRun) -> list[Table]:
+    """The tables of one run's commutator."""
+    return [defect(run), projections(run)]
+
+
+def commutator_comparison(runs: Sequence[ResidueRun]) -> list[Table]:
+    """The tables of several runs' commutators."""
+    return [defect_at_grok(runs), last_defects(runs), projections_of_runs(runs)]
+
+
+# --------------------------------------------------------------------------------------------------- the defect
 
 
 def defect(run: ResidueRun) -> Table:
     """The commutator defect beside the gradient's length, and the forms of it without 1/‖g‖, step by step."""
-    rows: list[Row] = []
-    steps = run.commutator("norm_a").index
-    for step in (int(s) for s in steps):
-        accuracies = {"train": TRAIN, "test": TEST}
-        cells: dict[str, Cell] = {"step": number(step, "{:,.0f}"), "phase": word(phase_at(run, step))}
-        cells |= {column: number(value_at(run.series(name), step), "{:.1%}") for column, name in accuracies.items()}
-        cells["‖θ‖"] = number(_exactly(run.commutator("weights"), step), "{:.1f}")
-        for column, (name, form) in _DEFECT.items():
-            cells[column] = number(_exactly(run.commutator(name), step), form)
-        rows.append(cells)
-    notes = (
-        "D = ‖H_B g_A - H_A g_B‖ / (‖g_A‖ ‖g_B‖), in float64, median over the samples of a step; c = ‖bracket‖ / "
-        "√(‖g_A‖ ‖g_B‖); relative: over ‖H_B g_A‖ + ‖H_A g_B‖. D holds 1/‖g‖, the others do not. " + GRADIENTS_NOTE,
-        "Resolved: share of the samples whose bracket is more than rounding; the others have no D, rather than one of "
-        "0. Float32 signal below 1: a difference of float32 weights would have shown rounding instead.",
-        commutator_note([run]),
-    )
-    return tabulate("grokking_defect", "Commutator defect against the gradient's length", rows, notes)
+    rows: list[Values] = []
+    for step in map(int, run.commutator("norm_a").index):
+        row: dict[str, Value] = {"step": step, "phase": _phase_at(run, step)}
+        row |= {"train": run.at(TRAIN, step), "test": run.at(TEST, step)}
+        for column, name in metrics_of("grokking_defect").items():
+            row[column] = float(run.commutator(name).get(step, math.nan))
+        rows.append(row)
+    return lay("grokking_defect", rows, commutator=commutator_note([run]))
 
 
-def value_at(series: pd.Series[float], step: int) -> float:
-    """Value of the last record up to a step."""
-    until = series.loc[:step]
-    return float(until.iloc[-1]) if len(until) else math.nan
-
-
-def phase_at(run: ResidueRun, step: int) -> str:
-    """Phase of a run that a step lies in."""
+def _phase_at(run: ResidueRun, step: int) -> str:
     own = run.phases[1:]
     return next((window.name for window in own if step <= window.last), own[-1].name if own else "-")
 
 
-def _exactly(series: pd.Series[float], step: int) -> float:
-    return float(series.get(step, math.nan))
+@dataclass(frozen=True)
+class Change:
+    """A defect around generalisation.
+
+    Args:
+        baseline: Median of the first three defects, 0.1 at least.
+        before: Largest defect before t90 over the baseline.
+        after: Largest defect from t90 on over the baseline; NaN without t90.
+        ratios: Medians behind the stop over medians on the plateau, by the commutator's number. NaN for a run that does
+            not generalise, and for one that ended at its stop: it says nothing of what comes after.
+    """
+
+    baseline: float
+    before: float
+    after: float
+    ratios: dict[str, float]
 
 
-BASES = {
-    "path": "the path so far",
-    "singular": "singular directions of the weights",
-    "rank_one": "random u v'",
-    "theta0": "θ₀ of each matrix",
-    "other": "another run's path",
-}
+def change_at_grok(run: ResidueRun) -> Change | None:
+    """Compare the defect before and after a run generalises; None without a commutator probe."""
+    values = run.commutator("defect")
+    if len(values) < 4:
+        return None
+    baseline = max(float(values.iloc[:3].median()), 0.1)
+    t90 = run.steps["test_90"]
+    early = values if t90 is None else values[values.index < t90]
+    late = values[values.index >= t90] if t90 is not None else values[:0]
+    around = {window.name: window for window in run.phases[1:]}
+    ratios = dict.fromkeys(metrics_of("grokking_defect_change").values(), math.nan)
+    if t90 is not None and {"plateau", "after"} <= set(around):
+        for name in ratios:
+            after, before = (around[phase].middle(run.commutator(name)) for phase in ("after", "plateau"))
+            ratios[name] = after / before
+    before, after = (float(part.max()) / baseline if len(part) else math.nan for part in (early, late))
+    return Change(baseline, before, after, ratios)
+
+
+def defect_at_grok(runs: Sequence[ResidueRun]) -> Table:
+    """Before and after generalisation: the defect over its baseline, and what else changes there."""
+    rows: list[Values] = []
+    for run in runs:
+        if (change := change_at_grok(run)) is None:
+            continue
+        row = {**run_values(run, runs), **run.reached("test_90"), "D, baseline": change.baseline}
+        row |= {"largest D before, × baseline": change.before, "largest D after, × baseline": change.after}
+        row["paper, whole run"] = spread(run.published("onsets", {}).get("ratio", ()))
+        row |= {column: change.ratios[name] for column, name in metrics_of("grokking_defect_change").items()}
+        rows.append(row)
+    return lay("grokking_defect_change", rows, commutator=commutator_note(runs), setting=setting_note(runs))
+
+
+def last_defects(runs: Sequence[ResidueRun]) -> Table:
+    """Defect at the end of every run, with the gradient's length and the form without it, beside the paper's."""
+    rows: list[Values] = []
+    for run in runs:
+        if (steps := run.commutator("norm_a").index).empty:
+            continue
+        row = {**run_values(run, runs), "step": int(steps[-1]), "D": run.last(f"commutator/{run.reported}/defect")}
+        row["D, paper"] = spread(run.published("last_defect", ()), "{:.4g}")
+        for column, name in metrics_of("grokking_last_defect").items():
+            row[column] = run.last(f"commutator/{run.reported}/{name}")
+        row["records unresolved"] = float((run.commutator("resolved") < 1).mean())
+        row["float32 below noise"] = float((run.commutator("float32_signal") < 1).mean())
+        rows.append(row)
+    return lay("grokking_last_defect", rows, commutator=commutator_note(runs), setting=setting_note(runs))
+
+
+# ------------------------------------------------------------------------------------------ where it points
+
+
+def _bases() -> dict[str, str]:
+    bases: dict[str, str] = words("tables")["bases"]
+    return bases
 
 
 def projections(run: ResidueRun) -> Table:
     """How much of the bracket lies in each subspace, by phase, beside random directions of the same blocks."""
-    rows: list[Row] = []
-    for window in run.phases[1:] or [run.cut]:
-        for basis, words in BASES.items():
-            shares = inside(run.commutator(f"on_{basis}"), window)
-            if not len(shares):
-                continue
-            rows.append({"window": word(window.words), "basis": word(words), **projected(run, basis, window)})
-        rows += _alignment_row(run, window)
-    notes = (
-        "Length of the bracket inside the subspace over its whole, medians over the records of a phase. Same blocks: "
-        "expectation for random directions inside the same matrices, as many in each; above: share of such random "
-        "subspaces that hold less, 0.5 by chance. Isotropic: random directions in all weights, √(K/P).",
-        "Last increment: root mean square of the cosine of the bracket with it; its null has the same coordinates with "
-        "coins for signs. Signed mean: of the same cosines over the samples, 0 by chance.",
-    )
-    return tabulate("grokking_projections", "Where the commutator points", rows, notes)
+    rows: list[Values] = []
+    for window in run.own_phases:
+        rows += [
+            {"window": window.words, "basis": basis, **held}
+            for name, basis in _bases().items()
+            if (held := _projected(run, name, window))
+        ]
+        value, null, signed = (
+            window.middle(run.commutator(name)) for name in ("alignment_rms", "alignment_flip", "alignment")
+        )
+        if not math.isnan(value):
+            row: Values = {"window": window.words, "basis": "the last increment", "inside": value, "same blocks": null}
+            rows.append({**row, "over same blocks": value / null, "signed mean": signed})
+    return lay("grokking_projections", rows)
 
 
-def projected(run: ResidueRun, basis: str, window: Phase) -> dict[str, Cell]:
-    """Medians over a window of what one basis holds, and of its nulls."""
+def _projected(run: ResidueRun, basis: str, window: Phase) -> dict[str, float]:
+    """Medians over a window of what one basis holds, and of its nulls; empty without records."""
+    if not window.inside(run.commutator(f"on_{basis}")):
+        return {}
     value, null, isotropic, ratio, below = (
-        median(inside(run.commutator(f"on_{basis}{suffix}"), window).tolist())
+        window.middle(run.commutator(f"on_{basis}{suffix}"))
         for suffix in ("", "_null", "_isotropic", "_ratio", "_below")
     )
-    return {
-        "inside": number(value, "{:.4f}"),
-        "isotropic": number(isotropic, "{:.4f}"),
-        "over isotropic": number(value / isotropic, "{:.2f}"),
-        "same blocks": number(null, "{:.4f}"),
-        "over same blocks": number(ratio, "{:.2f}"),
-        "above": number(below, "{:.2f}"),
-    }
+    held = {"inside": value, "isotropic": isotropic, "over isotropic": value / isotropic}
+    return held | {"same blocks": null, "over same blocks": ratio, "above": below}
 
 
-def _alignment_row(run: ResidueRun, window: Phase) -> Sequence[Row]:
-    value, null, signed = (
-        median(inside(run.commutator(name), window).tolist())
-        for name in ("alignment_rms", "alignment_flip", "alignment")
-    )
-    if math.isnan(value):
-        return []
-    cells = {"inside": number(value, "{:.4f}"), "same blocks": number(null, "{:.4f}")}
-    cells["over same blocks"] = number(value / null, "{:.2f}")
-    cells["signed mean"] = number(signed, "{:+.4f}")
-    return [{"window": word(window.words), "basis": word("the last increment"), **cells}]
-
-
-def inside(series: pd.Series[float], window: Phase) -> pd.Series[float]:
-    """The records of a window, its first step left out, which belongs to the window before; not that of the start."""
-    return series[(series.index > window.first) & (series.index <= window.last)]
+def projections_of_runs(runs: Sequence[ResidueRun]) -> Table:
+    """Share of the bracket inside subspaces by operation and phase, medians over seeds, beside the paper's ratios."""
+    rows: list[Values] = []
+    for group in groups_of(runs):
+        for phase in ("memorisation", "plateau", "transition", "after"):
+            windows = [(run, window) for run in group for window in run.phases[1:] if window.name == phase]
+            for basis, said in _bases().items():
+                of_runs = [held for run, window in windows if (held := _projected(run, basis, window))]
+                if not of_runs:
+                    continue
+                middle = {key: median(held[key] for held in of_runs) for key in of_runs[0]}
+                paper = group[0].published(f"on_{basis}", {})
+                rows.append(
+                    {
+                        **run_values(group[0], runs, len(group)),
+                        "phase": phase,
+                        "basis": said,
+                        "over isotropic": middle["over isotropic"],
+                        "over isotropic, paper": paper.get(phase, paper.get("all phases")),
+                        "over same blocks": middle["over same blocks"],
+                        "above": middle["above"],
+                    }
+                )
+    return lay("grokking_projections_runs", rows, commutator=commutator_note(runs), setting=setting_note(runs))

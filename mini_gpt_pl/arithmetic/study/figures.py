@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from mini_gpt_pl.arithmetic.nulls import walks
+from mini_gpt_pl.arithmetic.study.paths import short
 from mini_gpt_pl.arithmetic.study.runs import NULLS, TEST, TRAIN, ResidueRun, residue_runs
-from mini_gpt_pl.arithmetic.study.tables import short
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import BACKBONE, DISTINCT, GREY, NULL, PC2, RESIDUAL, SWITCH, WIDTH, line
-from mini_gpt_pl.geometry.path import centred, innovations, nulls, windows
+from mini_gpt_pl.geometry.path import centred, windows
 from mini_gpt_pl.runs.folder import Run
 
 _SERIES = (("defect", "D", RESIDUAL), ("norm_a", "‖g‖", GREY), ("c", "c", BACKBONE), ("relative", "relative", PC2))
+_GROWING: Mapping[str, Mapping[str, Any]] = {
+    "measured": {"color": BACKBONE, "lw": 1.6},
+    "walk": {"color": GREY, "ls": ":"},
+    "decaying_walk": {"color": NULL, "ls": "--", "lw": 0.9},
+    "innovation_walk": {"color": RESIDUAL, "ls": "--", "lw": 0.9},
+}
 _MARKERS = {
     "measured": "o",
     "walk": "x",
@@ -75,17 +80,11 @@ def growing_pc1(run: Run) -> Figure:
     grid = figure.subplots((len(groups) + 1) // 2, 2, sharex=True, sharey=True).flatten()
     ends = windows.growing_ends(len(trajectory), 40)
     steps = [trajectory.steps[end - 1] for end in ends]
-    survival = trajectory.survival
     for axes, group in zip(grid, groups, strict=False):
         gram = trajectory.gram(group)
-        curves: dict[str, tuple[Float[Tensor, "n n"], dict[str, Any]]] = {
-            "measured": (gram, {"color": BACKBONE, "lw": 1.6}),
-            "walk": (nulls.walk(gram), {"color": GREY, "ls": ":"}),
-            "decay, ‖d‖": (nulls.decaying_walk(gram, survival), {"color": NULL, "ls": "--", "lw": 0.9}),
-            "decay, ‖e‖": (innovations.innovation_walk(gram, survival), {"color": RESIDUAL, "ls": "--", "lw": 0.9}),
-        }
-        for label, (path, style) in curves.items():
-            axes.plot(steps, centred.growing_pc1(path, ends), label=label, **style)
+        paths = {"measured": gram, **walks(gram, trajectory.survival)}
+        for name, style in _GROWING.items():
+            axes.plot(steps, centred.growing_pc1(paths[name], ends), label=NULLS.get(name, name), **style)
         axes.set_title(short(group or run.trunk))
         _milestones(axes, one)
     grid[0].legend()

@@ -5,31 +5,164 @@ mini_gpt_pl interventions runs/interventions/arms --out runs/interventions/table
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from mini_gpt_pl.arithmetic.statistics.lifetimes import Lifetimes
-from mini_gpt_pl.arithmetic.study.intervention_claims import claims_table
-from mini_gpt_pl.arithmetic.study.intervention_runs import Delays, Ended, arms_below, ended, survival
+from mini_gpt_pl.arithmetic.statistics.lifetimes import Lifetimes, kaplan_meier
+from mini_gpt_pl.arithmetic.study.words import Values, claim, lay, words
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import DISTINCT, STYLE, WIDTH, legend_below, save
-from mini_gpt_pl.report.sheet import EMPTY, Cell, Row, Table, number, tabulate, word, write_tables
-from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.report import claims as core
+from mini_gpt_pl.report.claims import Claim
+from mini_gpt_pl.report.sheet import Cell, Table, number, write_tables
+from mini_gpt_pl.runs.folder import Run, runs_below
 
-NOTES = (
-    "Median and share are the product-limit estimate of Kaplan and Meier: a run that had not generalised when it was "
-    "stopped says that its time is longer, and no more.",
-    "Delays are between runs of one seed, which share initial weights, split and batches; > marks what is only known "
-    "to be longer. Evaluations are a grid: a delay of one of its steps is no delay.",
-    "An arm says something about a subspace only where it differs from the arm that scales alike without one, and from "
-    "random directions inside the same blocks. A low train accuracy or a short ||theta|| says that the network was "
-    "taken apart.",
-)
+# A sweep names its folders by the values that it varies.
+_SEED = re.compile(r"_?seed_everything-\d+$")
+_OPERATION = re.compile(r"^operation-[^_]+_")
+# Below this training accuracy a run no longer knows what it was trained on, whatever it does on the test set.
+_FORGOTTEN = 0.5
+# An arm is later than another if it is in more than this share of the seeds, by more than one evaluation.
+_MOST = 0.75
+_EVALUATION = 50
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of one run.
+
+    Args:
+        seed: Its `seed_everything`.
+        at: Step at which it generalised, None if it had not when it was stopped.
+        stopped: Its last step.
+        train: Lowest train accuracy from when it had memorised on; its last if it never had.
+        norm: ||theta|| at the end, parameter units.
+        parallel: Mean over the changed steps of |P x| / |x|, NaN without a basis.
+        null: The same of random directions inside the same blocks.
+    """
+
+    seed: int
+    at: int | None
+    stopped: int
+    train: float
+    norm: float
+    parallel: float
+    null: float
+
+    @classmethod
+    def of(cls, run: Run, milestone: str) -> Ended | None:
+        """Read a run folder; None if the run has not ended.
+
+        Raises:
+            UserError: The run did not watch for the milestone.
+        """
+        outcome = run.outcome
+        if outcome is None:
+            return None
+        if milestone not in outcome.milestones:
+            raise UserError(f"{run.path} watched for no milestone {milestone!r}: train it with an Evaluation callback")
+        memorised = outcome.milestones.get("train_99")
+        accuracy = run.series("eval/train_accuracy")
+        lowest = float(accuracy.iloc[-1] if memorised is None else accuracy.loc[memorised:].min())
+        means = [_mean(run, rf"^intervention/[^/]+/{name}$") for name in ("parallel", "parallel_null")]
+        seed = int(run.config["seed_everything"])
+        return cls(seed, outcome.milestones[milestone], outcome.step, lowest, run.last("eval/weight_norm"), *means)
+
+    @property
+    def known(self) -> int:
+        """Step that it generalised at, or was stopped at without."""
+        return self.stopped if self.at is None else self.at
+
+
+def _mean(run: Run, pattern: str) -> float:
+    columns = run.metrics.filter(regex=pattern)
+    return float(columns.mean().mean()) if columns.size else float("nan")
+
+
+def arms_below(folder: Path, operation: str | None = None) -> dict[str, list[Run]]:
+    """Group the runs in a sweep's folder by arm, in the order of the names: the folder's name without the seed.
+
+    Names are those of the configuration files, in which a sweep writes hyphens for underscores.
+
+    Args:
+        folder: Of the sweep.
+        operation: Only the runs of this operation, which their names then leave out.
+
+    Raises:
+        UserError: There are no runs, or none of the operation.
+    """
+    arms: dict[str, list[Run]] = {}
+    for run in map(Run, runs_below(folder)):
+        if operation is None or run.config.get("data", {}).get("operation") == operation:
+            name = run.path.name if operation is None else _OPERATION.sub("", run.path.name)
+            arms.setdefault(_SEED.sub("", name).replace("-", "_") or "baseline", []).append(run)
+    if not arms:
+        raise UserError(f"{folder} holds no run of the operation {operation!r}: give one that its sweep varies")
+    return arms
+
+
+def survival(runs: Sequence[Ended]) -> Lifetimes:
+    """Share of runs that have not generalised yet, after each step at which one did or was stopped."""
+    return kaplan_meier([run.at for run in runs], [run.stopped for run in runs])
+
+
+def ended(arms: Mapping[str, Sequence[Run]], milestone: str) -> dict[str, list[Ended]]:
+    """Read the runs of each arm that have ended; an arm without one is left out.
+
+    Raises:
+        UserError: A run did not watch for the milestone.
+    """
+    finished = {name: [run for one in runs if (run := Ended.of(one, milestone))] for name, runs in arms.items()}
+    return {name: runs for name, runs in finished.items() if runs}
+
+
+@dataclass(frozen=True)
+class Delays:
+    """How much later runs generalised than runs of the same seeds in another arm, in steps, shortest first.
+
+    Args:
+        steps: One a seed that both arms have. From run to stop where a run had not generalised: it takes longer.
+        censored: Which of them are only known to be longer.
+    """
+
+    steps: tuple[int, ...]
+    censored: tuple[bool, ...]
+
+    @classmethod
+    def between(cls, runs: Sequence[Ended], others: Sequence[Ended]) -> Delays:
+        """Compare by seed; a seed whose other run did not generalise is left out."""
+        bare = {run.seed: run.at for run in others}
+        pairs = [(run.known - start, run.at is None) for run in runs if (start := bare.get(run.seed)) is not None]
+        ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))  # what is only known to be longer comes last
+        return cls(tuple(steps for steps, _ in ordered), tuple(censored for _, censored in ordered))
+
+    @property
+    def middle(self) -> int:
+        """Index of the median; of an even number the upper one."""
+        return len(self.steps) // 2
+
+    def longer(self, than: int) -> int:
+        """In how many seeds the delay is above a number of steps."""
+        return sum(steps > than for steps in self.steps)
+
+    def __str__(self) -> str:
+        """Median and range, > before what is only known to be longer."""
+        if not self.steps:
+            return "-"
+        middle, low, high = (
+            f"{'> ' if self.censored[index] else ''}{self.steps[index]:+d}" for index in (self.middle, 0, -1)
+        )
+        return f"{middle} ({low} to {high})"
+
+
+# ------------------------------------------------------------------------------------------------------- tables
 
 
 def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: str = "test_90") -> list[Table]:
@@ -49,77 +182,54 @@ def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: 
     waiting = sum(map(len, arms.values())) - sum(map(len, finished.values()))
     left_out = f"{waiting} runs that have not ended are left out." if waiting else None
     rows = [_row(name, runs, finished[control]) for name, runs in finished.items()]
-    title = f"Interventions: when {milestone} was reached"
     curves = [row for name, runs in finished.items() for row in _curve(name, survival(runs))]
+    every: list[Values] = [
+        {
+            "arm": name,
+            "seed": run.seed,
+            "generalised": "not by the end" if run.at is None else run.at,
+            "stopped": run.stopped,
+            "train accuracy, lowest": run.train,
+            "||theta|| at the end": run.norm,
+        }
+        for name, runs in finished.items()
+        for run in sorted(runs, key=lambda run: run.seed)
+    ]
     return [
         claims_table(finished, control),
-        tabulate("interventions", title, rows, [*NOTES, left_out]),
-        tabulate("interventions_runs", "Interventions: every run", _every_run(finished), [NOTES[0]]),
-        tabulate("interventions_survival", f"Interventions: share of runs without {milestone}", curves, [NOTES[0]]),
+        lay("interventions", rows, milestone=milestone, waiting=left_out),
+        lay("interventions_runs", every),
+        lay("interventions_survival", curves, milestone=milestone),
     ]
 
 
-def _row(name: str, runs: Sequence[Ended], control: Sequence[Ended]) -> Row:
-    lived = survival(runs)
-    reached = sum(run.at is not None for run in runs)
+def _row(name: str, runs: Sequence[Ended], control: Sequence[Ended]) -> Values:
+    lived, delays = survival(runs), Delays.between(runs, control)
     everyone = max(run.known for run in control)
-    median = number(lived.median, "{:.0f}")
+    past = lived.surviving[lived.times <= everyone]
+    delay = None
+    if delays.steps:
+        ends = {"low": delays.steps[0], "high": delays.steps[-1], "censored": sum(delays.censored)}
+        delay = Cell(str(delays), delays.steps[delays.middle], ends)
     return {
-        "arm": word(name),
-        "runs": number(len(runs), "{:.0f}"),
-        "generalised": number(reached, "{:.0f}"),
-        "median step": median if lived.median is not None else word(f"> {max(run.stopped for run in runs)}"),
-        f"not yet at {everyone}": number(_at(lived, everyone), "{:.0%}"),
-        "delay": _delay(runs, control),
-        "train accuracy, lowest": number(statistics.median(run.train for run in runs)),
-        "||theta|| at the end": number(statistics.median(run.norm for run in runs), "{:.1f}"),
-        "|P x| / |x|": number(statistics.fmean(run.parallel for run in runs), "{:.4f}"),
-        "random in the same blocks": number(statistics.fmean(run.null for run in runs), "{:.4f}"),
+        "arm": name,
+        "runs": len(runs),
+        "generalised": sum(run.at is not None for run in runs),
+        "median step": f"> {max(run.stopped for run in runs)}" if lived.median is None else lived.median,
+        f"not yet at {everyone}": number(float(past[-1]) if len(past) else 1.0, "{:.0%}"),
+        "delay": delay,
+        "train accuracy, lowest": statistics.median(run.train for run in runs),
+        "||theta|| at the end": statistics.median(run.norm for run in runs),
+        "|P x| / |x|": statistics.fmean(run.parallel for run in runs),
+        "random in the same blocks": statistics.fmean(run.null for run in runs),
     }
 
 
-def _every_run(arms: Mapping[str, Sequence[Ended]]) -> list[Row]:
-    return [
-        {
-            "arm": word(name),
-            "seed": number(run.seed, "{:.0f}"),
-            "generalised": word("not by the end") if run.at is None else number(run.at, "{:.0f}"),
-            "stopped": number(run.stopped, "{:.0f}"),
-            "train accuracy, lowest": number(run.train),
-            "||theta|| at the end": number(run.norm, "{:.1f}"),
-        }
-        for name, runs in arms.items()
-        for run in sorted(runs, key=lambda run: run.seed)
-    ]
-
-
-def _at(lived: Lifetimes, step: int) -> float:
-    past = lived.surviving[lived.times <= step]
-    return float(past[-1]) if len(past) else 1.0
-
-
-def _delay(runs: Sequence[Ended], control: Sequence[Ended]) -> Cell:
-    """Median over the seeds of the delay against the control's run of the same seed, and its range."""
-    delays = Delays.between(runs, control)
-    if not delays.steps:
-        return Cell(EMPTY, None)
-    ends = {"low": delays.steps[0], "high": delays.steps[-1], "censored": sum(delays.censored)}
-    return Cell(str(delays), delays.steps[delays.middle], ends)
-
-
-def _curve(name: str, lived: Lifetimes) -> list[Row]:
-    columns = (lived.times, lived.at_risk, lived.surviving, lived.low, lived.high)
-    return [
-        {
-            "arm": word(name),
-            "step": number(step, "{:.0f}"),
-            "at risk": number(risk, "{:.0f}"),
-            "not yet": number(share, "{:.0%}"),
-            "low": number(low, "{:.0%}"),
-            "high": number(high, "{:.0%}"),
-        }
-        for step, risk, share, low, high in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+def _curve(name: str, lived: Lifetimes) -> Iterator[Values]:
+    columns = {"step": lived.times, "at risk": lived.at_risk}
+    columns |= {"not yet": lived.surviving, "low": lived.low, "high": lived.high}
+    for values in zip(*(column.tolist() for column in columns.values()), strict=True):
+        yield {"arm": name, **dict(zip(columns, values, strict=True))}
 
 
 def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: str = "test_90") -> Figure:
@@ -141,6 +251,174 @@ def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: s
         axes.set(xlabel="optimizer step", ylabel=f"share of seeds without {milestone}", ylim=(-0.03, 1.03))
         legend_below(axes, columns=4)
     return drawn
+
+
+# ------------------------------------------------------------------------------------------------------- claims
+
+
+class _Bench:
+    """Arms, and how to say what became of them."""
+
+    def __init__(self, arms: Mapping[str, Sequence[Ended]], control: str) -> None:
+        self.arms, self.control = arms, control
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.arms for name in (self.control, *names))
+
+    def later(self, name: str, than: str = "") -> bool:
+        """Whether an arm generalises later than another, or than the control; or not at all where the other does."""
+        delays = Delays.between(self.arms[name], self.arms[than or self.control])
+        return delays.longer(_EVALUATION) > _MOST * len(delays.steps) if delays.steps else False
+
+    def reached(self, name: str) -> int:
+        return sum(run.at is not None for run in self.arms[name])
+
+    def fails(self, name: str) -> bool:
+        """Whether some run of an arm did not generalise."""
+        return self.reached(name) < len(self.arms[name])
+
+    def accuracy(self, name: str) -> float:
+        """Median over seeds of the lowest training accuracy since memorisation."""
+        return statistics.median(run.train for run in self.arms[name])
+
+    def forgets(self, name: str) -> bool:
+        return self.accuracy(name) < _FORGOTTEN
+
+    def delay(self, name: str) -> str:
+        return str(Delays.between(self.arms[name], self.arms[self.control]))
+
+    def delays(self, *names: str) -> str:
+        """Delays of some arms, one after the other."""
+        return "; ".join(f"{name} {self.delay(name)}" for name in names if name in self.arms)
+
+    def fates(self, *names: str) -> str:
+        """How many runs of some arms generalised, and what they still knew of the training set."""
+        return "; ".join(
+            f"{name}: {self.reached(name)} of {len(self.arms[name])} generalise, training accuracy falls to "
+            f"{self.accuracy(name):.0%}"
+            for name in names
+            if name in self.arms
+        )
+
+
+def claims_table(arms: Mapping[str, Sequence[Ended]], control: str = "none") -> Table:
+    """Put every claim of the study of grokking that the arms allow beside what they give.
+
+    A claim is left out where an arm that it takes has not been run. Arms are those of
+    `configs/grokking/interventions`.
+
+    Args:
+        arms: Runs that have ended, by arm.
+        control: Name of the arm without intervention.
+    """
+    said, bench = words("claims")["interventions"], _Bench(arms, control)
+    notes = [said["note"].format(_EVALUATION, _MOST, _FORGOTTEN)]
+    columns = ("the study says", "here", "beside", "reading")
+    return core.claims_table("intervention_claims", said["title"], [judge(bench) for judge in _CLAIMS], notes, columns)
+
+
+def _dose(bench: _Bench) -> Claim | None:
+    """A gradient whose orthogonal part is suppressed is, to Adam, one whose parallel part is amplified."""
+    doses = ("pca_s025", "pca_s050", "pca_s075")
+    if not bench.has(*doses, "amplify_s075", "scale_s075"):
+        return None
+    if not bench.later("pca_s075"):
+        reading = "no"
+    elif not bench.later("amplify_s075"):
+        reading = "yes"
+    else:
+        reading = "partly" if bench.later("pca_s075", "amplify_s075") else "amplification"
+    amplify, scale = bench.delay("amplify_s075"), bench.delay("scale_s075")
+    return claim("dose", reading, doses=bench.delays(*doses), amplify=amplify, scale=scale)
+
+
+def _specific(bench: _Bench) -> Claim | None:
+    matched = ("blocks_s075", "rank_one_s075", "theta0_s075", "other_s075")
+    if not bench.has("pca_s075", "isotropic_s075", *matched):
+        return None
+    beaten = [name for name in matched if bench.later("pca_s075", name)]
+    equal = [name for name in matched if name not in beaten]
+    reading = "none" if not bench.later("pca_s075") else "yes" if not equal else "some" if beaten else "no"
+    return claim(
+        "subspace",
+        reading,
+        path=bench.delay("pca_s075"),
+        isotropic=bench.delay("isotropic_s075"),
+        matched=bench.delays(*matched, "past_s075"),
+        beaten=", ".join(beaten),
+        equal=", ".join(equal),
+    )
+
+
+def _confined(bench: _Bench) -> Claim | None:
+    """At s = 1 all weights outside the span have no gradient, and decay goes on."""
+    if not bench.has("pca_s100", "decay_off_s100"):
+        return None
+    if bench.reached("pca_s100"):
+        reading = "no"
+    elif not bench.forgets("pca_s100"):
+        reading = "yes"
+    else:
+        reading = "erased" if bench.forgets("decay_off_s100") else "decay"
+    alone = bench.has("inside_s100") and not bench.fails("inside_s100")
+    others = ("decay_off_s100", "decay_span_s100", "decay_off", "inside_s100", "isotropic_s100", "blocks_s100")
+    inside = words("claims")["confined"]["inside"] if alone else ""
+    return claim("confined", reading, path=bench.fates("pca_s100"), others=bench.fates(*others), inside=inside)
+
+
+def _along(bench: _Bench) -> Claim | None:
+    arms = ("remove", "update_remove")
+    if not bench.has(*arms, "blocks_remove"):
+        return None
+    failing = [name for name in arms if bench.fails(name)]
+    late = [name for name in arms if bench.later(name)]
+    earlier = [name for name in arms if bench.later(bench.control, name)]
+    if any(bench.forgets(name) for name in failing):
+        reading = "erased"
+    elif failing:
+        reading = "blocks" if bench.fails("blocks_remove") else "stands"
+    else:
+        reading = "late" if late else "early" if earlier else "alike"
+    return claim(
+        "along",
+        reading,
+        remove=bench.delay("remove"),
+        update=bench.delay("update_remove"),
+        blocks=bench.delays("blocks_remove"),
+        failing=", ".join(failing),
+        late=", ".join(late),
+        earlier=", ".join(earlier),
+    )
+
+
+def _kicks(bench: _Bench) -> Claim | None:
+    pairs = [(n, f"{n}_random") for n in ("kick", "sustained_050", "sustained_100", "sustained_200", "sustained_500")]
+    pairs = [pair for pair in pairs if bench.has(*pair)]
+    if not pairs:
+        return None
+    differ = [one for one, random in pairs if bench.later(one, random) or bench.later(random, one)]
+    kicks, controls = zip(*pairs, strict=True)
+    reached = {"kicks": bench.delays(*kicks), "random": bench.delays(*controls, "noise")}
+    return claim("kicks", "no" if differ else "yes", differ=", ".join(differ), **reached)
+
+
+def _update(bench: _Bench) -> Claim | None:
+    if not bench.has("update_s075", "update_scale_s075"):
+        return None
+    reading = "more" if bench.later("update_s075", "update_scale_s075") else "rate"
+    if not bench.later("update_s075"):
+        reading = "none"
+    arm = "update_s100_decay_span"
+    known = bench.has(arm) and not bench.reached(arm) and not bench.forgets(arm)
+    confined = words("claims")["update"]["confined"] if known else ""
+    update, scale = bench.delays("update_s075", "update_s100", arm), bench.delays("update_scale_s075")
+    return claim("update", reading, update=update, scale=scale, confined=confined)
+
+
+_CLAIMS: tuple[Callable[[_Bench], Claim | None], ...] = (_dose, _specific, _confined, _along, _kicks, _update)
+
+
+# ------------------------------------------------------------------------------------------------------ command
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,19 +1,33 @@
-"""Tables of runs with several tasks on one trunk: when each generalises, and what their batches do to one another."""
+"""Runs with several tasks on one trunk: when each generalises, their commutators, weight decay, and what is claimed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from mini_gpt_pl.arithmetic.multitask import milestones_of
-from mini_gpt_pl.arithmetic.study.runs import COLUMNS, Phase, ResidueRun, median
+from mini_gpt_pl.arithmetic.statistics import onset
+from mini_gpt_pl.arithmetic.statistics.scaling import scaling
+from mini_gpt_pl.arithmetic.study.runs import (
+    COLUMNS,
+    ResidueRun,
+    median,
+    residue_runs,
+    settings_of,
+    step_of,
+)
+from mini_gpt_pl.arithmetic.study.words import Value, Values, claim, lay, metrics_of, words
 from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.report.claims import Claim, claims_table
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.settings import facts, plain
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
+from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import METRICS, Run
 
-_SHARE, _STEP = "{:.1%}", "{:,.0f}"
+Pair = tuple[str, str]
 
 
 def tasks_of(run: Run) -> tuple[str, ...]:
@@ -26,88 +40,56 @@ def tasks_of(run: Run) -> tuple[str, ...]:
 
 def multitask_tables(run: Run) -> list[Table]:
     """Milestones of each task, and commutators across tasks; nothing for a run of a single task."""
-    if not tasks_of(run):
-        return []
-    return [table for table in (_milestones(run), _commutators(run)) if not table.frame.empty]
+    return [_milestones(run), _commutators(run)] if tasks_of(run) else []
 
 
 def _milestones(run: Run) -> Table:
-    rows: list[Row] = []
+    rows: list[Values] = []
     for task in tasks_of(run):
-        row: dict[str, Cell] = {"task": word(task)}
-        row |= {COLUMNS[name]: _step(step) for name, step in milestones_of(run, task).items()}
-        row["training accuracy at the end"] = number(run.last(f"eval/train_{task}_accuracy"), _SHARE)
-        row["test accuracy at the end"] = number(run.last(f"eval/test_{task}_accuracy"), _SHARE)
+        row: dict[str, Value] = {"task": task}
+        row |= {COLUMNS[name]: step_of(step) for name, step in milestones_of(run, task).items()}
+        row["training accuracy at the end"] = run.last(f"eval/train_{task}_accuracy")
+        row["test accuracy at the end"] = run.last(f"eval/test_{task}_accuracy")
         rows.append(row)
-    note = (
-        "t50 to t98: first evaluation with that test accuracy of the task; stop: the third in a row with 98 %. Other "
-        "tables take the accuracy of the task that is worst."
-    )
-    return tabulate("grokking_tasks", "When each task is learned", rows, [note])
+    return lay("grokking_tasks", rows)
 
 
-def _step(step: int | None) -> Cell:
-    return word("never") if step is None else number(step, _STEP)
-
-
-# ------------------------------------------------------------------------------------------------- commutators
-
-
-def commutators_of(run: Run) -> dict[tuple[str, str], str]:
+def commutators_of(run: Run) -> dict[Pair, str]:
     """Names of the commutator probes that took a task's loss for each of the two batches, by these tasks."""
-    names = {}
+    probes = {}
     for settings in run.callback_settings("CommutatorProbe"):
         losses, name = settings.get("losses"), str(settings.get("name", "all"))
         if losses and len(run.series(f"commutator/{name}/norm_a")):
-            names[str(losses[0]), str(losses[1])] = name
-    return names
-
-
-_NUMBERS = {
-    "D": ("defect", "{:.3g}"),
-    "‖g_A‖": ("norm_a", "{:.3g}"),
-    "‖g_B‖": ("norm_b", "{:.3g}"),
-    "cos(g_A, g_B)": ("gradient_cosine", "{:+.3f}"),
-    "c": ("c", "{:.3g}"),
-    "relative": ("relative", "{:.2f}"),
-}
+            probes[str(losses[0]), str(losses[1])] = name
+    return probes
 
 
 def _commutators(run: Run) -> Table:
-    probes = commutators_of(run)
-    one = ResidueRun.of(run)
-    rows: list[Row] = []
-    for window in one.phases[1:] or [one.cut]:
-        scaled = {pair: _middle(run, name, "c", window) for pair, name in probes.items()}
+    probes, rows = commutators_of(run), []
+    for window in ResidueRun.of(run).own_phases:
+        scaled = {pair: window.middle(run.series(f"commutator/{name}/c")) for pair, name in probes.items()}
         for pair, name in probes.items():
-            row: dict[str, Cell] = {"window": word(window.words), "batch A": word(pair[0]), "batch B": word(pair[1])}
-            for column, (metric, form) in _NUMBERS.items():
-                row[column] = number(_middle(run, name, metric, window), form)
-            row["c over that within tasks"] = number(_over_within(scaled, pair), "{:.2f}")
+            row: dict[str, Value] = {"window": window.words, "batch A": pair[0], "batch B": pair[1]}
+            for column, metric in metrics_of("grokking_cross_task").items():
+                row[column] = window.middle(run.series(f"commutator/{name}/{metric}"))
+            row["c over that within tasks"] = _over_within(scaled, pair)
             if not math.isnan(scaled[pair]):
                 rows.append(row)
-    note = (
-        "Each batch takes the loss of its own task; medians over the records of a phase of the task that is worst. "
-        "What a task does with itself is the comparison: c over the geometric mean of the two tasks' own c is 1 where "
-        "two tasks disturb each other as two batches of one task do. Where a task has no commutator of its own there "
-        "is none. cos: 0 for independent gradients."
-    )
-    return tabulate("grokking_cross_task", "Commutators across tasks", rows, [note])
+    return lay("grokking_cross_task", rows)
 
 
-def _middle(run: Run, probe: str, metric: str, window: Phase) -> float:
-    """Median over the records of a window, its first step left out."""
-    series = run.series(f"commutator/{probe}/{metric}")
-    return median(series[(series.index > window.first) & (series.index <= window.last)].tolist())
-
-
-def _over_within(scaled: Mapping[tuple[str, str], float], pair: tuple[str, str]) -> float:
+def _over_within(scaled: Mapping[Pair, float], pair: Pair) -> float:
     """A pair's value over the geometric mean of those that its tasks have with themselves."""
     within = math.sqrt(math.prod(scaled.get((task, task), math.nan) for task in pair))
     return scaled[pair] / within if within > 0 and pair[0] != pair[1] else math.nan
 
 
 # -------------------------------------------------------------------------------------------------- several runs
+
+
+def multitask_comparison(runs: Sequence[Run]) -> list[Table]:
+    """What runs with several tasks, or several weight decays, say together."""
+    return multitask_claims(runs) + tasks_table(runs) + decay_table(runs)
 
 
 def order_of(run: Run, milestone: str = "test_90") -> list[str] | None:
@@ -120,20 +102,16 @@ def order_of(run: Run, milestone: str = "test_90") -> list[str] | None:
 
 def tasks_table(runs: Sequence[Run]) -> list[Table]:
     """When each task of each run generalised, and in which order."""
-    rows: list[Row] = []
+    rows: list[Values] = []
     for run, label in names(runs).items():
-        tasks, settings = tasks_of(run), facts(run)
-        if not tasks:
+        if not (tasks := tasks_of(run)):
             continue
-        row: dict[str, Cell] = {"run": word(label), "lr": word(plain(settings["learning rate"]))}
-        row |= {"decay": word(plain(settings["weight decay"])), "seed": word(plain(settings["seed"]))}
-        row |= {f"t90, {task}": _step(milestones_of(run, task)["test_90"]) for task in tasks}
+        row: dict[str, Value] = {"run": label, **settings_of(run)}
+        row |= {f"t90, {task}": step_of(milestones_of(run, task)["test_90"]) for task in tasks}
         order = order_of(run)
-        row["order"] = word("not told apart" if order is None else ", ".join(order))
-        row["steps"] = number(int(run.metrics.index[-1]), _STEP)
-        rows.append(row)
-    note = "t90: first evaluation with 90 % test accuracy of the task. Not told apart: two at once, or one never."
-    return [tabulate("grokking_tasks_runs", "When each task generalises", rows, [note])] if rows else []
+        row["order"] = "not told apart" if order is None else ", ".join(order)
+        rows.append(row | {"steps": int(run.metrics.index[-1])})
+    return [lay("grokking_tasks_runs", rows)] if rows else []
 
 
 def same_tasks(runs: Sequence[Run]) -> list[Run]:
@@ -145,12 +123,162 @@ def same_tasks(runs: Sequence[Run]) -> list[Run]:
     return max(families.values(), key=len, default=[])
 
 
-def t90_of(run: Run) -> int | None:
-    """First evaluation at which all tasks have 90 % of the test set.
+# ------------------------------------------------------------------------------------------------ weight decay
+
+
+def decay_families(runs: Sequence[Run]) -> list[list[ResidueRun]]:
+    """Runs that differ in their decay and seed only, where there are two positive decays."""
+    families: dict[tuple[object, ...], list[ResidueRun]] = {}
+    for run in residue_runs(runs):
+        data = {k: v for k, v in (run.settings.get("data") or {}).items() if k not in ("seed", "split_seed")}
+        families.setdefault((run.operation, run.rate, repr(data)), []).append(run)
+    return [family for family in families.values() if len({run.decay for run in family if run.decay}) > 1]
+
+
+def decay_table(runs: Sequence[Run]) -> list[Table]:
+    """When runs of one kind generalise, by weight decay; nothing without two positive decays."""
+    rows: list[Values] = []
+    fitted: list[str] = []
+    for family in decay_families(runs):
+        for decay in sorted({run.decay for run in family}, reverse=True):
+            part = [run for run in family if run.decay == decay]
+            t90 = [step for run in part if (step := run.steps["test_90"]) is not None]
+            rows.append(
+                {
+                    "operation": part[0].operation,
+                    "lr": plain(part[0].rate),
+                    "decay": plain(decay),
+                    "runs": len(part),
+                    "generalise": f"{len(t90)} of {len(part)}",
+                    "t90, median": median(t90),
+                    "t90": f"{min(t90):,} to {max(t90):,}" if t90 else "never",
+                    "in decay times": median(step * part[0].rate * decay for step in t90) if decay else None,
+                    "steps": min(run.last_step for run in part),
+                }
+            )
+        fitted.append(f"{family[0].operation}, lr {plain(family[0].rate)}: {_fits_in_words(family)}")
+    table = lay("grokking_decay", rows)
+    return [replace(table, notes=(*table.notes, *fitted))] if rows else []
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Fits of the step of generalisation t against the decay w.
+
+    Args:
+        exponent: b of t = a w^-b.
+        errors: Root mean square of the difference of ln t, by the form of the fit.
+        censored: Runs with decay that never generalised and are in no fit.
+    """
+
+    exponent: float
+    errors: dict[str, float]
+    censored: int
+
+
+def fits(runs: Sequence[ResidueRun]) -> Fits:
+    """Fit the three forms of arXiv 2602.18523 to the runs that generalise.
+
+    Args:
+        runs: Of one kind; those without decay are left out.
 
     Raises:
-        UserError: It has no tasks.
+        UserError: There are fewer than four decays.
     """
-    if not tasks_of(run):
-        raise UserError(f"{run.path} has no tasks that were evaluated apart")
-    return ResidueRun.of(run).steps["test_90"]
+    decayed = [run for run in runs if run.decay]
+    points = [(run.decay, step) for run in decayed if (step := run.steps["test_90"]) is not None]
+    decays, steps = (np.array([pair[k] for pair in points], dtype=float) for k in (0, 1))
+    exponent = -scaling(decays.tolist(), steps.tolist(), decays.tolist()).whole.exponent
+    logs, ones = np.log(steps), np.ones_like(steps)
+    forms = {
+        "a w^-b": (np.stack([np.log(decays), ones], 1), logs),
+        "a exp(-b w)": (np.stack([decays, ones], 1), logs),
+        "a / w + c": (np.stack([1 / decays, ones], 1) / steps[:, None], ones),  # relative errors
+    }
+    errors = {}
+    for name, (left, right) in forms.items():
+        fitted = left @ np.linalg.lstsq(left, right, rcond=None)[0]
+        # A relative error is that of the logarithm, to first order.
+        errors[name] = float(np.sqrt(np.mean((fitted - right) ** 2)))
+    return Fits(exponent, errors, len(decayed) - len(points))
+
+
+def _fits_in_words(runs: Sequence[ResidueRun]) -> str:
+    """What the fits give, or why there are none."""
+    try:
+        fit = fits(runs)
+    except UserError as error:
+        return f"no fit: {error}."
+    errors = ", ".join(f"{name} {error:.1%}" for name, error in fit.errors.items())
+    said: str = words("tables")["grokking_decay"]["fit"].format(-fit.exponent, errors)
+    return said + (f" {fit.censored} runs never generalised and are in no fit." if fit.censored else "")
+
+
+# ------------------------------------------------------------------------------------------------------- claims
+
+
+def multitask_claims(runs: Sequence[Run]) -> list[Table]:
+    """Judge every statement of arXiv 2602.18523 that runs with several tasks allow; nothing for others."""
+    family = same_tasks(runs)
+    claims = [one for judge in _CLAIMS if family and (one := judge(family)) is not None]
+    said = words("claims")["several tasks"]
+    columns = ("the study says", "here", "null", "reading")
+    table = claims_table("grokking_multitask_claims", said["title"], claims, said["notes"], columns)
+    return [table] if claims else []
+
+
+def _order(runs: Sequence[Run]) -> Claim | None:
+    wanted = [task for task in ("mul", "x2_y2", "add") if task in tasks_of(runs[0])]
+    orders = [[task for task in order if task in wanted] for run in runs if (order := order_of(run)) is not None]
+    if len(wanted) < 2 or not orders:
+        return None
+    same, chance = sum(order == wanted for order in orders), 1 / math.factorial(len(wanted))
+    reading = "all" if same == len(orders) else "chance" if same <= chance * len(orders) else "some"
+    return claim("order", reading, wanted=", ".join(wanted), same=same, count=len(orders), chance=chance)
+
+
+def _onset(runs: Sequence[Run]) -> Claim | None:
+    """Whether the defect across tasks crosses its threshold before all tasks generalise, beside memorisation."""
+    leads: list[bool] = []
+    placebo: list[bool] = []
+    for run in runs:
+        cross = [name for pair, name in commutators_of(run).items() if pair[0] != pair[1]]
+        t90 = ResidueRun.of(run).steps["test_90"]
+        if not cross or t90 is None:
+            continue
+        series = run.series(f"commutator/{cross[0]}/defect")
+        begun = onset.tenfold([int(step) for step in series.index], series.tolist())
+        memorised = [milestones_of(run, task)["train_99"] for task in tasks_of(run)]
+        leads.append(begun is not None and begun < t90)
+        placebo.append(None not in memorised and max(step or 0 for step in memorised) < t90)
+    if not leads:
+        return None
+    reading = "late" if not all(leads) else "early" if all(placebo) else "mixed"
+    return claim("onset across tasks", reading, leads=sum(leads), count=len(leads), placebo=sum(placebo))
+
+
+def _no_decay(runs: Sequence[Run]) -> Claim | None:
+    free, decayed = ([run for run in runs if bool(facts(run)["weight decay"]) is kind] for kind in (False, True))
+    if not free or not decayed:
+        return None
+    until = min(int(run.metrics.index[-1]) for run in free)
+    t90 = [ResidueRun.of(run).steps["test_90"] for run in decayed]
+    late = sum(step is not None and step <= until for step in t90)
+    groks = sum(ResidueRun.of(run).groks for run in free)
+    reading = "groks" if groks else "reproduces" if late else "undecided"
+    return claim("no decay", reading, groks=groks, free=len(free), until=until, late=late, decayed=len(decayed))
+
+
+def _decay(runs: Sequence[Run]) -> Claim | None:
+    for family in decay_families(runs):
+        try:
+            fit = fits(family)
+        except UserError:
+            continue
+        best = min(fit.errors, key=lambda name: fit.errors[name])
+        reading = "null" if abs(fit.exponent - 1) < 0.2 else "other"
+        return claim("law of decay", reading, exponent=-fit.exponent, best=best, error=fit.errors[best])
+    return None
+
+
+_CLAIMS: tuple[Callable[[Sequence[Run]], Claim | None], ...] = (_order, _onset, _no_decay, _decay)

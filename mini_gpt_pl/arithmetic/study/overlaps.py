@@ -6,27 +6,19 @@ mini_gpt_pl overlaps runs/grokking/* --out overlaps
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mini_gpt_pl.arithmetic.nulls import DECAYING
 from mini_gpt_pl.arithmetic.overlaps import ATTENTION, LAYERS, Overlap, overlaps
-from mini_gpt_pl.arithmetic.study.runs import DECAYING, NULLS
-from mini_gpt_pl.arithmetic.study.tables import short
+from mini_gpt_pl.arithmetic.study.paths import short
+from mini_gpt_pl.arithmetic.study.runs import NULLS
+from mini_gpt_pl.arithmetic.study.words import Value, Values, lay
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word, write_tables
+from mini_gpt_pl.report.sheet import Table, write_tables
 from mini_gpt_pl.runs.folder import Run, runs_below
-
-_SHARE, _COSINE = "{:.2%}", "{:.3f}"
-_NOTES = (
-    "Overlap: mean squared cosine of the principal angles between the first {k} centred directions of two paths, 1 "
-    "where they run in one subspace; steps 0 to {until:,}. Chance: random directions of the same matrix. Largest: "
-    "cosine of the smallest angle; 95 %: nineteen of twenty random pairs stay under it.",
-    "All blocks of a run start from one θ₀, and so do runs of one seed. Decay, ‖d‖ and ‖e‖: two decaying walks with "
-    "independent innovations from such starts, as long as the measured increments or innovations; what they share is "
-    "θ₀. Without θ₀: that axis taken out of both paths first, chance being the null again.",
-)
 
 
 def overlap_tables(runs: Sequence[Run], k: int = 2, until: int | None = None, pattern: str = ATTENTION) -> list[Table]:
@@ -46,11 +38,26 @@ def overlap_tables(runs: Sequence[Run], k: int = 2, until: int | None = None, pa
     if not compared:
         raise UserError(f"{runs[0].path} has one layer and is one run: give another run to compare its path with")
     last = min(run.trajectory.steps[-1] for run in runs) if until is None else until
-    notes = [note.format(k=k, until=last) for note in _NOTES]
-    title = "Do other layers and seeds move in the same subspace?"
-    summary = tabulate("grokking_overlaps", title, [_mean_row(part) for part in _gathered(compared)], notes)
-    pairs = tabulate("grokking_overlap_pairs", f"{title} Every pair", [_pair_row(one) for one in compared], notes)
-    return [summary, pairs]
+    parts: dict[tuple[bool, str, str], list[Overlap]] = {}
+    for one in compared:
+        parts.setdefault((one.kind != LAYERS, one.kind, _matrix(one)), []).append(one)
+    means: list[Values] = [
+        {"paths": kind, "weights": matrix, "pairs": len(part), **_values(part)}
+        for (_, kind, matrix), part in sorted(parts.items(), key=lambda item: item[0][0])
+    ]
+    pairs: list[Values] = [
+        {
+            "paths": one.kind,
+            "run": one.run,
+            "other run": one.other_run,
+            "weights": _matrix(one),
+            **_values([one]),
+            "principal cosines": ", ".join(f"{value:.3f}" for value in one.path.cosines),
+        }
+        for one in compared
+    ]
+    noted = {"k": k, "until": last}
+    return [lay("grokking_overlaps", means, **noted), lay("grokking_overlap_pairs", pairs, **noted)]
 
 
 def overlap_sections(runs: Sequence[Run]) -> list[Table]:
@@ -66,47 +73,31 @@ def overlap_sections(runs: Sequence[Run]) -> list[Table]:
         return []
 
 
-def _gathered(compared: Sequence[Overlap]) -> list[list[Overlap]]:
-    """Overlaps of one kind and one matrix."""
-    parts: dict[tuple[str, str], list[Overlap]] = {}
-    for one in compared:
-        parts.setdefault((one.kind, _matrix(one)), []).append(one)
-    return [parts[key] for key in sorted(parts, key=lambda key: key[0] != LAYERS)]
-
-
 def _matrix(one: Overlap) -> str:
     own, other = short(one.weights), short(one.other_weights)
     return own if own == other else f"{own} and {other}"
 
 
-def _mean_row(part: Sequence[Overlap]) -> Row:
-    head = {"paths": word(part[0].kind), "weights": word(_matrix(part[0])), "pairs": number(len(part), "{:.0f}")}
-    return head | _cells(part)
+def _values(part: Sequence[Overlap]) -> dict[str, Value]:
+    """Means over some pairs, overlaps with their spread."""
 
+    def mean(of: Callable[[Overlap], float]) -> float:
+        return statistics.fmean(map(of, part))
 
-def _pair_row(one: Overlap) -> Row:
-    cosines = ", ".join(_COSINE.format(value) for value in one.path.cosines)
-    head = {"paths": word(one.kind), "run": word(one.run), "other run": word(one.other_run)}
-    return {**head, "weights": word(_matrix(one)), **_cells([one]), "principal cosines": word(cosines)}
+    def spread(of: Callable[[Overlap], float]) -> Value:
+        return (mean(of), statistics.stdev(map(of, part))) if len(part) > 1 else mean(of)
 
-
-def _cells(part: Sequence[Overlap]) -> dict[str, Cell]:
-    """Means over some pairs, the overlap with its spread."""
-    cells = {"cos(θ₀, θ₀)": _mean([one.cos_theta0 for one in part], _COSINE)}
-    cells["overlap"] = _mean([one.path.overlap for one in part], _SHARE, spread=True)
-    cells["chance"] = _mean([one.path.chance for one in part], _SHARE)
-    for null in DECAYING:
-        cells[NULLS[null]] = _mean([one.decaying[null] for one in part], _SHARE)
-    cells["largest"] = _mean([one.path.cosines[0] for one in part], _COSINE)
-    cells["95 %"] = _mean([one.path.level for one in part], _COSINE)
-    cells["without θ₀"] = _mean([one.rest.overlap for one in part], _SHARE, spread=True)
-    cells["without θ₀: chance"] = _mean([one.rest.chance for one in part], _SHARE)
-    cells["without θ₀: largest"] = _mean([one.rest.cosines[0] for one in part], _COSINE)
-    return cells
-
-
-def _mean(values: Sequence[float], form: str, *, spread: bool = False) -> Cell:
-    return number(statistics.fmean(values), form, statistics.stdev(values) if spread and len(values) > 1 else None)
+    return {
+        "cos(θ₀, θ₀)": mean(lambda one: one.cos_theta0),
+        "overlap": spread(lambda one: one.path.overlap),
+        "chance": mean(lambda one: one.path.chance),
+        **{NULLS[null]: mean(lambda one, null=null: one.decaying[null]) for null in DECAYING},  # type: ignore[misc]
+        "largest": mean(lambda one: one.path.cosines[0]),
+        "95 %": mean(lambda one: one.path.level),
+        "without θ₀": spread(lambda one: one.rest.overlap),
+        "without θ₀: chance": mean(lambda one: one.rest.chance),
+        "without θ₀: largest": mean(lambda one: one.rest.cosines[0]),
+    }
 
 
 def main(args: Sequence[str] | None = None) -> None:

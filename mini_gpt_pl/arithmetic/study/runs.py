@@ -1,64 +1,78 @@
-"""Runs of residues as their report reads them: when they memorised and generalised, and their path in windows."""
+"""Runs of residues as their report reads them: when they generalised, their path in windows, which repeat which."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import pandas as pd
 import torch
 from typing_extensions import override
 
 from mini_gpt_pl.arithmetic.milestones import BEGUN, MEMORISED, MILESTONES
+from mini_gpt_pl.arithmetic.nulls import walks
 from mini_gpt_pl.arithmetic.operations import OPERATIONS
-from mini_gpt_pl.arithmetic.study.published import SETTING
+from mini_gpt_pl.arithmetic.study.words import Values, words
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.path import innovations, nulls, resampled, windows
+from mini_gpt_pl.geometry.path import innovations, resampled, windows
 from mini_gpt_pl.geometry.path.centred import centred_statistics
 from mini_gpt_pl.geometry.path.innovations import Correlation
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.settings import differences, plain
-from mini_gpt_pl.report.sheet import Cell, number, word
+from mini_gpt_pl.report.published import listed
+from mini_gpt_pl.report.settings import Facts, differences, facts, mapping, plain, said, transformer
+from mini_gpt_pl.report.sheet import Cell
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 
 TEST, TRAIN, LOSS = "eval/test_accuracy", "eval/train_accuracy", "eval/train_loss"
 _PERMUTATIONS = 20
 _FEWEST = 4  # snapshots: the PC1 of two increments is arithmetic
-COLUMNS: Mapping[str, str] = {
-    "train_99": "train 99 %",
-    "test_50": "t50",
-    "test_90": "t90",
-    "test_95": "t95",
-    "test_98": "t98",
-    "test_98_thrice": "stop",
-}
+PUBLISHED: Mapping[str, Any] = words("published")
+SETTING: Mapping[str, Any] = PUBLISHED["setting"]
+"""Facts of the paper's runs, but for operation, seed, length and weight decay (1, or none)."""
+COLUMNS: Mapping[str, str] = words("tables")["milestones"]
 """Column of each milestone."""
-NULLS: Mapping[str, str] = {
-    "walk": "walk",
-    "decaying_walk": "decay, ‖d‖",
-    "innovation_walk": "decay, ‖e‖",
-    "autoregressive_walk": "AR(1)",
-    "permuted": "permuted",
-}
+NULLS: Mapping[str, str] = words("tables")["nulls"]
 """Nulls of a path, and their columns."""
-DECAYING = ("decaying_walk", "innovation_walk")
-"""The two that keep lengths under the run's own decay; an excess over one of them names it."""
-NULLS_NOTE = (
-    "Walk: the run's step lengths ‖d‖ in orthogonal directions. Decay, ‖d‖: the same under the run's weight decay, "
-    "with innovations as long as that takes. Decay, ‖e‖: under decay with the lengths of the measured innovations "
-    "e = θ_k - ρ_k θ_(k-1). The two differ where training pushes back against "
-    "decay. AR(1): the third with the measured correlation of successive innovations. Permuted: the measured "
-    "increments in other orders, median of 20."
-)
+OWN_SEED = "by the seed"
+"""The split of a run that has no seed of its own for it."""
 
 Numbers = Mapping[str, Mapping[str, float]]
 """Of a path: statistic -> measured and each null."""
+
+
+def residue_facts(run: Run) -> dict[str, Any]:
+    """What decides how a run of residues goes, in words and numbers that can be compared."""
+    config = run.settings
+    model, data = mapping(config, "model"), mapping(config, "data")
+    settings = Facts.of_config(config)
+    recorder = next(iter(run.callback_settings("TrajectoryRecorder")), {})
+    operations, split = data.get("operations"), said(data, "split_seed", OWN_SEED)
+    return {
+        "model": transformer(model.get("size")),
+        **settings.of_optimizer,
+        "warm-up": settings.warmup,
+        "schedule length": settings.length,
+        "steps": settings.steps,
+        "sequences a step": settings.examples,
+        "clipping": settings.clipping,
+        "operation": data.get("operation"),
+        "modulus": data.get("modulus"),
+        "training fraction": data.get("train_fraction"),
+        "operations": None if operations is None else ", ".join(operations),
+        "mirror pairs together": data.get("mirror_together"),
+        "split": OWN_SEED if split == data.get("seed", config.get("seed_everything")) else split,
+        "identical blocks": model.get("identical_blocks"),
+        "eps": mapping(mapping(model, "optimizer"), "init_args").get("eps"),
+        "steps a snapshot": mapping(recorder, "schedule").get("every"),
+        "seed": settings.seed,
+    }
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,14 @@ class Phase:
     def words(self) -> str:
         """Name and steps."""
         return f"{self.name}, {self.first:,} to {self.last:,}"
+
+    def middle(self, series: pd.Series[float]) -> float:
+        """Median of a series' records inside; NaN without any. See `inside`."""
+        return median(self.inside(series))
+
+    def inside(self, series: pd.Series[float]) -> list[float]:
+        """The records of a series; one at the first step belongs to the phase before."""
+        return series[(series.index > self.first) & (series.index <= self.last)].tolist()
 
 
 @dataclass(frozen=True)
@@ -138,6 +160,11 @@ class ResidueRun(Subject):
     def series(self, name: str) -> pd.Series[float]:
         return super().series(name) if self.has_metrics else pd.Series(dtype=float)
 
+    def at(self, name: str, step: int) -> float:
+        """A metric's last record up to a step; NaN before the first."""
+        until = self.series(name).loc[:step]
+        return float(until.iloc[-1]) if len(until) else math.nan
+
     @cached_property
     def commutators(self) -> tuple[str, ...]:
         """Names of all commutators that were measured: a run of several tasks has them within tasks and across."""
@@ -180,10 +207,15 @@ class ResidueRun(Subject):
             differing.append("norm tied to another run's instead of free")
         return tuple(differing)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether it repeats one of the paper's runs at its main learning rate: published numbers go beside it."""
-        return not self.differs and self.rate == SETTING["learning rate"]
+    def published(self, name: str, default: Any = None) -> Any:
+        """What is published of the run's operation under a name of `published.yaml`.
+
+        The default for runs that do not repeat one of the paper's at its main learning rate. Without decay, what is
+        published under `<name>_no_decay`.
+        """
+        if self.differs or self.rate != SETTING["learning rate"]:
+            return default
+        return PUBLISHED.get(f"{name}_no_decay" if self.is_free else name, {}).get(self.operation, default)
 
     # ------------------------------------------------------------------------------------------- milestones
 
@@ -195,6 +227,10 @@ class ResidueRun(Subject):
             milestone.name: milestone.in_series(self.series(f"eval/{milestone.of}_accuracy")) for milestone in listed
         }
 
+    def reached(self, *names: str) -> Values:
+        """Steps of milestones by column, in words where one was never reached."""
+        return {COLUMNS[name]: step_of(self.steps[name]) for name in names}
+
     @property
     def groks(self) -> bool:
         """Whether it reached 90 % of the test set."""
@@ -204,6 +240,11 @@ class ResidueRun(Subject):
     def cut(self) -> Phase:
         """From the start to the stop of the original study, three evaluations with 98 %, or to the end."""
         return Phase("to the stop", 0, min(self.steps["test_98_thrice"] or self.last_step, self.last_step))
+
+    @cached_property
+    def own_phases(self) -> list[Phase]:
+        """Its phases; the run to its stop where it has none."""
+        return phases(self.steps, self.last_step) or [self.cut]
 
     @property
     def phases(self) -> list[Phase]:
@@ -250,22 +291,16 @@ class ResidueRun(Subject):
 def _described(content: bytes, count: int, survival: tuple[float, ...]) -> list[Numbers]:
     """Statistics of several paths of one decay, given as the bytes of their Grams, and of each of their nulls."""
     grams = torch.frombuffer(bytearray(content), dtype=torch.float64).view(count, len(survival), len(survival))
-    paths = [
-        grams,
-        nulls.walk(grams),
-        nulls.decaying_walk(grams, survival),
-        innovations.innovation_walk(grams, survival),
-        innovations.autoregressive_walk(grams, survival),
-        *[resampled.permuted(gram, _PERMUTATIONS) for gram in grams],
-    ]
-    statistics_of = centred_statistics(torch.cat(paths), survival)
+    closed = [grams, *walks(grams, survival).values()]
+    permuted = [resampled.permuted(gram, _PERMUTATIONS) for gram in grams]
+    statistics_of = centred_statistics(torch.cat([*closed, *permuted]), survival)
     described: list[Numbers] = []
     for k in range(count):
         one: dict[str, dict[str, float]] = {}
         for name, values in statistics_of.items():
-            closed = values[: 5 * count].view(5, count)[:, k].tolist()
-            drawn = values[5 * count :].view(count, _PERMUTATIONS)[k]
-            one[name] = dict(zip(("measured", *NULLS), [*closed, float(drawn.nanquantile(0.5))], strict=True))
+            drawn = values[len(closed) * count :].view(count, _PERMUTATIONS)[k]
+            first = values[: len(closed) * count].view(len(closed), count)[:, k].tolist()
+            one[name] = dict(zip(("measured", *NULLS), [*first, float(drawn.nanquantile(0.5))], strict=True))
         described.append(one)
     return described
 
@@ -296,16 +331,14 @@ def common_windows(runs: Sequence[ResidueRun]) -> list[Phase]:
     Only snapshots that all runs have count, so that a run recorded more often is thinned: a PC1 depends on the number
     of snapshots.
     """
-    recorded = [run.trajectory.steps for run in runs]
-    shared = tuple(sorted(set(recorded[0]).intersection(*recorded[1:])))
+    shared = tuple(sorted(set.intersection(*(set(run.trajectory.steps) for run in runs))))
     last = shared[-1] if shared else 0
     shown = [Phase("all runs alike", 0, last)]
     if reference := [run.steps for run in runs if run.groks and run.decay]:
         middle: dict[str, int | None] = {}
         for name in ("train_99", "test_10", "test_98_thrice"):
-            reached = [steps[name] for steps in reference]
-            reached_by = [last if step is None else min(step, last) for step in reached]
-            middle[name] = int(statistics.median_low(reached_by))
+            steps = [last if (step := of[name]) is None else min(step, last) for of in reference]
+            middle[name] = int(statistics.median_low(steps))
         shown += phases(middle, last)
     return [replace(window, steps=shared) for window in shown]
 
@@ -325,29 +358,116 @@ def residue_runs(runs: Sequence[Run]) -> list[ResidueRun]:
     )
 
 
-def median(values: Sequence[float]) -> float:
-    """Median of what is known, NaN for nothing."""
+def median(values: Iterable[float]) -> float:
+    """Median of the values that are not NaN; NaN for none."""
     numbers = [value for value in values if not math.isnan(value)]
     return statistics.median(numbers) if numbers else math.nan
 
 
-def reached(run: ResidueRun, name: str) -> Cell:
-    """Step of a milestone, in words where it was never reached."""
-    step = run.steps[name]
-    return word("never") if step is None else number(step, "{:,.0f}")
+def settings_of(run: Run) -> Values:
+    """Columns that say what sets a run apart from others of its task."""
+    of = facts(run)
+    return {"lr": plain(of["learning rate"]), "decay": plain(of["weight decay"]), "seed": plain(of["seed"])}
+
+
+def step_of(step: int | None) -> int | str:
+    """A step, or in words that it was never reached."""
+    return "never" if step is None else step
 
 
 def generalised(run: Run) -> tuple[str, ...]:
     """When a run memorised and generalised, in a sentence for the head of its report; nothing for any other run."""
-    said = []
+    sentences = []
     for one in residue_runs([run]):
-        memorised, t90, end = one.steps["train_99"], one.steps["test_90"], one.series(TEST)
-        said.append(
-            f"99 % of the training set {_reached(memorised)}, 90 % of the test set {_reached(t90)}; the last "
-            f"evaluation, at step {int(end.index[-1]):,}, has {end.iloc[-1]:.1%}."
+        steps, end = (one.steps["train_99"], one.steps["test_90"]), one.series(TEST)
+        memorised, t90 = ("were never reached" if step is None else f"were reached at step {step:,}" for step in steps)
+        sentences.append(
+            f"99 % of the training set {memorised}, 90 % of the test set {t90}; the last evaluation, at step "
+            f"{int(end.index[-1]):,}, has {end.iloc[-1]:.1%}."
         )
-    return tuple(said)
+    return tuple(sentences)
 
 
-def _reached(step: int | None) -> str:
-    return "were never reached" if step is None else f"were reached at step {step:,}"
+# ------------------------------------------------------------------------------------------- runs side by side
+
+_OWN_COLUMNS = ("operation", "learning rate", "weight decay", "seed")
+_LENGTH = ("steps", "steps a snapshot")
+"""Facts that say how long and how often a run was recorded, rather than how it goes."""
+
+
+def _setting(run: ResidueRun, *free: str) -> str:
+    """What decides how a run goes, but for some facts, as one string."""
+    return repr((run.operation, {key: value for key, value in run.facts.items() if key not in free}))
+
+
+def groups_of(runs: Sequence[ResidueRun]) -> list[list[ResidueRun]]:
+    """Gather runs that agree in all facts but the seed, in the order in which they were given."""
+    groups: dict[str, list[ResidueRun]] = {}
+    for run in runs:
+        groups.setdefault(_setting(run, "seed"), []).append(run)
+    return list(groups.values())
+
+
+def distinct(runs: Sequence[ResidueRun]) -> list[ResidueRun]:
+    """Keep one run of each setting and seed, the longest: the same run once more is no second draw."""
+    kept: dict[str, ResidueRun] = {}
+    for k, run in enumerate(runs):
+        key = _setting(run, *_LENGTH) if run.seed is not None else str(k)
+        if key not in kept or (bool(run.reported), run.last_step) > (bool(kept[key].reported), kept[key].last_step):
+            kept[key] = run
+    return [run for run in runs if any(run is other for other in kept.values())]
+
+
+def repeated_note(runs: Sequence[ResidueRun]) -> str | None:
+    """Name the runs that `distinct` leaves out; None if there are none."""
+    kept = distinct(runs)
+    twice = [run.label for run in runs if not any(run is other for other in kept)]
+    return f"Of one setting and seed as a longer run, and not counted again: {', '.join(twice)}." if twice else None
+
+
+def run_values(run: ResidueRun, runs: Sequence[ResidueRun], seeds: int | None = None) -> Values:
+    """What a run was: columns at the head of its row.
+
+    Args:
+        run: Any of a group, for the row of a group of `groups_of`.
+        runs: All runs of the table; what else they differ in has a column.
+        seeds: Number of runs in the group; None for the row of a single run, which has its own seed.
+    """
+    facts = run.facts
+    apart = [key for key in facts if key not in _OWN_COLUMNS and len({repr(r.facts.get(key)) for r in runs}) > 1]
+    differing = [f"{key} {plain(facts[key])}" for key in apart if facts[key] is not None]
+    return {
+        "operation": run.operation,
+        "lr": plain(run.rate),
+        "decay": plain(run.decay),
+        "else": "; ".join(differing) or "-",
+        **({"seed": run.seed} if seeds is None else {"seeds": seeds}),
+    }
+
+
+def spread(values: Sequence[float], form: str = "{:,.0f}") -> Cell | None:
+    """Least and greatest of some values; nothing without any."""
+    if not values:
+        return None
+    low, high = form.format(min(values)), form.format(max(values))
+    ends = {"low": float(min(values)), "high": float(max(values))}
+    return Cell(low if low == high else f"{low} to {high}", None, ends)
+
+
+def setting_note(runs: Sequence[ResidueRun]) -> str | None:
+    """Say why there are no published numbers beside runs that do not repeat the paper's."""
+    other = next((run for run in runs if run.differs), None)
+    if other is None:
+        return None
+    return (
+        f"Published numbers stand only beside runs that repeat the paper's; {other.label} has {listed(other.differs)}."
+    )
+
+
+def commutator_note(runs: Sequence[ResidueRun]) -> str | None:
+    """Say which commutator a table shows where runs have several."""
+    several = next((run for run in runs if len(run.commutators) > 1), None)
+    if several is None:
+        return None
+    others = ", ".join(name for name in several.commutators if name != several.reported)
+    return f"The commutator is {several.reported}; {several.label} also measured {others}, which this does not show."
