@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.arithmetic.nulls import DECAYING, walks
-from mini_gpt_pl.arithmetic.statistics.routing import chosen_groups
+from mini_gpt_pl.arithmetic.routing import chosen_groups
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions import subspace
 from mini_gpt_pl.geometry.directions.subspace import Basis, Block

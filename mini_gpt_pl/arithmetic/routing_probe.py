@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from mini_gpt_pl.arithmetic.statistics.routing import chosen_groups, joint_directions
+from mini_gpt_pl.arithmetic.routing import chosen_groups, joint_directions
 from mini_gpt_pl.callbacks.attention import asked_query, fixed_batches, query_rows, require_attention
 from mini_gpt_pl.callbacks.measuring import ShowsItsAttention, measuring
 from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row

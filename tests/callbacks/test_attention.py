@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import one_line_error
@@ -17,13 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mini_gpt_pl import main as cli
+from mini_gpt_pl.arithmetic import routing
 from mini_gpt_pl.arithmetic.data import MarkerSums, ModularArithmetic
 from mini_gpt_pl.arithmetic.encoder import ATTENTION_PATTERN, Block, EncoderSize
 from mini_gpt_pl.arithmetic.markers import MarkerTask
 from mini_gpt_pl.arithmetic.module import ResidueClassifier
-from mini_gpt_pl.arithmetic.routing import main as route
 from mini_gpt_pl.arithmetic.routing_probe import RoutingProbe
-from mini_gpt_pl.arithmetic.statistics import routing
 from mini_gpt_pl.callbacks import AttentionProbe, Schedule, TrajectoryRecorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import concentration
@@ -110,8 +110,8 @@ def test_a_quantity_that_a_score_drives_is_found_and_another_is_not() -> None:
     driven = routing.score_changes(trajectory.grams.sum(0), 2)[1].cumsum(0)
     noise = np.random.default_rng(3)
     series = {
-        "driven": (steps[1:], (driven + 0.1 * torch.from_numpy(noise.standard_normal(len(driven)))).tolist()),
-        "other": (steps, noise.standard_normal(len(steps)).cumsum().tolist()),
+        "driven": pd.Series((driven + 0.1 * torch.from_numpy(noise.standard_normal(len(driven)))).numpy(), steps[1:]),
+        "other": pd.Series(noise.standard_normal(len(steps)).cumsum(), steps),
     }
     found = {(s.quantity, s.component): s for s in routing.steered(trajectory, "w_", series, k=2, draws=499)}
     hit = found["driven", 2]
@@ -125,9 +125,9 @@ def test_what_cannot_be_compared_is_said_in_one_line() -> None:
     with pytest.raises(UserError, match="no recorded group matches 'w_k'"):
         routing.joint_directions(trajectory, "w_k", 1)
     with pytest.raises(UserError, match="9 are needed"):
-        routing.steered(trajectory, "w_", {"h": ([0, 10, 20, 45], [0.0, 1.0, 2.0, 3.0])})
+        routing.steered(trajectory, "w_", {"h": pd.Series([0.0, 1.0, 2.0, 3.0], [0, 10, 20, 45])})
     with pytest.raises(UserError, match="9 are needed"):
-        routing.steered(trajectory, "w_", {"h": (trajectory.steps, [0.0] * 41)}, start=390)
+        routing.steered(trajectory, "w_", {"h": pd.Series(0.0, trajectory.steps)}, start=390)
 
 
 def test_holm_is_bonferroni_for_the_smallest() -> None:
@@ -317,10 +317,10 @@ def test_a_run_from_the_command_line_says_whether_its_path_steers_its_attention(
     files = [configs / "smoke.yaml", configs / "tiny.yaml", configs / "fourier.yaml", often]
     cli.run(f"fit {' '.join(f'-c {file}' for file in files)} --trainer.max_steps 120 --run_dir {tmp_path}/run")
     capsys.readouterr()
-    route([str(tmp_path / "run"), "--k", "2", "--start", "10"])
+    routing.main([str(tmp_path / "run"), "--k", "2", "--start", "10"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["component", "quantity", "intervals", "r", "level", "p", "adjusted"]
     assert len(lines) == 1 + 2 * 2 * 2  # scores, kinds of batches, layers
     with one_line_error("recorded no entropy"):
         (tmp_path / "run/metrics.csv").write_text("step,a\n1,2\n")
-        route([str(tmp_path / "run")])
+        routing.main([str(tmp_path / "run")])

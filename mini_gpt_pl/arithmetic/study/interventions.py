@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -255,6 +255,10 @@ def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: s
 
 # ------------------------------------------------------------------------------------------------------- claims
 
+Reading = tuple[str, Mapping[str, Sequence[str]]]
+"""Which of a claim's readings the arms call for, and the arms that it names, or what `more` holds."""
+_KICKS = ("kick", "sustained_050", "sustained_100", "sustained_200", "sustained_500")
+
 
 class _Bench:
     """Arms, and how to say what became of them."""
@@ -287,18 +291,20 @@ class _Bench:
     def delay(self, name: str) -> str:
         return str(Delays.between(self.arms[name], self.arms[self.control]))
 
-    def delays(self, *names: str) -> str:
-        """Delays of some arms, one after the other."""
-        return "; ".join(f"{name} {self.delay(name)}" for name in names if name in self.arms)
+    def fate(self, name: str) -> str:
+        """How many runs of an arm generalised, and what they still knew of the training set."""
+        said = f"{self.reached(name)} of {len(self.arms[name])} generalise, training accuracy falls to"
+        return f"{name}: {said} {self.accuracy(name):.0%}"
 
-    def fates(self, *names: str) -> str:
-        """How many runs of some arms generalised, and what they still knew of the training set."""
-        return "; ".join(
-            f"{name}: {self.reached(name)} of {len(self.arms[name])} generalise, training accuracy falls to "
-            f"{self.accuracy(name):.0%}"
-            for name in names
-            if name in self.arms
-        )
+
+class _Said(dict[str, str]):
+    """What is said of arms, by their names with a space between; arms that were not run are left out."""
+
+    def __init__(self, arms: Container[str], say: Callable[[str], str]) -> None:
+        self._arms, self._say = arms, say
+
+    def __missing__(self, names: str) -> str:
+        return "; ".join(self._say(name) for name in names.split() if name in self._arms)
 
 
 def claims_table(arms: Mapping[str, Sequence[Ended]], control: str = "none") -> Table:
@@ -311,67 +317,53 @@ def claims_table(arms: Mapping[str, Sequence[Ended]], control: str = "none") -> 
         arms: Runs that have ended, by arm.
         control: Name of the arm without intervention.
     """
-    said, bench = words("claims")["interventions"], _Bench(arms, control)
-    notes = [said["note"].format(_EVALUATION, _MOST, _FORGOTTEN)]
+    said, bench = words("claims"), _Bench(arms, control)
+    alone = [kick for kick in _KICKS if not bench.has(kick, f"{kick}_random")]
+    shown = set(arms) - {name for kick in alone for name in (kick, f"{kick}_random")}
+    of_arms = {
+        "delay": _Said(shown, bench.delay),
+        "delays": _Said(shown, lambda name: f"{name} {bench.delay(name)}"),
+        "fates": _Said(shown, bench.fate),
+    }
+    claims: list[Claim] = []
+    for name, read in _READINGS.items():
+        if bench.has(*said[name]["takes"]) and (reading := read(bench)) is not None:
+            named = {key: ", ".join(names) for key, names in reading[1].items()}
+            claims.append(claim(name, reading[0], **of_arms, **named))
+    text = said["interventions"]
+    notes = [text["note"].format(_EVALUATION, _MOST, _FORGOTTEN)]
     columns = ("the study says", "here", "beside", "reading")
-    return core.claims_table("intervention_claims", said["title"], [judge(bench) for judge in _CLAIMS], notes, columns)
+    return core.claims_table("intervention_claims", text["title"], claims, notes, columns)
 
 
-def _dose(bench: _Bench) -> Claim | None:
+def _dose(bench: _Bench) -> Reading:
     """A gradient whose orthogonal part is suppressed is, to Adam, one whose parallel part is amplified."""
-    doses = ("pca_s025", "pca_s050", "pca_s075")
-    if not bench.has(*doses, "amplify_s075", "scale_s075"):
-        return None
     if not bench.later("pca_s075"):
-        reading = "no"
-    elif not bench.later("amplify_s075"):
-        reading = "yes"
-    else:
-        reading = "partly" if bench.later("pca_s075", "amplify_s075") else "amplification"
-    amplify, scale = bench.delay("amplify_s075"), bench.delay("scale_s075")
-    return claim("dose", reading, doses=bench.delays(*doses), amplify=amplify, scale=scale)
+        return "no", {}
+    if not bench.later("amplify_s075"):
+        return "yes", {}
+    return "partly" if bench.later("pca_s075", "amplify_s075") else "amplification", {}
 
 
-def _specific(bench: _Bench) -> Claim | None:
+def _specific(bench: _Bench) -> Reading:
     matched = ("blocks_s075", "rank_one_s075", "theta0_s075", "other_s075")
-    if not bench.has("pca_s075", "isotropic_s075", *matched):
-        return None
     beaten = [name for name in matched if bench.later("pca_s075", name)]
     equal = [name for name in matched if name not in beaten]
     reading = "none" if not bench.later("pca_s075") else "yes" if not equal else "some" if beaten else "no"
-    return claim(
-        "subspace",
-        reading,
-        path=bench.delay("pca_s075"),
-        isotropic=bench.delay("isotropic_s075"),
-        matched=bench.delays(*matched, "past_s075"),
-        beaten=", ".join(beaten),
-        equal=", ".join(equal),
-    )
+    return reading, {"beaten": beaten, "equal": equal}
 
 
-def _confined(bench: _Bench) -> Claim | None:
+def _confined(bench: _Bench) -> Reading:
     """At s = 1 all weights outside the span have no gradient, and decay goes on."""
-    if not bench.has("pca_s100", "decay_off_s100"):
-        return None
-    if bench.reached("pca_s100"):
-        reading = "no"
-    elif not bench.forgets("pca_s100"):
-        reading = "yes"
-    else:
-        reading = "erased" if bench.forgets("decay_off_s100") else "decay"
-    alone = bench.has("inside_s100") and not bench.fails("inside_s100")
-    others = ("decay_off_s100", "decay_span_s100", "decay_off", "inside_s100", "isotropic_s100", "blocks_s100")
-    inside = words("claims")["confined"]["inside"] if alone else ""
-    return claim("confined", reading, path=bench.fates("pca_s100"), others=bench.fates(*others), inside=inside)
+    erased = "erased" if bench.forgets("decay_off_s100") else "decay"
+    reading = "no" if bench.reached("pca_s100") else erased if bench.forgets("pca_s100") else "yes"
+    more = bench.has("inside_s100") and not bench.fails("inside_s100")
+    return reading, {"more": [words("claims")["confined"]["more"]] if more else []}
 
 
-def _along(bench: _Bench) -> Claim | None:
+def _along(bench: _Bench) -> Reading:
     arms = ("remove", "update_remove")
-    if not bench.has(*arms, "blocks_remove"):
-        return None
-    failing = [name for name in arms if bench.fails(name)]
-    late = [name for name in arms if bench.later(name)]
+    failing, late = [name for name in arms if bench.fails(name)], [name for name in arms if bench.later(name)]
     earlier = [name for name in arms if bench.later(bench.control, name)]
     if any(bench.forgets(name) for name in failing):
         reading = "erased"
@@ -379,43 +371,31 @@ def _along(bench: _Bench) -> Claim | None:
         reading = "blocks" if bench.fails("blocks_remove") else "stands"
     else:
         reading = "late" if late else "early" if earlier else "alike"
-    return claim(
-        "along",
-        reading,
-        remove=bench.delay("remove"),
-        update=bench.delay("update_remove"),
-        blocks=bench.delays("blocks_remove"),
-        failing=", ".join(failing),
-        late=", ".join(late),
-        earlier=", ".join(earlier),
-    )
+    return reading, {"failing": failing, "late": late, "earlier": earlier}
 
 
-def _kicks(bench: _Bench) -> Claim | None:
-    pairs = [(n, f"{n}_random") for n in ("kick", "sustained_050", "sustained_100", "sustained_200", "sustained_500")]
-    pairs = [pair for pair in pairs if bench.has(*pair)]
-    if not pairs:
-        return None
+def _kicks(bench: _Bench) -> Reading | None:
+    pairs = [pair for name in _KICKS if bench.has(*(pair := (name, f"{name}_random")))]
     differ = [one for one, random in pairs if bench.later(one, random) or bench.later(random, one)]
-    kicks, controls = zip(*pairs, strict=True)
-    reached = {"kicks": bench.delays(*kicks), "random": bench.delays(*controls, "noise")}
-    return claim("kicks", "no" if differ else "yes", differ=", ".join(differ), **reached)
+    return ("no" if differ else "yes", {"differ": differ}) if pairs else None
 
 
-def _update(bench: _Bench) -> Claim | None:
-    if not bench.has("update_s075", "update_scale_s075"):
-        return None
-    reading = "more" if bench.later("update_s075", "update_scale_s075") else "rate"
-    if not bench.later("update_s075"):
-        reading = "none"
+def _update(bench: _Bench) -> Reading:
+    rate = "more" if bench.later("update_s075", "update_scale_s075") else "rate"
     arm = "update_s100_decay_span"
-    known = bench.has(arm) and not bench.reached(arm) and not bench.forgets(arm)
-    confined = words("claims")["update"]["confined"] if known else ""
-    update, scale = bench.delays("update_s075", "update_s100", arm), bench.delays("update_scale_s075")
-    return claim("update", reading, update=update, scale=scale, confined=confined)
+    more = bench.has(arm) and not bench.reached(arm) and not bench.forgets(arm)
+    reading = rate if bench.later("update_s075") else "none"
+    return reading, {"more": [words("claims")["update"]["more"]] if more else []}
 
 
-_CLAIMS: tuple[Callable[[_Bench], Claim | None], ...] = (_dose, _specific, _confined, _along, _kicks, _update)
+_READINGS: Mapping[str, Callable[[_Bench], Reading | None]] = {
+    "dose": _dose,
+    "subspace": _specific,
+    "confined": _confined,
+    "along": _along,
+    "kicks": _kicks,
+    "update": _update,
+}
 
 
 # ------------------------------------------------------------------------------------------------------ command

@@ -128,7 +128,7 @@ def _sd(values: Sequence[float]) -> float:
 def pc1(run: ResidueRun) -> Table:
     """Centred PC1 of every matrix to the stop and in each phase, beside every null."""
     rows = [
-        head | {"snapshots": len(run.within(phase))} | _against([of["pc1_centred"]], _SHARE)
+        head | {"snapshots": float(len(run.within(phase)))} | _against([of["pc1_centred"]], _SHARE)
         for phase, _, of, head in _parts(run)
     ]
     return lay("grokking_pc1", rows)
