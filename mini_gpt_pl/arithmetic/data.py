@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -49,26 +50,14 @@ class ResidueData(LightningDataModule, ABC):
 
     @abstractmethod
     def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Examples:
-        """Draw a batch like those of training, and independent of them, for whatever measures. Needs `setup`.
-
-        Args:
-            generator: The one source of randomness.
-            size: Examples in it; None for as many as a training batch has.
-        """
+        """Draw a batch like those of training, of as many examples for None, for whatever measures. Needs `setup`."""
 
     def draw_kinds(self, generator: np.random.Generator, size: int) -> dict[str, Examples]:
-        """Draw examples of each whole set, without replacement, for whatever measures. Needs `setup`.
-
-        Args:
-            generator: The one source of randomness.
-            size: Examples from each set; all of it where there are fewer.
-        """
-        drawn_of = {}
-        for name, examples in self.sets.items():
-            count = len(examples.labels)
-            drawn = to_device(torch.from_numpy(generator.permutation(count)[:size]), self.device)
-            drawn_of[name] = Examples(examples.tokens[drawn], examples.labels[drawn])
-        return drawn_of
+        """Draw up to `size` examples of each whole set, without replacement, for whatever measures. Needs `setup`."""
+        return {
+            name: self._chosen(examples, torch.from_numpy(generator.permutation(len(examples.labels))[:size]))
+            for name, examples in self.sets.items()
+        }
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -88,12 +77,10 @@ class ResidueData(LightningDataModule, ABC):
 
     @override
     def train_dataloader(self) -> BatchStream:
-        """The training batches; what a step sees depends on the seed and the step alone."""
         return self.batches()
 
     @override
     def val_dataloader(self) -> list[DataLoader[Examples]]:
-        """Each whole set as one batch, in the order of `sets`."""
         # A generator of its own: each iteration of a DataLoader draws a number, from the global one by default.
         return [
             DataLoader([examples], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
@@ -102,16 +89,19 @@ class ResidueData(LightningDataModule, ABC):
 
     @override
     def test_dataloader(self) -> list[DataLoader[Examples]]:
-        """The same as `val_dataloader`."""
         return self.val_dataloader()
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave batches where they are: on the device."""
-        return batch
+        return batch  # it is there already
 
     def _moved(self, examples: Examples) -> Examples:
         return Examples(*(to_device(part, self.device) for part in examples))
+
+    def _chosen(self, examples: Examples, positions: Tensor) -> Examples:
+        """Some of the examples of a whole set, on the device."""
+        where = to_device(positions, self.device)
+        return Examples(examples.tokens[where], examples.labels[where])
 
 
 class ModularArithmetic(ResidueData):
@@ -165,11 +155,15 @@ class ModularArithmetic(ResidueData):
 
     @override
     def build_sets(self) -> dict[str, Examples]:
-        pairs = all_pairs(self.operation, self.classes)
-        parts = split_pairs(pairs.tokens, self.train_fraction, self.split_seed, mirror_together=self.mirror_together)
+        return self._split(all_pairs(self.operation, self.classes))
+
+    def _split(self, pairs: Examples) -> dict[str, Examples]:
+        train, test = split_pairs(
+            pairs.tokens, self.train_fraction, self.split_seed, mirror_together=self.mirror_together
+        )
         return {
-            name: Examples(pairs.tokens[part], pairs.labels[part])
-            for name, part in zip(("train", "test"), parts, strict=True)
+            "train": Examples(pairs.tokens[train], pairs.labels[train]),
+            "test": Examples(pairs.tokens[test], pairs.labels[test]),
         }
 
     @override
@@ -180,8 +174,7 @@ class ModularArithmetic(ResidueData):
         def block(number: int) -> Examples:
             if count is None:
                 return Examples(train.tokens.expand(BLOCK, -1, -1), train.labels.expand(BLOCK, *train.labels.shape))
-            drawn = to_device(with_replacement(size, count, self.seed, Purpose.TRAIN, number), self.device)
-            return Examples(train.tokens[drawn], train.labels[drawn])
+            return self._chosen(train, with_replacement(size, count, self.seed, Purpose.TRAIN, number))
 
         what = {"pairs": size, "batch_size": count or size, "seed": self.seed, "training set": fingerprint(train)}
         return BatchStream(block, what)
@@ -190,8 +183,8 @@ class ModularArithmetic(ResidueData):
     def draw_batch(self, generator: np.random.Generator, size: int | None = None) -> Examples:
         train = self.sets["train"]
         pairs = len(train.labels)
-        drawn = to_device(torch.from_numpy(generator.integers(0, pairs, size or self.batch_size or pairs)), self.device)
-        return Examples(train.tokens[drawn], train.labels[drawn])
+        drawn = generator.integers(0, pairs, size or self.batch_size or pairs)
+        return self._chosen(train, torch.from_numpy(drawn))
 
 
 class MarkerSums(ResidueData):
@@ -230,12 +223,10 @@ class MarkerSums(ResidueData):
 
     @override
     def build_sets(self) -> dict[str, Examples]:
-        return {
-            f"m{m}": _examples(
-                *self.task.per_number(self.eval_examples, m, generator(self.seed, Purpose.EVALUATION, m))
-            )
-            for m in self.task.markers
-        }
+        def drawn(m: int) -> Examples:
+            return _examples(*self.task.per_number(self.eval_examples, m, generator(self.seed, Purpose.EVALUATION, m)))
+
+        return {f"m{m}": drawn(m) for m in self.task.markers}
 
     @override
     def batches(self) -> BatchStream:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from mini_gpt_pl.errors import UserError
@@ -36,18 +37,10 @@ def generator(seed: int, purpose: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, index, 0, 0], dtype=np.uint64)))
 
 
-def with_replacement(size: int, count: int, seed: int, purpose: int, block: int) -> Tensor:
-    """Positions of the examples of `BLOCK` batches, each drawn uniformly and with replacement.
+def with_replacement(size: int, count: int, seed: int, purpose: int, block: int) -> Int[Tensor, "BLOCK count"]:
+    """Positions among `size` examples of `BLOCK` batches of `count`, drawn uniformly and with replacement.
 
-    Args:
-        size: Examples to draw from.
-        count: Examples in a batch.
-        seed: Of the draws.
-        purpose: What the batches are for.
-        block: Which steps: from `block * BLOCK` on.
-
-    Returns:
-        (BLOCK, count) positions.
+    The batches are those of the steps from `block * BLOCK` on.
     """
     return torch.from_numpy(generator(seed, purpose, block).integers(0, size, (BLOCK, count)))
 

@@ -40,9 +40,9 @@ class Spectrum:
 
     Example:
         >>> wave = torch.cos(2 * torch.pi * 5 * torch.arange(97) / 97)[:, None]
-        >>> found = spectrum(wave, "additive")
-        >>> found.frequency, round(found.largest, 3), found.chance == 1 / 48
-        (5, 1.0, True)
+        >>> of = spectrum(wave, "additive")
+        >>> of.frequency, round(of.largest, 3)
+        (5, 1.0)
     """
 
     shares: Float[Tensor, " F"]
@@ -65,11 +65,6 @@ class Spectrum:
         return 1.0 / float(self.shares.square().sum())
 
     @property
-    def chance(self) -> float:
-        """Expected share of one frequency, 2 / (m - 1): 1/48 for 97 residues."""
-        return 2.0 / (self.rows - 1)
-
-    @property
     def effective_null(self) -> float:
         """`effective` from the expected sum of squared shares."""
         return 1.0 / sum(null.mean**2 + null.variance for null in self._nulls)
@@ -81,34 +76,26 @@ class Spectrum:
         quantile is larger by up to 8 % where few columns dominate (tests/arithmetic/test_fourier.py), and the
         same where many do.
         """
+        first, last = self._nulls[0], self._nulls[-1]
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._below(middle) < q else (low, middle)
+            below = first.below(middle) ** (len(self._nulls) - 1) * last.below(middle)
+            low, high = (middle, high) if below < q else (low, middle)
         return high
-
-    @property
-    def p(self) -> float:
-        """Probability by chance of a largest share as large as this one."""
-        return 1.0 - self._below(self.largest)
-
-    def _below(self, share: float) -> float:
-        first, last = self._nulls[0], self._nulls[-1]
-        return first.below(share) ** (len(self._nulls) - 1) * last.below(share)
 
     @cached_property
     def _nulls(self) -> list[ShareNull]:
-        """Of each frequency; all are alike, but for the last one of an even number of rows, which has one dimension."""
-        pair = self._null_of(2)
-        count = len(self.shares)
-        return [pair] * (count - 1) + [pair if self.rows % 2 else self._null_of(1)]
+        """Of each frequency: two dimensions of the m across the constant, or one for the last of an even number."""
+        m = self.rows - 1
 
-    def _null_of(self, dimensions: int) -> ShareNull:
-        m = self.rows - 1  # across the constant
-        mean = dimensions / m
-        one = mean * (1 - mean) / (m / 2 + 1)  # variance of a single random direction's share: a Beta distribution
-        # Columns are orthogonal: what one has of a frequency the others lack, with covariance -one / (m - 1).
-        return ShareNull(mean, max(one * (self.evenness - (1 - self.evenness) / (m - 1)), 1e-300))
+        def null(dimensions: int) -> ShareNull:
+            mean = dimensions / m
+            one = mean * (1 - mean) / (m / 2 + 1)  # variance of a single random direction's share: a Beta distribution
+            # Columns are orthogonal: what one has of a frequency the others lack, with covariance -one / (m - 1).
+            return ShareNull(mean, max(one * (self.evenness - (1 - self.evenness) / (m - 1)), 1e-300))
+
+        return [null(2)] * (len(self.shares) - 1) + [null(2 if self.rows % 2 else 1)]
 
 
 def spectrum(table: Float[Tensor, "p d"], axis: Axis = "additive") -> Spectrum:
@@ -121,8 +108,7 @@ def spectrum(table: Float[Tensor, "p d"], axis: Axis = "additive") -> Spectrum:
     Raises:
         UserError: The multiplicative group has no generator, as p is no prime, or the table is constant.
     """
-    numbers = moments(table, axis).tolist()
-    return read(numbers, len(residues(len(table), axis)))
+    return read(moments(table, axis).tolist(), len(residues(len(table), axis)))
 
 
 def moments(table: Float[Tensor, "p d"], axis: Axis) -> Float[Tensor, " F1"]:

@@ -93,20 +93,16 @@ class FourierProbe(DeferringProbe):
             if not fourier.varies(list(numbers.values())):
                 continue  # a table that was never drawn, or of a run that has diverged and says so itself
             axis, name, _ = next(iter(numbers))
-            rows = self._residues - (axis == "multiplicative")
-            yield step, _named(fourier.read(list(numbers.values()), rows), f"fourier/{axis}/{name}/")
-
-
-def _named(spectrum: fourier.Spectrum, prefix: str) -> dict[str, float]:
-    numbers = {
-        "largest": spectrum.largest,
-        "largest_null": spectrum.largest_null(0.5),
-        "largest_level": spectrum.largest_null(0.95),
-        "frequency": float(spectrum.frequency),
-        "effective": spectrum.effective,
-        "effective_null": spectrum.effective_null,
-    }
-    return {prefix + name: value for name, value in numbers.items()}
+            spectrum = fourier.read(list(numbers.values()), self._residues - (axis == "multiplicative"))
+            values = {
+                "largest": spectrum.largest,
+                "largest_null": spectrum.largest_null(0.5),
+                "largest_level": spectrum.largest_null(0.95),
+                "frequency": float(spectrum.frequency),
+                "effective": spectrum.effective,
+                "effective_null": spectrum.effective_null,
+            }
+            yield step, {f"fourier/{axis}/{name}/{key}": value for key, value in values.items()}
 
 
 def _tasks(module: LightningModule) -> tuple[str, ...]:

@@ -73,16 +73,7 @@ class MarkerTask:
     def batch(
         self, examples: int, step: int, rng: np.random.Generator
     ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-        """One batch, drawn with a generator of its own.
-
-        Args:
-            examples: B.
-            step: For the curriculum.
-            rng: At its beginning.
-
-        Returns:
-            Tokens and classes.
-        """
+        """Tokens and classes of one batch, drawn with a generator of its own; the step is for the curriculum."""
         number = self.markers_at(step, rng, examples)
         if self.per_example:
             return self._join([self._example(int(m), rng) for m in number])
@@ -107,16 +98,7 @@ class MarkerTask:
     def with_layout(
         self, examples: int, positions: Int[np.ndarray, " m"], rng: np.random.Generator
     ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-        """Examples whose markers all stand at the same positions.
-
-        Args:
-            examples: B.
-            positions: Of the markers, ascending.
-            rng: Draws noise and values.
-
-        Returns:
-            Tokens and classes.
-        """
+        """Tokens and classes of examples whose markers all stand at the same positions, ascending."""
         m = len(positions)
         noise = np.delete(np.arange(self.vocab_size), [*range(self.classes), *self.first_marker + np.arange(m)])
         tokens = rng.choice(noise, (examples, self.length))

@@ -35,15 +35,11 @@ class Milestone:
     in_a_row: int = 1
 
     def in_series(self, accuracy: pd.Series[float]) -> int | None:
-        """Return the same as `reached`, of accuracies by step."""
+        """The same as `reached`, of accuracies by step."""
         return self.reached([int(step) for step in accuracy.index], accuracy.tolist())
 
     def reached(self, steps: Sequence[int], accuracy: Sequence[float]) -> int | None:
-        """Return the step at which it was reached, None if it was not.
-
-        Args:
-            steps: Steps of the evaluations, ascending.
-            accuracy: On the set, at each of them.
+        """The step at which it was reached by accuracies at ascending steps, None if it was not.
 
         Example:
             >>> Milestone("grokked", "test", 0.98, in_a_row=2).reached([1, 100, 200, 300], [0.0, 0.99, 0.98, 1.0])
@@ -75,12 +71,7 @@ stops). `test_50` is the middle of the rise."""
 
 
 def reached(steps: Sequence[int], accuracy: Mapping[str, Sequence[float]]) -> dict[str, int | None]:
-    """Return the step of every milestone that the sets allow, None for one that was not reached.
-
-    Args:
-        steps: Steps of the evaluations, ascending.
-        accuracy: On each set, at each of them.
-    """
+    """The step of every milestone of the sets whose accuracies are given, None for one that was not reached."""
     return {m.name: m.reached(steps, accuracy[m.of]) for m in MILESTONES if m.of in accuracy}
 
 
@@ -97,8 +88,6 @@ class Evaluation(Callback):
         continue_steps: Steps to take after it.
 
     Attributes:
-        steps: Steps of the evaluations so far.
-        accuracy: On each set, at each of them.
         milestones: The step of each milestone, None for one that has not been reached.
 
     Raises:
@@ -114,8 +103,7 @@ class Evaluation(Callback):
         stop_at: str | None = None,
         continue_steps: int = 0,
     ) -> None:
-        names = [milestone.name for milestone in MILESTONES]
-        if stop_at is not None and stop_at not in names:
+        if stop_at is not None and stop_at not in (names := [milestone.name for milestone in MILESTONES]):
             raise UserError(f"Evaluation: there is no milestone {stop_at!r} to stop at; give one of {', '.join(names)}")
         if continue_steps < 0:
             raise UserError(f"Evaluation: continue_steps {continue_steps} is negative")

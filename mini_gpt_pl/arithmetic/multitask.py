@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW
 from typing_extensions import override
 
 from mini_gpt_pl.arithmetic.data import ModularArithmetic
-from mini_gpt_pl.arithmetic.encoder import EncoderSize
 from mini_gpt_pl.arithmetic.milestones import MILESTONES, Milestone
 from mini_gpt_pl.arithmetic.module import ADAMW, ResidueClassifier
-from mini_gpt_pl.arithmetic.operations import OPERATIONS, Examples, OperationName, pairs_from, split_pairs
+from mini_gpt_pl.arithmetic.operations import OPERATIONS, Examples, OperationName, pairs_from
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.folder import Run
 
@@ -31,12 +29,7 @@ class MultiTaskArithmetic(ModularArithmetic):
 
     Args:
         operations: Which; their order is that of the heads.
-        modulus: p, number of tokens and of each operation's classes.
-        train_fraction: Share of the pairs to train on.
-        mirror_together: Keep (a, b) and (b, a) on the same side of the split.
-        batch_size: Pairs in a batch, drawn with replacement; null for all training pairs in every step.
-        seed: Of the batches, and of the split unless that has its own. On the command line it is `seed_everything`.
-        split_seed: Of the split; null for that of the batches.
+        split: The other arguments of `ModularArithmetic`, from `modulus` on.
 
     Raises:
         UserError: There is no operation, one is named twice, or a number is out of range.
@@ -48,19 +41,10 @@ class MultiTaskArithmetic(ModularArithmetic):
         torch.Size([4608, 2])
     """
 
-    def __init__(
-        self,
-        operations: Sequence[OperationName] = ("add", "mul"),
-        modulus: int = 97,
-        train_fraction: float = 0.5,
-        mirror_together: bool = False,
-        batch_size: int | None = 512,
-        seed: int = 42,
-        split_seed: int | None = None,
-    ) -> None:
+    def __init__(self, operations: Sequence[OperationName] = ("add", "mul"), **split: Any) -> None:
         if not operations or len(set(operations)) < len(operations):
             raise UserError(f"--data.operations {list(operations)}: give one or more, each once")
-        super().__init__(operations[0], modulus, train_fraction, mirror_together, batch_size, seed, split_seed)
+        super().__init__(operations[0], **split)
         self.tasks: tuple[str, ...] = tuple(operations)
         self._operations = tuple(operations)
 
@@ -68,9 +52,7 @@ class MultiTaskArithmetic(ModularArithmetic):
     def build_sets(self) -> dict[str, Examples]:
         first = max(OPERATIONS[operation].first for operation in self._operations)
         pairs = [pairs_from(operation, self.classes, first) for operation in self._operations]
-        tokens, labels = pairs[0].tokens, torch.stack([part.labels for part in pairs], 1)
-        parts = split_pairs(tokens, self.train_fraction, self.split_seed, mirror_together=self.mirror_together)
-        return {name: Examples(tokens[part], labels[part]) for name, part in zip(("train", "test"), parts, strict=True)}
+        return self._split(Examples(pairs[0].tokens, torch.stack([part.labels for part in pairs], 1)))
 
 
 class MultiTaskClassifier(ResidueClassifier):
@@ -80,36 +62,17 @@ class MultiTaskClassifier(ResidueClassifier):
     is that of the task that is worst on it, so that milestones are reached by all tasks.
 
     Args:
-        size: Shape of the blocks.
-        vocab_size: Number of tokens; on the command line it comes from the data, as do the next four.
-        classes: Number of classes of each task.
-        length: Tokens in a sequence.
-        causal: Mask later positions and read the last one; else no mask, and position 0 is read.
+        classes: Number of classes of each task; on the command line it comes from the data, as do the tasks.
         tasks: Their names, in the order of the labels' columns.
-        identical_blocks: Start all blocks from the same values, as the original does.
-        optimizer: Any optimizer, by class path and arguments.
-        seed: Of the initial weights. On the command line it is `seed_everything`.
+        single: The other arguments of `ResidueClassifier`.
 
     Example:
         >>> sum(p.numel() for p in MultiTaskClassifier(tasks=("add", "mul")).parameters())
         302914
     """
 
-    def __init__(
-        self,
-        size: EncoderSize = EncoderSize(),  # noqa: B008 (frozen)
-        vocab_size: int = 97,
-        classes: int = 97,
-        length: int = 2,
-        causal: bool = False,
-        tasks: Sequence[str] = ("add", "mul"),
-        identical_blocks: bool = True,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, **ADAMW),
-        seed: int = 42,
-    ) -> None:
-        super().__init__(
-            size, vocab_size, classes * len(tasks), length, causal, identical_blocks, optimizer=optimizer, seed=seed
-        )
+    def __init__(self, classes: int = 97, tasks: Sequence[str] = ("add", "mul"), **single: Any) -> None:
+        super().__init__(classes=classes * len(tasks), **single)
         self.tasks = tuple(tasks)
 
     @override

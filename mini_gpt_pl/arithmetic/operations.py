@@ -18,12 +18,7 @@ OperationName = Literal["add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy"]
 
 
 class Examples(NamedTuple):
-    """Token sequences and their classes; as a batch, or as a whole set.
-
-    Attributes:
-        tokens: Token ids.
-        labels: Class of each sequence; for several tasks at once, a column for each.
-    """
+    """Token sequences and their classes, for several tasks at once a column for each; a batch or a whole set."""
 
     tokens: Int[Tensor, "B T"]
     labels: Int[Tensor, "B ..."]
@@ -56,13 +51,9 @@ OPERATIONS: Mapping[OperationName, Operation] = {
 
 
 def all_pairs(operation: OperationName, modulus: int) -> Examples:
-    """Every ordered pair of residues, a in the outer loop, with the operation's result as its class.
+    """Every ordered pair of residues modulo p, a in the outer loop, with the operation's result as its class.
 
-    The two residues are the two tokens; there is no token for the operation.
-
-    Args:
-        operation: One of `OPERATIONS`.
-        modulus: p; p^2 pairs, or (p - 1)^2 for `mul`, which leaves out 0.
+    The two residues are the two tokens; there is no token for the operation. `mul` leaves out 0.
 
     Raises:
         UserError: The modulus is below 3.
@@ -92,7 +83,7 @@ def split_pairs(
         tokens: The pairs.
         fraction: Share of the pairs to train on; floor(fraction N) of them, or one less where mirror images are kept
             together and the border would fall between two.
-        seed: Of the shuffle, the first floor(fraction N) of which are the training pairs.
+        seed: Of the shuffle.
         mirror_together: Keep (a, b) and (b, a) on the same side.
 
     Returns:
@@ -104,7 +95,8 @@ def split_pairs(
     order = torch.from_numpy(_shuffled(tokens, seed, mirror_together))
     border = int(fraction * len(order))
     if mirror_together and 0 < border < len(order):
-        border -= int(bool(_same_pair(tokens[order[border - 1]], tokens[order[border]])))
+        before, behind = (sorted(tokens[order[k]].tolist()) for k in (border - 1, border))
+        border -= before == behind
     if not 0 < border < len(order):
         raise UserError(f"--data.train_fraction={fraction}: {border} of {len(order)} pairs to train on; change it")
     return order[:border], order[border:]
@@ -117,7 +109,3 @@ def _shuffled(tokens: Tensor, seed: int, mirror_together: bool) -> np.ndarray:
     unordered = np.unique(np.sort(tokens.numpy(), axis=1), axis=0, return_inverse=True)[1].reshape(-1)
     rank = rng.permutation(int(unordered.max()) + 1)  # of each unordered pair in the shuffle
     return np.argsort(rank[unordered], kind="stable")
-
-
-def _same_pair(a: Tensor, b: Tensor) -> bool:
-    return sorted(a.tolist()) == sorted(b.tolist())

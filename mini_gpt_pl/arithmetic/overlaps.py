@@ -60,9 +60,12 @@ class Angles:
     @classmethod
     def between(cls, a: Basis, b: Basis) -> Angles:
         """Compare two bases of the same weights."""
-        cosines = tuple(subspace.principal_cosines(a, b).tolist())
-        level = _largest_by_chance(a.size, b.size, a.selection.dim)
-        return cls(subspace.overlap(a, b), subspace.expected_overlap(a, b), cosines, level)
+        return cls(
+            subspace.overlap(a, b),
+            subspace.expected_overlap(a, b),
+            tuple(subspace.principal_cosines(a, b).tolist()),
+            _largest_by_chance(a.size, b.size, a.selection.dim),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Overlap:
 
     Args:
         kind: What sets them apart.
-        run: Name of the first run.
-        other_run: Name of the second.
+        run: Name of the first's run.
+        other_run: Name of the second's run.
         weights: Group of the first.
         other_weights: Group of the second.
         cos_theta0: Cosine of the weights that they start from.
@@ -123,8 +126,11 @@ def overlaps(
     """
     if k < 1:
         raise UserError(f"--k {k}: give 1 direction or more")
-    for run in runs:
-        _require_snapshots(run)
+    if bare := [run for run in runs if not steps_in(run.snapshot_folder)]:
+        raise UserError(
+            f"{bare[0].path} has no snapshots, which the directions of a path are rebuilt from: give the run's own "
+            "folder, as training left it"
+        )
     last = min(run.trajectory.steps[-1] for run in runs) if until is None else until
     paths = [list(_matrices(run, name, k, last, pattern)) for run, name in zip(runs, names, strict=True)]
     compared = [_compare(a, b, LAYERS) for path in paths for a, b in itertools.combinations(path, 2) if _alike(a, b)]
@@ -133,14 +139,6 @@ def overlaps(
             raise UserError(f"{one[0].run} and {other[0].run} recorded different weights: compare runs of one model")
         compared += [_compare(a, b, None) for a, b in zip(one, other, strict=True)]
     return compared
-
-
-def _require_snapshots(run: Run) -> None:
-    if not steps_in(run.snapshot_folder):
-        raise UserError(
-            f"{run.path} has no snapshots, which the directions of a path are rebuilt from: give the run's own folder, "
-            "as training left it"
-        )
 
 
 def _matrices(run: Run, name: str, k: int, until: int, pattern: str) -> Iterator[_Matrix]:
@@ -197,13 +195,10 @@ def _compare(a: _Matrix, b: _Matrix, kind: str | None) -> Overlap:
         return (shared * common + (1 - shared) * sizes[0] * sizes[1] / dim) / min(sizes)
 
     decaying = {null: expected(null) for null in a.held}
-    kind = kind or _kind(a, b, cosine)
+    if kind is None:
+        setting = "one setting" if a.setting == b.setting else "two settings"
+        kind = f"{setting}, {'same' if cosine > _SAME_START else 'other'} initial weights"
     return Overlap(kind, a.run, b.run, a.group, b.group, cosine, path, decaying, Angles.between(a.rest, b.rest))
-
-
-def _kind(a: _Matrix, b: _Matrix, cosine: float) -> str:
-    setting = "one setting" if a.setting == b.setting else "two settings"
-    return f"{setting}, {'same' if cosine > _SAME_START else 'other'} initial weights"
 
 
 def _setting(run: Run) -> dict[str, Any]:

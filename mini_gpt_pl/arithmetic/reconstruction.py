@@ -1,6 +1,12 @@
-"""Accuracy of a finished run rebuilt from few directions, in sample and out of sample, beside random ones.
+r"""Accuracy of a finished run rebuilt from few directions, in sample and out of sample, beside random ones.
 
 mini_gpt_pl reconstruction runs/grokking/multitask --other runs/grokking/second --out rebuilt.csv
+
+The final point is rebuilt as theta_0 + P_k (theta_T - theta_0), where P_k projects on the first k of some orthonormal
+directions. If these are principal directions of a path that ends in theta_T, k = T of them rebuild it exactly, and a
+few do nearly: that says how many snapshots' worth of directions the path takes, not how many the solution needs.
+Directions that do not know the end (of the first part of the path, or of another run) say something; random ones in
+the path's own span, and the same shortening of the true drift, say what a share of the drift is worth by itself.
 
 The run's recorder must have kept all weights, as in configs/grokking/multitask.yaml.
 """
@@ -8,18 +14,18 @@ The run's recorder must have kept all weights, as in configs/grokking/multitask.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.arithmetic.data import ResidueData
 from mini_gpt_pl.arithmetic.milestones import MEMORISED
 from mini_gpt_pl.arithmetic.module import ResidueClassifier
 from mini_gpt_pl.arithmetic.operations import Examples
-from mini_gpt_pl.arithmetic.statistics import reconstruction
-from mini_gpt_pl.arithmetic.statistics.reconstruction import Rebuilt
 from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
@@ -32,6 +38,72 @@ from mini_gpt_pl.training.restore import selection_of
 
 END = "end"
 """Basis of the row that is the final point itself."""
+
+
+# ---------------------------------------------------------------------------------------------------- directions
+
+
+def principal(gram: Float[Tensor, "n n"], k: int, until: int | None = None) -> Float[Tensor, "K n"]:
+    """First k uncentred principal directions of the drift from theta_0, fewer where the path has fewer.
+
+    Args:
+        gram: H of the whole selection.
+        k: How many.
+        until: Index of the last snapshot that they may know; the last one for None.
+
+    Returns:
+        Coefficients over (theta_0, d_1, ..., d_T), the same in every group, of unit vectors over the whole selection.
+
+    Raises:
+        ValueError: Nothing has moved until then.
+    """
+    rows = pca.drifts(len(gram))[1:]
+    return pca.pca(gram, rows[: until if until is not None else len(rows)]).directions[:k]
+
+
+def in_span(gram: Float[Tensor, "n n"], k: int, generator: torch.Generator) -> Float[Tensor, "K n"]:
+    """Random orthonormal directions of the space that the drifts span, as coefficients; see `principal`."""
+    whole = principal(gram, len(gram))
+    turn = torch.randn(len(whole), len(whole), generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(turn)[0][:k] @ whole
+
+
+@dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """A final point from the first k directions.
+
+    Args:
+        k: Number of directions.
+        share: Of ||theta_T - theta_0||^2 that they hold.
+        drift: The part of theta_T - theta_0 that they hold.
+    """
+
+    k: int
+    share: float
+    drift: Float[Tensor, " D"]
+
+
+def rebuilt(directions: Float[Tensor, "K D"], drift: Float[Tensor, " D"]) -> Iterator[Rebuilt]:
+    """Project a drift, theta_T - theta_0, on the first k = 1 .. K of independent directions.
+
+    The directions are made orthonormal here, in their order.
+    """
+    basis = torch.linalg.qr(directions.double().T)[0]
+    wanted = drift.double()
+    along, total = basis.T @ wanted, float(wanted.square().sum())
+    held = torch.zeros_like(wanted)
+    for k, part in enumerate(along, 1):
+        held = held + part * basis[:, k - 1]
+        yield Rebuilt(k, float(held.square().sum()) / total if total else float("nan"), held.to(drift.dtype))
+
+
+def shortened(drift: Float[Tensor, " D"], shares: Sequence[float]) -> Iterator[Rebuilt]:
+    """The drift itself, scaled to hold a share of its squared length: what the loss of length alone does."""
+    for k, share in enumerate(shares, 1):
+        yield Rebuilt(k, share, drift * share**0.5)
+
+
+# --------------------------------------------------------------------------------------------------- rebuilt runs
 
 
 def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> pd.DataFrame:
@@ -73,30 +145,45 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
     return pd.DataFrame(rows)
 
 
-def fewest_directions(rebuilt: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
+def fewest_directions(table: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
     """Smallest k from which on each accuracy stays at a share of that of the end, k*, for each basis of `rebuild`.
 
     A basis that knows the end needs few directions whatever the solution is: what counts is how many more, or fewer,
     one needs that does not know it, and the drift shortened to the same length.
 
     Args:
-        rebuilt: Of `rebuild`.
+        table: Of `rebuild`.
         level: Share of the accuracy at the end.
 
     Returns:
         A row for each basis but the end, a column for each accuracy; missing where K directions do not suffice, or the
         end has none.
     """
-    scores = [str(name) for name in rebuilt.columns if str(name).endswith("_accuracy")]
-    (end,) = rebuilt[rebuilt["basis"] == END][scores].to_dict("records")
+    scores = [str(name) for name in table.columns if str(name).endswith("_accuracy")]
+    (end,) = table[table["basis"] == END][scores].to_dict("records")
     rows = []
-    for basis, part in rebuilt[rebuilt["basis"] != END].groupby("basis", sort=False):
+    for basis, part in table[table["basis"] != END].groupby("basis", sort=False):
         row: dict[str, object] = {"basis": basis, "k": int(part["k"].max())}
         for name in scores:
             pairs = list(zip(part["k"].tolist(), part[name].tolist(), strict=True))
-            row[name] = reconstruction.fewest(pairs, level * end[name]) if end[name] > 0 else None
+            row[name] = fewest(pairs, level * end[name]) if end[name] > 0 else None
         rows.append(row)
     return pd.DataFrame(rows).astype(dict.fromkeys(scores, "Int64"))
+
+
+def fewest(scores: Sequence[tuple[int, float]], level: float) -> int | None:
+    """Smallest k from which on a score stays at or above a level; None if the last one does not reach it.
+
+    Args:
+        scores: k and score, ascending in k.
+        level: Such as 0.98 of accuracy.
+
+    Example:
+        >>> fewest([(1, 0.1), (2, 0.99), (3, 0.5), (4, 0.99)], 0.98)
+        4
+    """
+    below = [k for k, score in scores if score < level]
+    return next((k for k, _ in scores if not below or k > below[-1]), None)
 
 
 def _bases(
@@ -105,19 +192,19 @@ def _bases(
     gram, generator = run.trajectory.gram(), torch.Generator().manual_seed(seed)
 
     def along(source: Run, coefficients: Tensor) -> Iterator[Rebuilt]:
-        return reconstruction.rebuilt(vectors(source, module, coefficients), drift)
+        return rebuilt(vectors(source, module, coefficients), drift)
 
-    whole = list(along(run, reconstruction.principal(gram, k)))
+    whole = list(along(run, principal(gram, k)))
     yield "whole", iter(whole)
     for step in _early(run):
         until = run.trajectory.steps.index(step)
-        yield f"until_{step}", along(run, reconstruction.principal(gram, k, until))
+        yield f"until_{step}", along(run, principal(gram, k, until))
     if other is not None:
-        yield "other", along(other, reconstruction.principal(other.trajectory.gram(), k))
-    yield "span", along(run, reconstruction.in_span(gram, k, generator))
+        yield "other", along(other, principal(other.trajectory.gram(), k))
+    yield "span", along(run, in_span(gram, k, generator))
     isotropic = torch.randn(min(k, drift.numel()), drift.numel(), generator=generator)
-    yield "random", reconstruction.rebuilt(isotropic, drift)
-    yield "shortened", reconstruction.shortened(drift, [part.share for part in whole])
+    yield "random", rebuilt(isotropic, drift)
+    yield "shortened", shortened(drift, [part.share for part in whole])
 
 
 def _early(run: Run) -> list[int]:
@@ -142,16 +229,13 @@ def restore(run: Run) -> tuple[ResidueClassifier, ResidueData]:
     return module, data
 
 
-def vectors(run: Run, module: ResidueClassifier, coefficients: Tensor) -> Tensor:
-    """Vectors from coefficients over (theta_0, d_1, ...), the same in every group, by one pass over the snapshots.
+def vectors(run: Run, module: ResidueClassifier, coefficients: Float[Tensor, "K n"]) -> Float[Tensor, "K D"]:
+    """Vectors (K, D), float32, from their coefficients over (theta_0, d_1, ...), by one pass over the snapshots.
 
     Args:
         run: Whose snapshots.
         module: As `restore` gave it; says which weights they are.
-        coefficients: (K, n), one row a vector.
-
-    Returns:
-        (K, D), float32.
+        coefficients: One row a vector, the same in every group.
 
     Raises:
         UserError: A snapshot is missing, or of another model.
@@ -187,10 +271,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.out is not None and not options.out.parent.is_dir():
         raise UserError(f"there is no folder {options.out.parent} to write {options.out.name} into: make it first")
     table = rebuild(Run(options.run), None if options.other is None else Run(options.other), options.k, options.seed)
-    fewest = fewest_directions(table, options.level)
+    counts = fewest_directions(table, options.level)
     if options.out is not None:
         write_text(options.out, table.to_csv(index=False))
-        write_text(options.out.with_name(f"{options.out.stem}_fewest.csv"), fewest.to_csv(index=False))
+        write_text(options.out.with_name(f"{options.out.stem}_fewest.csv"), counts.to_csv(index=False))
     print(table.to_string(index=False, float_format="{:.4f}".format))
     print(f"\nk*, directions from which on {options.level:.0%} of the accuracy at the end is kept; - for none of them")
-    print(fewest.astype(object).where(fewest.notna(), "-").to_string(index=False))
+    print(counts.astype(object).where(counts.notna(), "-").to_string(index=False))

@@ -38,7 +38,7 @@ def data(**settings: object) -> MultiTaskArithmetic:
 
 
 def module(tasks: tuple[str, ...] = ("add", "mul")) -> MultiTaskClassifier:
-    return MultiTaskClassifier(SMALL, vocab_size=11, classes=11, tasks=tasks)
+    return MultiTaskClassifier(size=SMALL, vocab_size=11, classes=11, tasks=tasks)
 
 
 # ---------------------------------------------------------------------------------------------------------- data

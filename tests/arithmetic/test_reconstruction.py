@@ -11,8 +11,8 @@ from conftest import one_line_error
 from torch import Tensor
 
 from mini_gpt_pl import main as cli
+from mini_gpt_pl.arithmetic import reconstruction
 from mini_gpt_pl.arithmetic.reconstruction import fewest_directions, main, rebuild, restore
-from mini_gpt_pl.arithmetic.statistics import reconstruction
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.training import cli as trainer_cli
 

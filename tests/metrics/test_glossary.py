@@ -174,7 +174,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RoutingProbe(Schedule(every=2), draws=2, size=8),
         FourierProbe(Schedule(every=2)),
     ]
-    module = MultiTaskClassifier(EncoderSize(1, 2, 8, 16), 11, 11)
+    module = MultiTaskClassifier(size=EncoderSize(1, 2, 8, 16), vocab_size=11, classes=11)
     quiet_trainer(folder, callbacks, max_steps=4).fit(module, datamodule=MultiTaskArithmetic(modulus=11, batch_size=8))
     return folder
 

@@ -69,8 +69,12 @@ def auc(
     if not generalising or not others:
         raise UserError("runs that generalise are compared with runs that do not: give both at least one")
     times = np.array([math.inf if t is None else t for t in [*generalising, *others]])
-    names = list(range(len(times))) if clusters is None else [*clusters[0], *clusters[1]]
-    _check_labels(names, len(generalising), len(others))
+    names = _units([*clusters[0], *clusters[1]] if clusters else None, len(times))
+    if both := set(names[: len(generalising)]) & set(names[len(generalising) :]):
+        raise UserError(
+            f"unit {min(map(str, both))} has runs of both kinds, so exchanging labels between units means nothing: "
+            "split the unit, or leave it out"
+        )
     units = list(dict.fromkeys(names))
     member = np.array([units.index(name) for name in names])
     chosen = len(set(names[: len(generalising)]))
@@ -92,14 +96,12 @@ def auc(
     return Discrimination(value, p, 1 / len(areas), len(units))
 
 
-def _check_labels(names: Sequence[Hashable], generalising: int, others: int) -> None:
-    if len(names) != generalising + others:
-        raise UserError(f"{generalising + others} runs have {len(names)} units: name one unit for each run")
-    if both := set(names[:generalising]) & set(names[generalising:]):
-        raise UserError(
-            f"unit {min(map(str, both))} has runs of both kinds, so exchanging labels between units means nothing: "
-            "split the unit, or leave it out"
-        )
+def _units(clusters: Clusters | None, runs: int) -> Clusters:
+    """The unit of each run; every run is one for None."""
+    names: Clusters = range(runs) if clusters is None else clusters
+    if len(names) != runs:
+        raise UserError(f"{runs} runs have {len(names)} units: name one unit for each run")
+    return names
 
 
 # ----------------------------------------------------------------------------------------------------- clocks
@@ -165,11 +167,11 @@ Table = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 def partial_correlation(
     x: Column, y: Column, controls: Table, *, draws: int = 999, seed: int = 0
 ) -> tuple[float, float]:
-    """Correlation of what is left of x and y after a linear fit on the controls, and its p.
+    """Correlation of what is left of x and y, values over R runs, after a linear fit on the controls, and its p.
 
     Args:
-        x: Values over runs, (R,).
-        y: Values over the same runs, (R,).
+        x: (R,).
+        y: (R,).
         controls: Columns taken out of both, (R, C); none gives the plain correlation.
         draws: Permutations of the residuals of y (Freedman and Lane 1983).
         seed: Of the permutations.
@@ -208,13 +210,7 @@ def _correlation(x: Column, y: Column) -> float:
 
 @dataclass(frozen=True)
 class SignTest:
-    """A one-sided exact sign test.
-
-    Args:
-        positive: Units with a positive median.
-        units: Units whose median is not zero.
-        p: Chance of as many positive units or more if each sign were a coin toss.
-    """
+    """A one-sided exact sign test: p is the chance of as many positive medians, among those that are not zero."""
 
     positive: int
     units: int
@@ -232,11 +228,8 @@ def sign_test(leads: Sequence[Number | None], clusters: Clusters | None = None) 
     Raises:
         UserError: There is not one unit for each run.
     """
-    names: Clusters = range(len(leads)) if clusters is None else clusters
-    if len(names) != len(leads):
-        raise UserError(f"{len(leads)} runs have {len(names)} units: name one unit for each run")
     by_unit: dict[Hashable, list[Number]] = {}
-    for name, value in zip(names, leads, strict=True):
+    for name, value in zip(_units(clusters, len(leads)), leads, strict=True):
         if value is not None:
             by_unit.setdefault(name, []).append(value)
     medians = [statistics.median(values) for values in by_unit.values()]

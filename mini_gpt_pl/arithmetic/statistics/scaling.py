@@ -32,11 +32,11 @@ class Scaling:
 
 
 def scaling(x: Sequence[Number], y: Sequence[Number], scales: Sequence[Number]) -> Scaling:
-    """Fit y = prefactor x^exponent over at least four scales.
+    """Fit y = prefactor x^exponent over at least four scales, to positive values of the same runs.
 
     Args:
-        x: Positive values, a run each.
-        y: Positive values of the same runs.
+        x: A value a run.
+        y: A value a run.
         scales: Setting that each run belongs to.
 
     Raises:
