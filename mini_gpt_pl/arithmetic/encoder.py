@@ -54,9 +54,7 @@ class EncoderSize:
 class Attention(nn.Module):
     """Multi-head attention with a matrix of its own for each of queries, keys, values and output.
 
-    Args:
-        size: Shape of the encoder.
-        causal: Whether a position sees only itself and those before it.
+    If causal, a position sees only itself and those before it.
     """
 
     def __init__(self, size: EncoderSize, causal: bool) -> None:
@@ -90,11 +88,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around an exact GELU.
-
-    Args:
-        size: Shape of the encoder.
-    """
+    """Two linear layers around an exact GELU."""
 
     def __init__(self, size: EncoderSize) -> None:
         super().__init__()
@@ -108,12 +102,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP (if `d_ff` is not 0), each behind a LayerNorm and added to the residual stream.
-
-    Args:
-        size: Shape of the encoder.
-        causal: Whether a position sees only itself and those before it.
-    """
+    """Attention, then an MLP (if `d_ff` is not 0), each behind a LayerNorm and added to the residual stream."""
 
     def __init__(self, size: EncoderSize, causal: bool) -> None:
         super().__init__()
@@ -134,16 +123,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Embedding, blocks, final LayerNorm and a linear head, read at one position.
 
-    What the head does not read is not computed: of the last block only the output at the position that is read.
-
-    Args:
-        size: Shape of the blocks.
-        vocab_size: Number of tokens.
-        classes: C, number of classes.
-        length: T, tokens in a sequence.
-        causal: Mask later positions and read the last one; else no mask, and position 0 is read.
-        identical_blocks: Start all blocks from the same values, as a stack does that copies its first one.
-        seed: Of the initial values, which no other random numbers influence.
+    What the head does not read is not computed: of the last block only the output at the position that is read. No
+    random numbers but the seed influence the initial values; the other arguments are those of `ResidueClassifier`.
 
     Example:
         >>> encoder = Encoder(EncoderSize(), vocab_size=97, classes=97, length=2)
@@ -202,9 +183,9 @@ class Encoder(nn.Module):
     def attending(self, change: Change) -> Iterator[None]:
         """Put a function behind the softmax of every block for a while."""
         layers = [block.attn for block in self.blocks if isinstance(block, Block)]
-        for layer in layers:
-            layer.change = change
         try:
+            for layer in layers:
+                layer.change = change
             yield
         finally:
             for layer in layers:
@@ -223,19 +204,16 @@ def initialise(encoder: Encoder, generator: torch.Generator, *, identical_blocks
     the one fused matrix that `torch.nn.MultiheadAttention` has for them; biases of the attention 0; every other linear
     layer, weights and biases, uniform within 1/sqrt(inputs); LayerNorms 1 and 0.
 
-    Args:
-        encoder: Changed in place.
-        generator: On the CPU.
-        identical_blocks: Draw the first block only, and copy it.
+    With identical blocks the first one is drawn alone, and copied.
     """
     encoder.embedding.weight.normal_(generator=generator)
     encoder.position.normal_(std=encoder.size.d_model**-0.5, generator=generator)
-    first, *others = encoder.blocks
-    for block in encoder.blocks if not identical_blocks else [first]:
+    for number, block in enumerate(encoder.blocks):
         assert isinstance(block, Block)
-        _initialise_block(block, generator)
-    for block in others if identical_blocks else []:
-        block.load_state_dict(first.state_dict())
+        if number and identical_blocks:
+            block.load_state_dict(encoder.blocks[0].state_dict())
+        else:
+            _initialise_block(block, generator)
     _linear(encoder.head, generator)
 
 

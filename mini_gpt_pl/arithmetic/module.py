@@ -69,8 +69,6 @@ class ResidueClassifier(LightningModule):
         logits: Tensor = self.encoder(tokens)
         return logits
 
-    # --------------------------------------------------------------------------------------------- training
-
     def batch_loss(self, batch: Examples) -> Tensor:
         """Mean cross-entropy of one batch, in nats."""
         return F.cross_entropy(self(batch.tokens), batch.labels)
@@ -134,8 +132,6 @@ class ResidueClassifier(LightningModule):
         ]
         return optimizer
 
-    # ------------------------------------------------------------------------------------------- evaluation
-
     @torch.no_grad()
     def score(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats and share of right answers (argmax) on a whole set, on the device."""
@@ -186,8 +182,6 @@ class ResidueClassifier(LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
-
-    # ------------------------------------------------------------------------------------------ checkpoints
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

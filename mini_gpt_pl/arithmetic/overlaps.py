@@ -74,10 +74,10 @@ class Overlap:
 
     Args:
         kind: What sets them apart.
-        run: Name of the first's run.
-        other_run: Name of the second's run.
+        run: Name of the first's run, and so on.
+        other_run: Of the second's.
         weights: Group of the first.
-        other_weights: Group of the second.
+        other_weights: Of the second.
         cos_theta0: Cosine of the weights that they start from.
         path: Of the centred directions.
         decaying: Expected overlap of two decaying walks from such starts: `decaying_walk` (as long as the measured

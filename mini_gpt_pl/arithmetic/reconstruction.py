@@ -40,9 +40,6 @@ END = "end"
 """Basis of the row that is the final point itself."""
 
 
-# ---------------------------------------------------------------------------------------------------- directions
-
-
 def principal(gram: Float[Tensor, "n n"], k: int, until: int | None = None) -> Float[Tensor, "K n"]:
     """First k uncentred principal directions of the drift from theta_0, fewer where the path has fewer.
 
@@ -70,13 +67,7 @@ def in_span(gram: Float[Tensor, "n n"], k: int, generator: torch.Generator) -> F
 
 @dataclass(frozen=True, eq=False)
 class Rebuilt:
-    """A final point from the first k directions.
-
-    Args:
-        k: Number of directions.
-        share: Of ||theta_T - theta_0||^2 that they hold.
-        drift: The part of theta_T - theta_0 that they hold.
-    """
+    """What the first k directions hold of theta_T - theta_0, and its share of ||theta_T - theta_0||^2."""
 
     k: int
     share: float
@@ -103,9 +94,6 @@ def shortened(drift: Float[Tensor, " D"], shares: Sequence[float]) -> Iterator[R
         yield Rebuilt(k, share, drift * share**0.5)
 
 
-# --------------------------------------------------------------------------------------------------- rebuilt runs
-
-
 def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> pd.DataFrame:
     """Accuracy and loss on the whole sets of theta_0 + P_k (theta_T - theta_0), for k = 1 .. K directions.
 
@@ -117,7 +105,7 @@ def rebuild(run: Run, other: Run | None = None, k: int = 20, seed: int = 0) -> p
     Args:
         run: Its recorder kept all weights.
         other: A run of the same model with another seed.
-        k: Largest number of directions, K.
+        k: K, the largest number of directions.
         seed: Of the random directions.
 
     Returns:
@@ -173,10 +161,6 @@ def fewest_directions(table: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
 
 def fewest(scores: Sequence[tuple[int, float]], level: float) -> int | None:
     """Smallest k from which on a score stays at or above a level; None if the last one does not reach it.
-
-    Args:
-        scores: k and score, ascending in k.
-        level: Such as 0.98 of accuracy.
 
     Example:
         >>> fewest([(1, 0.1), (2, 0.99), (3, 0.5), (4, 0.99)], 0.98)

@@ -79,14 +79,9 @@ def _principal(gram: Float[Tensor, "n n"], k: int) -> Float[Tensor, "K n"]:
 
 @dataclass(frozen=True)
 class Steered:
-    """How the changes of one score go with the changes of one quantity.
+    """How the changes of the score of a component, from 1, go with the changes of one quantity.
 
-    Args:
-        component: k, from 1.
-        quantity: Its name.
-        intervals: Number of changes that were compared.
-        correlated: r, what 95 % of the surrogates stay under, and p.
-        adjusted: p for the whole family of pairs that were tried (Holm), 1 at most.
+    Intervals is the number of changes that were compared; `adjusted` the p for all pairs that were tried (Holm).
     """
 
     component: int
@@ -111,11 +106,11 @@ def steered(
 
     Args:
         trajectory: Of a finished run.
-        pattern: Which groups' path.
+        pattern: Which groups' path, taken together.
         quantities: Series by step; only evenly spaced steps that are snapshots count.
         k: Number of scores.
         start: First step that counts.
-        draws: Surrogates for each pair.
+        draws: Phase-randomised surrogates for each pair.
 
     Raises:
         UserError: No group matches, or fewer than eight changes are shared.
@@ -162,14 +157,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def routing(run: Run, pattern: str = QUERY_KEY, k: int = 3, start: int = 0, draws: int = 1999) -> pd.DataFrame:
-    """Correlate score changes with entropy changes of all batches and layers of a run; see `steered`.
-
-    Args:
-        run: With an `AttentionProbe` and a recorder.
-        pattern: Which recorded groups' path, taken together.
-        k: Number of centred principal directions.
-        start: First step that counts.
-        draws: Phase-randomised surrogates for each pair.
+    """Correlate score changes with entropy changes of all batches and layers of a run; arguments as in `steered`.
 
     Returns:
         Columns component, quantity, intervals, r, level (95 % of the surrogates' |r| stay under it), p, and adjusted,

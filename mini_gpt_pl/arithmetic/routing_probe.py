@@ -121,8 +121,6 @@ class RoutingProbe(DeferringProbe):
         self._flush()  # a resumed run does not say it again
         return {}
 
-    # -------------------------------------------------------------------------------------------- measuring
-
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
         if not self.due_once(step):

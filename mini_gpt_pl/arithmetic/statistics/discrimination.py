@@ -58,9 +58,9 @@ def auc(
     Args:
         generalising: Onset of each run that generalises.
         others: Onset of each run that does not.
-        clusters: Unit that each run of the two belongs to, such as its operation; labels are exchanged between whole
-            units. Every run is a unit for None.
-        draws: Relabellings where there are too many to go through all of them.
+        clusters: Unit of each run of the two, such as its operation; labels are exchanged between whole units. Every
+            run is a unit for None.
+        draws: Relabellings where there are too many to go through all of them, from `seed`.
         seed: Of the relabellings.
 
     Raises:
@@ -102,9 +102,6 @@ def _units(clusters: Clusters | None, runs: int) -> Clusters:
     if len(names) != runs:
         raise UserError(f"{runs} runs have {len(names)} units: name one unit for each run")
     return names
-
-
-# ----------------------------------------------------------------------------------------------------- clocks
 
 
 @dataclass(frozen=True)
@@ -203,9 +200,6 @@ def _correlation(x: Column, y: Column) -> float:
     x, y = x - x.mean(), y - y.mean()
     scale = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / scale if scale > 0 else math.nan
-
-
-# -------------------------------------------------------------------------------------------------- sign test
 
 
 @dataclass(frozen=True)

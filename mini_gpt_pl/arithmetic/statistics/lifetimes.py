@@ -22,12 +22,8 @@ from mini_gpt_pl.errors import UserError
 class Lifetimes:
     """Share of runs that it has not yet happened to, S(t), after each distinct time, those of stopped runs included.
 
-    Args:
-        times: Ascending, in the unit given.
-        surviving: S(t).
-        low: Lower end of the interval from ln(-ln S), which stays within 0 and 1; NaN where S is 0 or 1.
-        high: Its upper end.
-        at_risk: Runs that were still going just before.
+    Its interval, from ln(-ln S), stays within 0 and 1, and is NaN where S is 0 or 1. At risk are the runs that were
+    still going just before.
     """
 
     times: Float[np.ndarray, " k"]

@@ -20,9 +20,6 @@ Number = int | float
 Rule = Callable[[Sequence[int], Sequence[Number]], int | None]
 
 
-# ------------------------------------------------------------------------------------------------- onset rules
-
-
 def tenfold(
     steps: Sequence[int], defects: Sequence[Number], *, factor: float = 10.0, above: float = 20.0
 ) -> int | None:
@@ -78,20 +75,11 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- leads
-
-
 def lead(onset: Number | None, generalised: Number | None, horizon: Number | None = None) -> float | None:
-    """Steps from an onset to generalisation; negative where the onset came after it.
+    """Steps from an onset to generalisation, over a horizon such as the stop step: the normalised lead.
 
-    Args:
-        onset: Step of the onset, None for never.
-        generalised: Step of generalisation, None for never.
-        horizon: Divide by this step, such as the stop step: the normalised lead.
-
-    Returns:
-        The lead, -inf for a run that generalised without an onset (a warning that never came), None for a run that
-        never generalised: there was nothing to warn of.
+    Negative where the onset came after it, -inf where it never came (None), and None for a run that never generalised:
+    there was nothing to warn of.
     """
     if generalised is None:
         return None

@@ -19,12 +19,9 @@ _FEWEST = 4
 
 @dataclass(frozen=True)
 class Scaling:
-    """A power law over scales, and within each of them.
+    """A power law fitted to all points, and its exponent within each scale, None with fewer than three points.
 
-    Args:
-        whole: Fit to all points.
-        within: Exponent among the points of one scale, by scale; None with fewer than three. If these do not agree with
-            the whole, the line joins clusters and is no law.
+    If these do not agree with the whole, the line joins clusters and is no law.
     """
 
     whole: PowerLaw

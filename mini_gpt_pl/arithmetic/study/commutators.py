@@ -11,11 +11,10 @@ from mini_gpt_pl.arithmetic.study.runs import (
     TRAIN,
     Phase,
     ResidueRun,
-    commutator_note,
     groups_of,
+    lay_runs,
     median,
     run_values,
-    setting_note,
     spread,
 )
 from mini_gpt_pl.arithmetic.study.words import Value, Values, lay, metrics_of, words
@@ -32,9 +31,6 @@ def commutator_comparison(runs: Sequence[ResidueRun]) -> list[Table]:
     return [defect_at_grok(runs), last_defects(runs), projections_of_runs(runs)]
 
 
-# --------------------------------------------------------------------------------------------------- the defect
-
-
 def defect(run: ResidueRun) -> Table:
     """The commutator defect beside the gradient's length, and the forms of it without 1/‖g‖, step by step."""
     rows: list[Values] = []
@@ -44,7 +40,7 @@ def defect(run: ResidueRun) -> Table:
         for column, name in metrics_of("grokking_defect").items():
             row[column] = float(run.commutator(name).get(step, math.nan))
         rows.append(row)
-    return lay("grokking_defect", rows, commutator=commutator_note([run]))
+    return lay_runs("grokking_defect", rows, [run])
 
 
 def _phase_at(run: ResidueRun, step: int) -> str:
@@ -100,7 +96,7 @@ def defect_at_grok(runs: Sequence[ResidueRun]) -> Table:
         row["paper, whole run"] = spread(run.published("onsets", {}).get("ratio", ()))
         row |= {column: change.ratios[name] for column, name in metrics_of("grokking_defect_change").items()}
         rows.append(row)
-    return lay("grokking_defect_change", rows, commutator=commutator_note(runs), setting=setting_note(runs))
+    return lay_runs("grokking_defect_change", rows, runs)
 
 
 def last_defects(runs: Sequence[ResidueRun]) -> Table:
@@ -116,10 +112,7 @@ def last_defects(runs: Sequence[ResidueRun]) -> Table:
         row["records unresolved"] = float((run.commutator("resolved") < 1).mean())
         row["float32 below noise"] = float((run.commutator("float32_signal") < 1).mean())
         rows.append(row)
-    return lay("grokking_last_defect", rows, commutator=commutator_note(runs), setting=setting_note(runs))
-
-
-# ------------------------------------------------------------------------------------------ where it points
+    return lay_runs("grokking_last_defect", rows, runs)
 
 
 def _bases() -> dict[str, str]:
@@ -180,4 +173,4 @@ def projections_of_runs(runs: Sequence[ResidueRun]) -> Table:
                         "above": middle["above"],
                     }
                 )
-    return lay("grokking_projections_runs", rows, commutator=commutator_note(runs), setting=setting_note(runs))
+    return lay_runs("grokking_projections_runs", rows, runs)

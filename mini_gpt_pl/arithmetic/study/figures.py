@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -24,12 +26,12 @@ _GROWING: Mapping[str, Mapping[str, Any]] = {
     "innovation_walk": {"color": RESIDUAL, "ls": "--", "lw": 0.9},
 }
 _MARKERS = {
-    "measured": "o",
-    "walk": "x",
-    "decaying_walk": "d",
-    "innovation_walk": "s",
-    "autoregressive_walk": "^",
-    "permuted": "+",
+    "measured": ("o", BACKBONE),
+    "walk": ("x", GREY),
+    "decaying_walk": ("d", NULL),
+    "innovation_walk": ("s", RESIDUAL),
+    "autoregressive_walk": ("^", SWITCH),
+    "permuted": ("+", PC2),
 }
 
 
@@ -38,6 +40,22 @@ def _only(run: Run) -> ResidueRun:
     if not runs:
         raise UserError(f"the run {run.path} was not evaluated on a training and a test set")
     return runs[0]
+
+
+def _dotted(axes: Axes, steps: Sequence[int | None]) -> None:
+    for step in steps:
+        if step is not None:
+            axes.axvline(step, color=NULL, lw=0.6, ls=":")
+
+
+def _grid(count: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure with two columns of panels, a spare one hidden."""
+    rows = (count + 1) // 2
+    figure = Figure(figsize=(WIDTH, height))
+    grid: list[Axes] = np.ravel(figure.subplots(rows, 2, squeeze=False, **shared)).tolist()
+    for spare in grid[count:]:
+        spare.set_visible(False)
+    return figure, grid
 
 
 def learning(run: Run) -> Figure:
@@ -58,8 +76,7 @@ def learning(run: Run) -> Figure:
             line(axes[1], one.commutator(name), label, colour)
         axes[1].set_yscale("log")
     for part in axes:
-        for window in one.phases[1:]:
-            part.axvline(window.last, color=NULL, lw=0.6, ls=":")
+        _dotted(part, [window.last for window in one.phases[1:]])
         part.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes[-1].set_xlabel("step")
     return figure
@@ -76,29 +93,20 @@ def growing_pc1(run: Run) -> Figure:
         raise UserError(f"the run {run.path} has {len(trajectory)} snapshots: growing windows take 8")
     groups: list[str | None] = [group for group in trajectory.groups[:-4] if group.endswith("w_v")]
     groups += [*trajectory.groups[-4:], None]
-    figure = Figure(figsize=(WIDTH, 2.6 * ((len(groups) + 1) // 2)))
-    grid = figure.subplots((len(groups) + 1) // 2, 2, sharex=True, sharey=True).flatten()
+    figure, grid = _grid(len(groups), 2.6 * ((len(groups) + 1) // 2), sharex=True, sharey=True)
     ends = windows.growing_ends(len(trajectory), 40)
-    steps = [trajectory.steps[end - 1] for end in ends]
     for axes, group in zip(grid, groups, strict=False):
         gram = trajectory.gram(group)
         paths = {"measured": gram, **walks(gram, trajectory.survival)}
         for name, style in _GROWING.items():
-            axes.plot(steps, centred.growing_pc1(paths[name], ends), label=NULLS.get(name, name), **style)
+            curve = centred.growing_pc1(paths[name], ends)
+            axes.plot([trajectory.steps[end - 1] for end in ends], curve, label=NULLS.get(name, name), **style)
         axes.set_title(short(group or run.trunk))
-        _milestones(axes, one)
+        _dotted(axes, [one.steps[name] for name in ("train_99", "test_90", "test_98_thrice")])
     grid[0].legend()
-    for spare in grid[len(groups) :]:
-        spare.set_visible(False)
     for axes in grid[-2:]:
         axes.set_xlabel("steps so far")
     return figure
-
-
-def _milestones(axes: Axes, run: ResidueRun) -> None:
-    for name in ("train_99", "test_90", "test_98_thrice"):
-        if (step := run.steps[name]) is not None:
-            axes.axvline(step, color=NULL, lw=0.6, ls=":")
 
 
 def pc1(run: Run) -> Figure:
@@ -112,29 +120,19 @@ def pc1(run: Run) -> Figure:
     if not shown:
         raise UserError(f"the run {run.path} has too few snapshots")
     labels = list(one.numbers(shown[0]))
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.26 * len(labels) * ((len(shown) + 1) // 2)))
-    grid = figure.subplots((len(shown) + 1) // 2, 2, sharey=True, squeeze=False).flatten()
+    figure, grid = _grid(len(shown), 0.9 + 0.26 * len(labels) * ((len(shown) + 1) // 2), sharey=True)
     for axes, window in zip(grid, shown, strict=False):
-        _points(axes, {label: numbers["pc1_centred"] for label, numbers in one.numbers(window).items()}, labels)
-        axes.set_title(window.words, fontsize=9)
-    for spare in grid[len(shown) :]:
-        spare.set_visible(False)
-    handles, words = grid[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="outside lower center", ncols=6)
-    return figure
-
-
-def _points(axes: Axes, shares: Mapping[str, Mapping[str, float]], labels: Sequence[str]) -> None:
-    colours = dict(zip(_MARKERS, (BACKBONE, GREY, NULL, RESIDUAL, SWITCH, PC2), strict=True))
-    for name, marker in _MARKERS.items():
+        shares = {label: numbers["pc1_centred"] for label, numbers in one.numbers(window).items()}
         heights = [labels.index(label) for label in shares]
-        style: dict[str, Any] = {"mfc": "none"} if name != "measured" else {}
-        values = [one[name] for one in shares.values()]
-        axes.plot(
-            values, heights, ls="", marker=marker, ms=5, color=colours[name], label=NULLS.get(name, name), **style
-        )
-    axes.set_yticks(range(len(labels)), [short(label) for label in labels])
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+        for name, (marker, colour) in _MARKERS.items():
+            values, filled = [of[name] for of in shares.values()], colour if name == "measured" else "none"
+            style: dict[str, Any] = {"ls": "", "ms": 5, "color": colour, "mfc": filled, "label": NULLS.get(name, name)}
+            axes.plot(values, heights, marker=marker, **style)
+        axes.set_yticks(range(len(labels)), [short(label) for label in labels])
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_title(window.words, fontsize=9)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
 
 
 def curves(runs: Sequence[Run]) -> Figure:
@@ -146,24 +144,18 @@ def curves(runs: Sequence[Run]) -> Figure:
     shown = residue_runs(runs)
     if not shown:
         raise UserError("none of the runs was evaluated on a training and a test set")
-    units = list(dict.fromkeys(run.operation for run in shown))
-    panels: tuple[tuple[str, Callable[[ResidueRun], object]], ...] = (
-        ("test accuracy", lambda run: run.series(TEST)),
-        ("D", lambda run: run.commutator("defect")),
-        ("‖g‖", lambda run: run.commutator("norm_a")),
-        ("c", lambda run: run.commutator("c")),
-    )
-    figure = Figure(figsize=(WIDTH, 5.0))
-    grid = figure.subplots(2, 2, sharex=True).flatten()
-    for axes, (title, series) in zip(grid, panels, strict=True):
+    colours = dict(zip(dict.fromkeys(run.operation for run in shown), itertools.cycle(DISTINCT), strict=False))
+    figure, grid = _grid(4, 5.0, sharex=True)
+    panels = (("test accuracy", ""), ("D", "defect"), ("‖g‖", "norm_a"), ("c", "c"))
+    for axes, (title, name) in zip(grid, panels, strict=True):
         labelled: set[str] = set()
         for run in shown:
+            series = run.commutator(name) if name else run.series(TEST)
             label = "" if run.kind in labelled else run.kind
             labelled.add(run.kind)
-            colour = DISTINCT[units.index(run.operation) % len(DISTINCT)]
-            line(axes, series(run), label, colour, lw=1, ls="--" if run.is_free else "-")  # type: ignore[arg-type]
+            line(axes, series, label, colours[run.operation], lw=1, ls="--" if run.is_free else "-")
         axes.set_title(title)
-        if title != "test accuracy":
+        if name:
             axes.set_yscale("log")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     for axes in grid[2:]:

@@ -5,6 +5,7 @@ mini_gpt_pl interventions runs/interventions/arms --out runs/interventions/table
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ class Ended:
         at: Step at which it generalised, None if it had not when it was stopped.
         stopped: Its last step.
         train: Lowest train accuracy from when it had memorised on; its last if it never had.
-        norm: ||theta|| at the end, parameter units.
+        norm: ||theta|| at the end.
         parallel: Mean over the changed steps of |P x| / |x|, NaN without a basis.
         null: The same of random directions inside the same blocks.
     """
@@ -71,7 +72,8 @@ class Ended:
         memorised = outcome.milestones.get("train_99")
         accuracy = run.series("eval/train_accuracy")
         lowest = float(accuracy.iloc[-1] if memorised is None else accuracy.loc[memorised:].min())
-        means = [_mean(run, rf"^intervention/[^/]+/{name}$") for name in ("parallel", "parallel_null")]
+        columns = [run.metrics.filter(regex=rf"^intervention/[^/]+/{name}$") for name in ("parallel", "parallel_null")]
+        means = [float(part.mean().mean()) if part.size else math.nan for part in columns]
         seed = int(run.config["seed_everything"])
         return cls(seed, outcome.milestones[milestone], outcome.step, lowest, run.last("eval/weight_norm"), *means)
 
@@ -81,19 +83,11 @@ class Ended:
         return self.stopped if self.at is None else self.at
 
 
-def _mean(run: Run, pattern: str) -> float:
-    columns = run.metrics.filter(regex=pattern)
-    return float(columns.mean().mean()) if columns.size else float("nan")
-
-
 def arms_below(folder: Path, operation: str | None = None) -> dict[str, list[Run]]:
     """Group the runs in a sweep's folder by arm, in the order of the names: the folder's name without the seed.
 
-    Names are those of the configuration files, in which a sweep writes hyphens for underscores.
-
-    Args:
-        folder: Of the sweep.
-        operation: Only the runs of this operation, which their names then leave out.
+    Names are those of the configuration files, in which a sweep writes hyphens for underscores. With an operation only
+    its runs count, and names leave it out.
 
     Raises:
         UserError: There are no runs, or none of the operation.
@@ -170,7 +164,7 @@ def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: 
 
     Args:
         arms: Runs of each arm; those that have not ended are left out.
-        control: Name of the arm without intervention.
+        control: The arm without intervention.
         milestone: What counts as having generalised.
 
     Raises:
@@ -233,13 +227,7 @@ def _curve(name: str, lived: Lifetimes) -> Iterator[Values]:
 
 
 def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: str = "test_90") -> Figure:
-    """Draw the survival curves of some arms.
-
-    Args:
-        arms: Runs of each arm.
-        names: Which of them, at most as many as there are colours; those without an ended run are left out.
-        milestone: What counts as having generalised.
-    """
+    """Draw survival curves of the arms of some names, at most as many as there are colours; see `tables`."""
     finished = ended({name: arms[name] for name in names if name in arms}, milestone)
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(WIDTH, 3.4))
@@ -311,11 +299,7 @@ def claims_table(arms: Mapping[str, Sequence[Ended]], control: str = "none") -> 
     """Put every claim of the study of grokking that the arms allow beside what they give.
 
     A claim is left out where an arm that it takes has not been run. Arms are those of
-    `configs/grokking/interventions`.
-
-    Args:
-        arms: Runs that have ended, by arm.
-        control: Name of the arm without intervention.
+    `configs/grokking/interventions`; `control` is the one without intervention.
     """
     said, bench = words("claims"), _Bench(arms, control)
     alone = [kick for kick in _KICKS if not bench.has(kick, f"{kick}_random")]

@@ -61,9 +61,6 @@ def _at(run: Run, name: str, step: int) -> float:
     return float(run.series(name).get(step, math.nan))
 
 
-# --------------------------------------------------------------------------------------- attention, frequencies
-
-
 def moment_tables(run: Run) -> list[Table]:
     """Attention, moves along the path, and frequencies: every table of `tables.yaml` that has `logged` metrics."""
     layouts = words("tables")
@@ -138,9 +135,6 @@ def fourier_runs(runs: Sequence[Run]) -> list[Table]:
                     row[product(match[2])] = number(over, "{:.1f} ×")
             rows.append(row)
     return [lay("grokking_fourier_runs", rows)] if rows else []
-
-
-# ------------------------------------------------------------------------------------------------- marker sums
 
 
 def marker_table(run: Run) -> list[Table]:

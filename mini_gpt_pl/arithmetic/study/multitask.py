@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from mini_gpt_pl.arithmetic.multitask import milestones_of
 from mini_gpt_pl.arithmetic.statistics import onset
 from mini_gpt_pl.arithmetic.statistics.scaling import scaling
-from mini_gpt_pl.arithmetic.study.runs import (
-    COLUMNS,
-    ResidueRun,
-    median,
-    residue_runs,
-    settings_of,
-    step_of,
-)
+from mini_gpt_pl.arithmetic.study.runs import COLUMNS, ResidueRun, median, residue_runs, settings_of, step_of
 from mini_gpt_pl.arithmetic.study.words import Value, Values, claim, lay, metrics_of, words
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.claims import Claim, claims_table
@@ -84,9 +78,6 @@ def _over_within(scaled: Mapping[Pair, float], pair: Pair) -> float:
     return scaled[pair] / within if within > 0 and pair[0] != pair[1] else math.nan
 
 
-# -------------------------------------------------------------------------------------------------- several runs
-
-
 def multitask_comparison(runs: Sequence[Run]) -> list[Table]:
     """What runs with several tasks, or several weight decays, say together."""
     return multitask_claims(runs) + tasks_table(runs) + decay_table(runs)
@@ -123,9 +114,6 @@ def same_tasks(runs: Sequence[Run]) -> list[Run]:
     return max(families.values(), key=len, default=[])
 
 
-# ------------------------------------------------------------------------------------------------ weight decay
-
-
 def decay_families(runs: Sequence[Run]) -> list[list[ResidueRun]]:
     """Runs that differ in their decay and seed only, where there are two positive decays."""
     families: dict[tuple[object, ...], list[ResidueRun]] = {}
@@ -150,7 +138,7 @@ def decay_table(runs: Sequence[Run]) -> list[Table]:
                     "decay": plain(decay),
                     "runs": len(part),
                     "generalise": f"{len(t90)} of {len(part)}",
-                    "t90, median": median(t90),
+                    "t90, median": median(map(float, t90)),
                     "t90": f"{min(t90):,} to {max(t90):,}" if t90 else "never",
                     "in decay times": median(step * part[0].rate * decay for step in t90) if decay else None,
                     "steps": min(run.last_step for run in part),
@@ -161,14 +149,11 @@ def decay_table(runs: Sequence[Run]) -> list[Table]:
     return [replace(table, notes=(*table.notes, *fitted))] if rows else []
 
 
-@dataclass(frozen=True)
-class Fits:
+class Fits(NamedTuple):
     """Fits of the step of generalisation t against the decay w.
 
-    Args:
-        exponent: b of t = a w^-b.
-        errors: Root mean square of the difference of ln t, by the form of the fit.
-        censored: Runs with decay that never generalised and are in no fit.
+    b of t = a w^-b, the root mean square of the difference of ln t by the form of the fit, and the number of runs with
+    decay that never generalised and are in no fit.
     """
 
     exponent: float
@@ -212,9 +197,6 @@ def _fits_in_words(runs: Sequence[ResidueRun]) -> str:
     errors = ", ".join(f"{name} {error:.1%}" for name, error in fit.errors.items())
     said: str = words("tables")["grokking_decay"]["fit"].format(-fit.exponent, errors)
     return said + (f" {fit.censored} runs never generalised and are in no fit." if fit.censored else "")
-
-
-# ------------------------------------------------------------------------------------------------------- claims
 
 
 def multitask_claims(runs: Sequence[Run]) -> list[Table]:

@@ -19,13 +19,12 @@ from mini_gpt_pl.arithmetic.study.runs import (
     PUBLISHED,
     SETTING,
     ResidueRun,
-    commutator_note,
+    lay_runs,
     run_values,
-    setting_note,
     spread,
     step_of,
 )
-from mini_gpt_pl.arithmetic.study.words import Value, Values, lay, words
+from mini_gpt_pl.arithmetic.study.words import Value, Values, words
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Table
@@ -155,7 +154,7 @@ def onsets(runs: Sequence[ResidueRun]) -> Table:
     said = None
     if signs is not None:
         said = words("tables")["grokking_onsets"]["sign"].format(signs[0], ahead=signs[1], count=signs[2])
-    return lay("grokking_onsets", rows, sign=said, commutator=commutator_note(runs), setting=setting_note(runs))
+    return lay_runs("grokking_onsets", rows, runs, sign=said)
 
 
 def lead_of_memory(run: ResidueRun) -> float | None:
@@ -179,7 +178,7 @@ def rules(runs: Sequence[ResidueRun]) -> Table:
             row[columns[name]] = step_of(begun)
             row[f"lead / stop, {columns[name]}"] = None if ahead is None or math.isinf(ahead) else ahead
         rows.append(row)
-    return lay("grokking_onset_rules", rows, commutator=commutator_note(runs))
+    return lay_runs("grokking_onset_rules", rows, runs)
 
 
 # -------------------------------------------------------------------------------------------------------- rates
@@ -204,7 +203,7 @@ def rates(runs: Sequence[ResidueRun]) -> Table:
             if chosen := [run for run in here if run.groks is groks]:
                 rows.append({"lr": plain(rate), "operation": said, **_of_rate(chosen), **_published(paper, groks)})
     law = _power_law([run for run in measured if run.groks])
-    return lay("grokking_rates", rows, law=law, commutator=commutator_note(runs))
+    return lay_runs("grokking_rates", rows, runs, law=law)
 
 
 def _of_rate(runs: Sequence[ResidueRun]) -> Values:
@@ -265,7 +264,7 @@ def discrimination(runs: Sequence[ResidueRun]) -> Table:
     rows = [row for rate in rates for row in _clocks([run for run in runs if run.rate == rate], rate)]
     both = sorted(set.intersection(*({run.unit for run in side} for side in sides(runs))))
     said = words("tables")["grokking_discrimination"]["mixed"].format("; ".join(both)) if both else None
-    return lay("grokking_discrimination", rows, mixed=said, commutator=commutator_note(runs))
+    return lay_runs("grokking_discrimination", rows, runs, mixed=said)
 
 
 def _clocks(runs: Sequence[ResidueRun], rate: float) -> list[Values]:

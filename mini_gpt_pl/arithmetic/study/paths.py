@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,12 +20,11 @@ from mini_gpt_pl.arithmetic.study.runs import (
     Phase,
     ResidueRun,
     common_windows,
-    commutator_note,
     groups_of,
+    lay_runs,
     median,
     repeated_note,
     run_values,
-    setting_note,
     step_of,
 )
 from mini_gpt_pl.arithmetic.study.words import Value, Values, lay, metrics_of, words
@@ -136,7 +135,7 @@ def pc1(run: ResidueRun) -> Table:
 
 def pc1_to_the_stop(runs: Sequence[ResidueRun]) -> Table:
     """Centred PC1 of every matrix from the start to the stop, mean over seeds, beside the paper's and every null."""
-    return lay("grokking_pc1_published", _pc1_rows(runs, None), setting=setting_note(runs))
+    return lay_runs("grokking_pc1_published", list(_pc1_rows(runs, None)), runs)
 
 
 def pc1_in_windows(runs: Sequence[ResidueRun]) -> Table:
@@ -294,29 +293,19 @@ NEAR, FAR = 0.06, 3.0
 _BEHIND = 300  # steps behind t90
 
 
-@dataclass(frozen=True)
-class Excess:
-    """Centred PC1 from the start to the stop, less that of the walk that decays with innovations as long.
-
-    Args:
-        whole: Of all recorded weights.
-        furthest: Of the group that lies furthest from its null.
-        group: That group.
-    """
+class Excess(NamedTuple):
+    """Centred PC1 to the stop less that of the innovation walk: of all weights, and of the group furthest from it."""
 
     whole: float
     furthest: float
     group: str
 
 
-@dataclass(frozen=True)
-class Fall:
-    """What c does when a run reaches 90 % of the test set.
+class Fall(NamedTuple):
+    """What c does at t90.
 
-    Args:
-        level: Median of the last three records before.
-        floor: Least record from there to 300 steps later.
-        single: The record there over that 300 steps later; NaN where either was not taken.
+    The median of the last three records before, the least record from there to 300 steps later, and the record there
+    over that 300 steps later (NaN where either was not taken).
     """
 
     level: float
@@ -379,17 +368,14 @@ def seed_by_seed(runs: Sequence[ResidueRun]) -> Table:
         rows.append(row)
     near, falls = [e for _, e, _ in judged if e is not None], [fall for _, _, fall in judged if fall is not None]
     said = words("tables")["grokking_seeds"]
-    noted = {
-        "near": said["near"].format(
-            100 * NEAR, _share(abs(e.whole) < NEAR for e in near), _share(abs(e.furthest) < NEAR for e in near)
-        ),
-        "fallen": said["fallen"].format(
-            FAR, _BEHIND, _share(f.factor > FAR for f in falls), _share(f.single > FAR for f in falls)
-        ),
-    }
-    shown = {"near": bool(near), "fallen": bool(falls)}
-    noted = {key: text if shown[key] else "" for key, text in noted.items()}
-    return lay("grokking_seeds", rows, null=said["null"] if rows else "", commutator=commutator_note(runs), **noted)
+    noted = {"null": said["null"] if rows else "", "near": "", "fallen": ""}
+    if near:
+        holds = (_share(abs(e.whole) < NEAR for e in near), _share(abs(e.furthest) < NEAR for e in near))
+        noted["near"] = said["near"].format(100 * NEAR, *holds)
+    if falls:
+        holds = (_share(fall.factor > FAR for fall in falls), _share(fall.single > FAR for fall in falls))
+        noted["fallen"] = said["fallen"].format(FAR, _BEHIND, *holds)
+    return lay_runs("grokking_seeds", rows, runs, **noted)
 
 
 def _share(holds: Iterator[bool]) -> str:

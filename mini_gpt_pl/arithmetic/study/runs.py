@@ -17,7 +17,7 @@ from typing_extensions import override
 from mini_gpt_pl.arithmetic.milestones import BEGUN, MEMORISED, MILESTONES
 from mini_gpt_pl.arithmetic.nulls import walks
 from mini_gpt_pl.arithmetic.operations import OPERATIONS
-from mini_gpt_pl.arithmetic.study.words import Values, words
+from mini_gpt_pl.arithmetic.study.words import Values, lay, words
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import innovations, resampled, windows
 from mini_gpt_pl.geometry.path.centred import centred_statistics
@@ -26,7 +26,7 @@ from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.published import listed
 from mini_gpt_pl.report.settings import Facts, differences, facts, mapping, plain, said, transformer
-from mini_gpt_pl.report.sheet import Cell
+from mini_gpt_pl.report.sheet import Cell, Table
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 
@@ -454,14 +454,15 @@ def spread(values: Sequence[float], form: str = "{:,.0f}") -> Cell | None:
     return Cell(low if low == high else f"{low} to {high}", None, ends)
 
 
-def setting_note(runs: Sequence[ResidueRun]) -> str | None:
-    """Say why there are no published numbers beside runs that do not repeat the paper's."""
+def lay_runs(name: str, rows: Sequence[Values], runs: Sequence[ResidueRun], **noted: object) -> Table:
+    """Lay out a table over runs; see `lay`. Notes may say which commutator is shown, or why no published number is."""
+    return lay(name, rows, commutator=commutator_note(runs), setting=_setting_note(runs), **noted)
+
+
+def _setting_note(runs: Sequence[ResidueRun]) -> str | None:
     other = next((run for run in runs if run.differs), None)
-    if other is None:
-        return None
-    return (
-        f"Published numbers stand only beside runs that repeat the paper's; {other.label} has {listed(other.differs)}."
-    )
+    said = "Published numbers stand only beside runs that repeat the paper's;"
+    return None if other is None else f"{said} {other.label} has {listed(other.differs)}."
 
 
 def commutator_note(runs: Sequence[ResidueRun]) -> str | None:
