@@ -40,14 +40,9 @@ class NotTwiceError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Commutator:
-    """Two gradients at one point, and what each does to the other.
+    """Two gradients at one point, g_A and g_B in units of the loss per parameter unit, and H_B g_A and H_A g_B.
 
-    Args:
-        grad_a: g_A, in nats per parameter unit.
-        grad_b: g_B.
-        b_along_a: H_B g_A.
-        a_along_b: H_A g_B.
-        noise: Length below which the bracket is rounding.
+    `noise` is the length below which the bracket is rounding.
     """
 
     grad_a: Float[Tensor, " D"]

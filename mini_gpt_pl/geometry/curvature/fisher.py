@@ -46,11 +46,8 @@ class Estimated(NamedTuple):
 class Survey:
     """What M gradients leave behind, in float64; column g is group g, the last one the whole selection.
 
-    Args:
-        squares: ||g_i||^2.
-        projections: <g_i, v> of each named unit direction.
-        random: <g_i, w_k> of random directions, if they were asked for.
-        grams: <g_i, g_j> per group, if they were asked for; they add up to the whole's.
+    ||g_i||^2, <g_i, v> of each named unit direction, and on request <g_i, w_k> of random directions and <g_i, g_j> per
+    group, which add up to the whole's.
     """
 
     squares: Float[Tensor, "M G1"]
@@ -86,15 +83,8 @@ def survey(
     A block of gradients meets all directions at once, so that each direction is read M / block times; block + 1
     gradients of D values are held. Without a Gram each gradient is computed once. The Gram needs every pair: while a
     block is held, the gradients after it are computed again, which takes M (M/block + 1) / 2 of them in all. block = M
-    computes each once; for M = 32, block = 8 takes 80.
-
-    Args:
-        gradient: Gives g_i for i in 0 .. M-1, the same whenever it is asked.
-        count: M.
-        axes: Directions to project on.
-        block: Gradients held at a time.
-        gram: Whether to take the inner products of all pairs.
-        random: Random directions to project on.
+    computes each once; for M = 32, block = 8 takes 80. `gradient` gives g_i for i in 0 .. M-1, the same whenever it is
+    asked.
 
     Raises:
         ValueError: There are fewer than two gradients.
@@ -115,7 +105,9 @@ def survey(
         if gram:  # of the held gradients with one another, then with each that comes after them
             band = [inner_products(held, held, selection)]
             for i in range(begin + len(held), count):
-                band.append(inner_products(held, _values(gradient(i), selection)[None], selection))
+                later = gradient(i)
+                selection.accept(later.selection)
+                band.append(inner_products(held, later.values[None], selection))
             bands.append(pad(torch.cat(band, -1), (begin, 0)))
     projected = torch.cat(along).unbind(1) if along else ()
     upper = torch.cat(bands, 1) if gram else None
@@ -139,13 +131,10 @@ def _blocks(
         held = room[: count - begin]
         held[0] = first.values
         for i in range(1, len(held)):
-            held[i] = _values(gradient(begin + i), first.selection)
+            later = gradient(begin + i)
+            first.selection.accept(later.selection)
+            held[i] = later.values
         yield begin, held, first.selection
-
-
-def _values(gradient: Vector, selection: ParameterSelection) -> Float[Tensor, " D"]:
-    selection.accept(gradient.selection)
-    return gradient.values
 
 
 def gradient_of_rows(matrix: Float[Tensor, "M D"], selection: ParameterSelection) -> Callable[[int], Vector]:
@@ -177,11 +166,7 @@ def anisotropy(quotients: Float[Tensor, "M G1"], squares: Float[Tensor, "M G1"],
 
     For w uniform on the unit sphere orthogonal to v, E[w'Fw] = (tr F - q(v)) / (D - 1) exactly, so no random direction
     has to be drawn. The error is the jackknife's over gradients. NaN where D is 1 or no gradient is left across v.
-
-    Args:
-        quotients: <g_i, v>^2.
-        squares: ||g_i||^2.
-        dims: D of each group, then of the whole.
+    `quotients` are <g_i, v>^2, `squares` ||g_i||^2, and `dims` D of each group, then of the whole.
     """
     others = torch.tensor(dims, dtype=squares.dtype, device=squares.device) - 1
 
@@ -202,11 +187,9 @@ def sampled_anisotropy(projections: Float[Tensor, "M G1"], random: Float[Tensor,
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues of F and its eigenvectors as combinations u_k = sum_i w_ki g_i / sqrt(M lambda_k).
+    """The M largest eigenvalues of F, descending; the other D - M are zero. Eigenvectors are combinations of gradients.
 
-    Args:
-        eigenvalues: The M largest of F, descending; the other D - M are zero.
-        modes: Row k holds w_k, the unit eigenvectors of the Gram matrix.
+    u_k = sum_i w_ki g_i / sqrt(M lambda_k), where row k of `modes` is w_k, a unit eigenvector of the Gram matrix.
     """
 
     eigenvalues: Float[Tensor, " M"]
@@ -260,9 +243,8 @@ def mean_gradient_share(gram: Float[Tensor, "M M"]) -> float:
 class Moments(NamedTuple):
     """A second moment taken apart: E[x^2] at batch size B is mean + noise / B.
 
-    Attributes:
-        mean: Square of the mean: ||mu||^2, or <mu, v>^2.
-        noise: Variance of a single sample: tr Sigma, or v' Sigma v.
+    `mean` is the square of the mean, ||mu||^2 or <mu, v>^2, `noise` the variance of a single sample, tr Sigma or
+    v' Sigma v.
     """
 
     mean: Float[Tensor, "*shape"]

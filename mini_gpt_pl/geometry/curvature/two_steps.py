@@ -43,13 +43,9 @@ _HOOKS = (
 
 @dataclass(frozen=True, eq=False)
 class TwoSteps:
-    """Displacements in parameter units.
+    """Displacements in parameter units: the steps s_A and s_B from the state as it is, and theta_AB - theta_BA.
 
-    Args:
-        step_a: The step on A from the state as it is, s_A.
-        step_b: The step on B, s_B.
-        change: theta_AB - theta_BA.
-        memory: The same with the gradients frozen at theta: what the optimizer's memory and decay alone do.
+    `memory` is that change with the gradients frozen at theta: what the optimizer's memory and decay alone do.
     """
 
     step_a: Float[Tensor, " D"]

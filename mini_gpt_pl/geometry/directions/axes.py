@@ -21,12 +21,9 @@ BACKBONE = "backbone"
 
 @dataclass(frozen=True)
 class Axis:
-    """A direction to measure along: one for each group by itself, and one for the whole selection.
+    """A direction to measure along: the groups' own ones, end to end, and that of the whole selection.
 
-    Args:
-        own: The groups' directions, end to end; of any lengths.
-        whole: The whole selection's direction; of any length.
-        lengths: Lengths of the groups' directions, then of the whole's, float64.
+    Both are of any length: `lengths` has those of the groups' directions, then that of the whole's.
     """
 
     own: Vector
@@ -35,35 +32,27 @@ class Axis:
 
     @classmethod
     def of(cls, own: Vector, whole: Vector) -> Axis:
-        """Measure the lengths.
-
-        Raises:
-            FingerprintError: The two order their coordinates differently.
-        """
+        """Measure the lengths; FingerprintError where the two order their coordinates differently."""
         own.selection.require(whole.selection.fingerprint)
         squares = torch.cat([own.dots(own), whole.dots(whole).sum()[None]])
         return cls(own, whole, squares.sqrt())
 
     def project(self, vector: Vector) -> Float[Tensor, " G1"]:
-        """Coordinates of a vector along the unit directions; zero along one that vanishes.
-
-        Raises:
-            FingerprintError: The vector orders its coordinates differently.
-        """
+        """Coordinates of a vector of the same order along the unit directions; zero along one that vanishes."""
         own = vector.dots(self.own)
         total = own.sum() if self.whole is self.own else vector.dots(self.whole).sum()
-        inner = torch.cat([own, total[None]])
-        return torch.where(self.lengths > 0, inner / self.lengths, 0.0)
+        return _over(torch.cat([own, total[None]]), self.lengths)
+
+
+def _over(inner: Float[Tensor, "*batch G1"], lengths: Float[Tensor, "*#batch G1"]) -> Float[Tensor, "*batch G1"]:
+    return torch.where(lengths > 0, inner / lengths, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Axes(Mapping[str, Axis]):
     """Named axes in one matrix, so that a few gradients meet all of them in one product that reads each once.
 
-    Args:
-        rows: The vectors; of any lengths.
-        places: By name, the row of the groups' directions and that of the whole's, which may be the same.
-        selection: Owner of the coordinates' order.
+    `places` has for each name the row of the groups' directions and that of the whole's, which may be the same.
     """
 
     rows: Float[Tensor, "K D"]
@@ -72,11 +61,7 @@ class Axes(Mapping[str, Axis]):
 
     @classmethod
     def of(cls, axes: Mapping[str, Axis]) -> Axes:
-        """Copy axes, at least one, into a matrix; what is such a matrix already stays as it is.
-
-        Raises:
-            FingerprintError: They order their coordinates differently.
-        """
+        """Copy axes, at least one, of the same order into a matrix; what is such a matrix already stays as it is."""
         if isinstance(axes, Axes):
             return axes
         vectors: list[Vector] = []
@@ -127,22 +112,16 @@ class Axes(Mapping[str, Axis]):
 
     def project(self, vectors: Float[Tensor, "M D"]) -> Float[Tensor, "M N G1"]:
         """Coordinates of vectors of the selection along all unit directions; zero along one that vanishes."""
-        inner = self._of_places(inner_products(vectors, self.rows, self.selection))
-        return torch.where(self._lengths > 0, inner / self._lengths, 0.0)
+        return _over(self._of_places(inner_products(vectors, self.rows, self.selection)), self._lengths)
 
     def meet(self, vector: Vector) -> tuple[Float[Tensor, " G1"], Float[Tensor, "N G1"]]:
-        """Squared length of one vector, and its coordinates as `project` has them, in one pass where a GPU holds it.
-
-        Raises:
-            FingerprintError: The vector orders its coordinates differently.
-        """
+        """Squared length of one vector of the same order, and its coordinates as of `project`, in one pass on a GPU."""
         self.selection.accept(vector.selection)
         row = vector.values[None]
         products = products_at_once([*self.rows, vector.values], vector.values, self.selection)
         if products is None:
             return with_total(squared_norms(row, self.selection)[:, 0]), self.project(row)[0]
-        inner = self._of_places(products[:, None, :-1])
-        return with_total(products[:, -1]), torch.where(self._lengths > 0, inner / self._lengths, 0.0)[0]
+        return with_total(products[:, -1]), _over(self._of_places(products[:, None, :-1]), self._lengths)[0]
 
     @cached_property
     def _lengths(self) -> Float[Tensor, "N G1"]:

@@ -33,13 +33,8 @@ _POINTS = 20001
 class Projection:
     """Squared lengths of a vector (or of several, in leading axes) in and out of a basis.
 
-    Args:
-        along: Inside the subspace, by block.
-        energy: Of the vector in each block's stretch.
-        total: Of the whole vector, over all weights that it has.
-        sizes: Directions in each block.
-        dims: Values in each block's stretch.
-        dim: Number of weights that the vector has, P.
+    `along` is inside the subspace and `energy` in the stretch of each block, which has `sizes` directions of `dims`
+    values; `total` is over all weights that the vector has, `dim` = P.
     """
 
     along: Float[Tensor, "*batch blocks"]

@@ -126,13 +126,10 @@ def pca(gram: Gram, rows: Rows, *, normalise: bool = False) -> PCA:
 
 @dataclass(frozen=True)
 class Spectra:
-    """Uncentred principal components of the same rows in several paths.
+    """Uncentred principal components of the same rows in several paths: squared singular values and unit directions.
 
-    Args:
-        energy: Squared singular values, descending.
-        directions: Coefficients of the unit right singular vectors; zero from `ranks` on.
-        ranks: Number of singular values that are not rounding; 1 at least.
-        moved: Number of rows that have a length. With none, the rest means nothing.
+    `ranks` is the number of singular values that are not rounding, 1 at least; directions are zero from it on. `moved`
+    is the number of rows that have a length; with none, the rest means nothing.
     """
 
     energy: Float[Tensor, "B R"]
@@ -246,12 +243,9 @@ def past_update_alignment(gram: Gram, *, normalise: bool = False) -> Float[Tenso
 
 @dataclass(frozen=True)
 class RollingBackbone:
-    """How the first direction of windows of consecutive snapshots among 1 .. T turns along the run.
+    """|cos| of the first directions of windows of consecutive snapshots among 1 .. T along the run.
 
-    Args:
-        ends: Index of the last snapshot of each window; for adjacent windows, of the later one.
-        cosines: |cos| of the compared directions.
-        pc1: Share of the first component in the (later) window.
+    `ends` has the index of the last snapshot of each window (of the later one of two), and `pc1` its first share.
     """
 
     ends: list[int]

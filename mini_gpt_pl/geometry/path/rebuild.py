@@ -10,9 +10,8 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -104,19 +103,19 @@ def gram_of_files(files: Sequence[FlatFile], selection: ParameterSelection) -> F
         places = [file.pieces(names) for file in files]
         jobs += [(number, places, lo, min(lo + _PART, columns)) for lo in range(0, columns, _PART)]
     grams = torch.zeros(len(selection.groups), len(files), len(files), dtype=torch.float64)
-    count = torch.get_num_threads() + _READERS
-    local = threading.local()
+    threads, local = torch.get_num_threads(), threading.local()
 
-    def work(job: tuple[int, list[list[Piece]], int, int]) -> Float[Tensor, "n n"]:
-        if not hasattr(local, "desk"):
-            local.desk = _Desk(files)
-        gram: Float[Tensor, "n n"] = local.desk.gram(*job[1:])
-        return gram
+    def begin() -> None:
+        torch.set_num_threads(1)  # two or more that shared each product would wait for one another
+        local.desk = _Desk(files)
 
-    with _workers(count) as pool:
-        # In the order of the jobs, so that the sum does not depend on which thread is faster.
-        for (number, *_), part in zip(jobs, pool.map(work, jobs), strict=True):
-            grams[number] += part
+    with ThreadPoolExecutor(threads + _READERS, initializer=begin) as pool:
+        try:
+            # In the order of the jobs, so that the sum does not depend on which thread is faster.
+            for (number, *_), part in zip(jobs, pool.map(lambda job: local.desk.gram(*job[1:]), jobs), strict=True):
+                grams[number] += part
+        finally:
+            torch.set_num_threads(threads)
     return grams.tril() + grams.tril(-1).mT  # a product's two halves may differ by rounding
 
 
@@ -143,17 +142,6 @@ class _Desk:
                 part.copy_(block[:, at:last])
             total.addmm_(tile, tile.T)
         return total
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that multiply alone: two or more that shared each product would wait for one another."""
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield pool
-        finally:
-            torch.set_num_threads(before)
 
 
 def _parts(folder: Path) -> list[Path]:

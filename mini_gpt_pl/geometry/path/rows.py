@@ -169,10 +169,7 @@ def _in_kernels_reach(rows: Sequence[Row]) -> list[Tensor] | None:
 class Memory(NamedTuple):
     """Bytes that a recorder takes at its peak, on each rank that holds all of the weights.
 
-    Attributes:
-        device: Where the model is.
-        host: Beside it; on a CPU both are one memory.
-        disk: In snapshot files.
+    Where the model is, on the host (on a CPU both are one memory), and in snapshot files.
     """
 
     device: int

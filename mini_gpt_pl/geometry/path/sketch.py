@@ -231,11 +231,8 @@ def share_error(ratios: Float[Tensor, " R"], width: int) -> float:
 
     An eigenvalue moves by lambda_k (|S u_k|^2 - 1), independently for each k with a variance of 2/m, and so does the
     trace: dp_1 = p_1 (z_1 - sum_k p_k z_k). The bias is smaller by another 1/sqrt(m) where PC1 stands apart:
-    (p_1 / m) sum_{k > 1} p_k / (p_1 - p_k), as a sketch mixes a little of every component into the first.
-
-    Args:
-        ratios: Shares p_k of all components, descending.
-        width: m of a sketch of the whole, or R m where R equal groups or ranks have sketches of m.
+    (p_1 / m) sum_{k > 1} p_k / (p_1 - p_k), as a sketch mixes a little of every component into the first. The width m
+    is that of a sketch of the whole, or R m where R equal groups or ranks have sketches of m.
     """
     first, rest = ratios[0], ratios[1:]
     return float(first * (2.0 / width * ((1.0 - first) ** 2 + rest.square().sum())).sqrt())

@@ -261,17 +261,10 @@ def percentile(value: float, controls: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class SwitchReport:
-    """A switch in one parameter group, beside stretches of equal length without a switch.
+    """A switch in one parameter group, beside controls: stretches of equal length without a switch.
 
-    Args:
-        stretch: The switch itself.
-        controls: Number of control stretches that could be measured.
-        cosine_percentile: Of |cos| among the controls.
-        energy_percentile: Of the energy in PCs 2 to 6.
-        energy_across_percentile: Of that energy without the part along v_b.
-        share_percentile: Of the group's share; NaN for the whole selection, whose share is always 1.
-        control_cosine: Mean |cos| of the controls.
-        control_share: Mean share of the group in the controls.
+    The number of controls that could be measured, the percentiles of the switch's |cos|, energies and share among them
+    (of the share NaN for the whole selection, where it is always 1), and the controls' mean |cos| and share.
     """
 
     stretch: Stretch

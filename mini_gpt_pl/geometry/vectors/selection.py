@@ -103,13 +103,8 @@ class Shards:
     """How the ranks of a device mesh share some weights: every coordinate has one owner among them.
 
     Weights that the same ranks hold in copies belong to the first of them. Mesh axes along which everything is a copy
-    (the replicas of HSDP) take no part: each replica adds up its own shards.
-
-    Args:
-        mesh: The ranks.
-        axes: Mesh axes that cut at least one weight.
-        shapes: Shape of what this rank owns of each weight, (0,) where it is another rank's copy.
-        owned: Whether this rank owns its part of each weight.
+    (the replicas of HSDP) take no part, `axes` are the others: each replica adds up its own shards. `shapes` are those
+    of what this rank owns of each weight, (0,) where it is another rank's copy and not `owned`.
     """
 
     mesh: DeviceMesh
@@ -119,26 +114,12 @@ class Shards:
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> Shards | None:
-        """Read off how weights are shared; None if every rank has all of them.
-
-        Raises:
-            UserError: They are spread over more than one device mesh.
-        """
+        """Read off how weights are shared; None if every rank has all of them, UserError on several device meshes."""
         meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
         if len(meshes) > 1:
             raise UserError("the selected weights lie on different device meshes: choose weights of one by the pattern")
-        # Mesh axes along which ranks hold different parts of each.
-        cuts = [
-            {
-                axis
-                for axis, placed in enumerate(p.placements)
-                if p.device_mesh.shape[axis] > 1 and not placed.is_replicate()
-            }
-            if isinstance(p, DTensor)
-            else set()
-            for p in parameters
-        ]
-        axes = tuple(sorted(set[int]().union(*cuts)))
+        cuts = [_cut_axes(p) for p in parameters]
+        axes = tuple(sorted(set().union(*cuts)))
         if not axes:
             return None
         mesh = meshes.pop()
@@ -182,11 +163,7 @@ class Shards:
 class ParameterSelection:
     r"""Named weights in a fixed order, cut into named groups that are contiguous in the flat vector.
 
-    Args:
-        names: Parameter names, group by group.
-        shapes: Shape of each parameter, whole.
-        owners: Group of each parameter, aligned with `names`.
-        shards: How the ranks share the parameters; None where every rank has all of them.
+    Each has its whole shape and its group, its owner. Shards are None where every rank has all of the parameters.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
@@ -287,17 +264,13 @@ class ParameterSelection:
         return tuple(itertools.starmap(slice, self.spans))
 
     def _by_group(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        totals = dict.fromkeys(self.groups, 0)
+        totals = Counter[str]()
         for owner, size in zip(self.owners, sizes, strict=True):
             totals[owner] += size
         return tuple(totals.values())
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
-        """Return the selected parameters of a module, in this selection's order.
-
-        Raises:
-            UserError: A selected parameter is missing or has another shape.
-        """
+        """Return the selected parameters of a module, in order; UserError if one is missing or of another shape."""
         places = _PLACES.get(module, {}).get(self.fingerprint, [])
         present = [parameter for place in places if (parameter := place.parameter()) is not None]
         if present and len(present) == len(places):
@@ -408,6 +381,14 @@ class ParameterSelection:
     def items(self) -> Iterator[tuple[str, slice]]:
         """Iterate over group names and their slices of this rank's flat vectors."""
         return zip(self.groups, self.slices, strict=True)
+
+
+def _cut_axes(parameter: Tensor) -> set[int]:
+    """Mesh axes along which ranks hold different parts of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return set()
+    sizes = parameter.device_mesh.shape
+    return {axis for axis, placed in enumerate(parameter.placements) if sizes[axis] > 1 and not placed.is_replicate()}
 
 
 def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
