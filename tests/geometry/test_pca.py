@@ -137,13 +137,12 @@ def test_update_alignment_is_the_cosine_with_each_increment() -> None:
     torch.testing.assert_close(found, cosines, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_past_alignment_knows_no_future(normalise: bool) -> None:
-    found = geometry.past_update_alignment(H, normalise=normalise)
+def test_past_alignment_knows_no_future() -> None:
+    found = geometry.past_update_alignment(H)
     assert found[0].isnan() and len(found) == T
     assert math.isnan(geometry.latest_update_alignment(H[:1, :1]))  # theta_0 alone
     for k in range(2, T + 1):
-        past = svd(WEIGHTS[1:k] - WEIGHTS[0], normalise)[1][0]
+        past = svd(WEIGHTS[1:k] - WEIGHTS[0])[1][0]
         assert float(found[k - 1]) == pytest.approx(
             float(torch.cosine_similarity(WEIGHTS[k] - WEIGHTS[k - 1], past, dim=0)), abs=1e-9
         )

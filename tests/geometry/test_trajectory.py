@@ -22,7 +22,6 @@ from mini_gpt_pl.geometry.path.rows import IncrementRows
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors import alignment, files, selection, staging
-from mini_gpt_pl.geometry.vectors.files import read_tensors
 from mini_gpt_pl.geometry.vectors.selection import FingerprintError, ParameterSelection, Vector
 
 WEIGHTS = bent_path(7, SMALL.dim)
@@ -212,13 +211,6 @@ def test_bad_trajectory_files(how: str, message: str, tmp_path: Path) -> None:
     spoil(path, how)
     with one_line_error(message):
         Trajectory.load(path)
-
-
-def test_read_tensors_by_name(tmp_path: Path) -> None:
-    save_file({"x": torch.ones(1), "y": torch.zeros(2)}, tmp_path / "file")
-    assert read_tensors(tmp_path / "file", "file", ["y"])[0].keys() == {"y"}
-    with one_line_error("cannot be read"):
-        read_tensors(tmp_path / "file", "file", ["z"])
 
 
 # ---- snapshot folders ------------------------------------------------------------------------------------------------

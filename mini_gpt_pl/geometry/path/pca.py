@@ -220,7 +220,7 @@ def update_alignment(gram: Gram, direction: Direction) -> Float[Tensor, " T"]:
     return torch.where(lengths > 0, inner(gram, increments, direction) / lengths.clamp_min(1e-300), 0.0)
 
 
-def latest_update_alignment(gram: Float[Tensor, "*batch n n"], *, normalise: bool = False) -> Float[Tensor, "*batch"]:
+def latest_update_alignment(gram: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
     """Cosine of the last increment with the backbone of the snapshots before it, in one path or in several.
 
     Chance gives zero. NaN where there is no past, that is before the third snapshot, or where nothing had moved yet.
@@ -229,16 +229,16 @@ def latest_update_alignment(gram: Float[Tensor, "*batch n n"], *, normalise: boo
     if n < 3:
         return torch.full(gram.shape[:-2], torch.nan, dtype=torch.float64)
     grams = gram.reshape(-1, n, n)
-    past = spectra(grams, drifts(n)[1 : n - 1], normalise=normalise)
+    past = spectra(grams, drifts(n)[1 : n - 1])
     along = (past.directions[:, 0] * grams[:, -1]).sum(-1)
     length = grams[:, -1, -1].clamp_min(0.0).sqrt()
     cosines = torch.where(length > 0, along / length.clamp_min(1e-300), 0.0)
     return torch.where(past.moved > 0, cosines, torch.nan).reshape(gram.shape[:-2])
 
 
-def past_update_alignment(gram: Gram, *, normalise: bool = False) -> Float[Tensor, " T"]:
+def past_update_alignment(gram: Gram) -> Float[Tensor, " T"]:
     """`latest_update_alignment` of every increment d_1 .. d_T in turn, as it was while the run went on."""
-    return torch.stack([latest_update_alignment(gram[:k, :k], normalise=normalise) for k in range(2, len(gram) + 1)])
+    return torch.stack([latest_update_alignment(gram[:k, :k]) for k in range(2, len(gram) + 1)])
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ def with_total(per_group: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch G1
     return torch.cat([per_group, per_group.sum(-1, keepdim=True)], -1)
 
 
-def cosines(vector: Vector, direction: Vector, *, norms: Float[Tensor, " G"] | None = None) -> Float[Tensor, " G1"]:
+def cosines(vector: Vector, direction: Vector) -> Float[Tensor, " G1"]:
     """Cosine with a direction of any length per group, then for the whole, in float64.
 
-    Zero where either part vanishes, NaN where one is not finite. `norms` are the squared norms of the vector per group,
-    if they are at hand. The whole sees how the direction's length is shared by groups.
+    Zero where either part vanishes, NaN where one is not finite. The whole sees how the direction's length is shared by
+    groups.
     """
-    own = vector.dots(vector) if norms is None else norms
-    inner, own, other = map(with_total, (vector.dots(direction), own, direction.dots(direction)))
+    pairs = ((vector, direction), (vector, vector), (direction, direction))
+    inner, own, other = (with_total(a.dots(b)) for a, b in pairs)
     scale = (own * other).sqrt()
     return torch.where(scale == 0, 0.0, inner / scale)
 

@@ -39,15 +39,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) 
         save_file(tensors, partial, metadata=meta)
 
 
-def read_tensors(path: Path, what: str, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the named tensors (all for None) and the metadata of a safetensors file; `what` it is, for the error line.
+def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file; `what` it is, for the error line.
 
     Raises:
-        UserError: The file is missing or corrupt, or lacks a named tensor.
+        UserError: The file is missing or corrupt.
     """
     with _opened(path, what) as handle:
-        tensors = {name: handle.get_tensor(name) for name in (handle.keys() if names is None else names)}
-        return tensors, handle.metadata() or {}
+        names = list(handle.keys())
+        return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
 
 
 @contextmanager
