@@ -19,8 +19,9 @@ gradients, in the dtype of theta, float64 if possible.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -152,9 +153,10 @@ class Lengths:
     @classmethod
     def stack(cls, samples: Sequence[Lengths]) -> Lengths:
         """Put samples of one point together, on the host, in one transfer."""
-        *names, _ = (field.name for field in fields(cls))
+        names = [field.name for field in fields(cls) if field.name != "eta"]
         columns = torch.stack([torch.cat([getattr(sample, name) for sample in samples]) for name in names])
-        return cls(*columns.cpu(), eta=samples[0].eta)
+        lengths: dict[str, Any] = dict(zip(names, columns.cpu(), strict=True))
+        return replace(samples[0], **lengths)
 
     @property
     def resolved(self) -> Float[Tensor, " K"]:

@@ -47,8 +47,8 @@ class Projection:
     @classmethod
     def stack(cls, parts: Sequence[Projection]) -> Projection:
         """Put projections on one basis together, along a new first axis."""
-        lengths = ("along", "energy", "total")
-        return replace(parts[0], **{name: torch.stack([getattr(part, name) for part in parts]) for name in lengths})
+        along, energy, total = (torch.stack([getattr(p, name) for p in parts]) for name in ("along", "energy", "total"))
+        return replace(parts[0], along=along, energy=energy, total=total)
 
     def cpu(self) -> Projection:
         """Move to the host."""

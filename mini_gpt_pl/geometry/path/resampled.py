@@ -177,4 +177,4 @@ def band(value: Float[Tensor, ""], draws: Float[Tensor, " draws"]) -> Band:
     if not len(numbers) or value.isnan():
         return Band(*[float("nan")] * 4)
     below = np.mean(numbers < float(value)) + np.mean(numbers == float(value)) / 2
-    return Band(*map(float, np.quantile(numbers, _LEVELS)), below=float(below))
+    return Band(*map(float, np.quantile(numbers, _LEVELS)), float(below))

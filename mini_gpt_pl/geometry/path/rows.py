@@ -83,8 +83,10 @@ class IncrementRows:
         self.selection.accept(new.selection)
         rows = [*self.rows, new.values]
         tensors = _in_kernels_reach(rows)
-        products = inner_products if tensors is None else kernels.inner_products
-        return self.selection.total(products(tensors or rows, new.values, self.selection.spans))
+        spans = self.selection.spans
+        if tensors is not None:
+            return self.selection.total(kernels.inner_products(tensors, new.values, spans))
+        return self.selection.total(inner_products(rows, new.values, spans))
 
     def combine(self, coefficients: Float[Tensor, "G n"]) -> Vector:
         """Turn directions given by coefficients, one set per group, into one flat float32 vector.

@@ -64,10 +64,10 @@ def events(steps: Sequence[int], values: Sequence[float], prominence: float = 0.
         raise ValueError(f"{len(values)} values for {len(steps)} steps")
     if not all(map(math.isfinite, values)):
         raise ValueError("the series holds values that are not finite")
-    mirrored = [-value for value in values]
+    kinds: dict[Literal["peak", "trough"], Sequence[float]] = {"peak": values, "trough": [-value for value in values]}
     found = []
     for index in range(1, len(values) - 1):
-        for kind, series in (("peak", values), ("trough", mirrored)):
+        for kind, series in kinds.items():
             declared = _declared(series, index, prominence, reach)
             if declared is not None:
                 found.append(Event(kind, index, steps[index], values[index], declared))
