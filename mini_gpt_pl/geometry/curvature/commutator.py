@@ -100,7 +100,7 @@ def by_differences(loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> Co
 
 
 def finite(
-    found: Commutator, loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"], eta: float
+    at_theta: Commutator, loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"], eta: float
 ) -> Float[Tensor, " D"]:
     """(theta_AB - theta_BA) / eta^2 of two steps of finite size, exactly, and without subtracting weights.
 
@@ -108,8 +108,8 @@ def finite(
 
     The gradients at theta are those of the commutator, whose bracket is the limit as eta tends to 0.
     """
-    after_b = gradient(loss_a, theta - eta * found.grad_b) - found.grad_a
-    after_a = gradient(loss_b, theta - eta * found.grad_a) - found.grad_b
+    after_b = gradient(loss_a, theta - eta * at_theta.grad_b) - at_theta.grad_a
+    after_a = gradient(loss_b, theta - eta * at_theta.grad_a) - at_theta.grad_b
     return (after_b - after_a) / eta
 
 
@@ -142,13 +142,13 @@ class Lengths:
     eta: float
 
     @classmethod
-    def of(cls, found: Commutator, stepped: Float[Tensor, " D"], theta: Float[Tensor, " D"], eta: float) -> Lengths:
+    def of(cls, sample: Commutator, stepped: Float[Tensor, " D"], theta: Float[Tensor, " D"], eta: float) -> Lengths:
         """Measure one sample, and its steps of `finite` size eta, on its device."""
-        vectors = (found.grad_a, found.grad_b, found.bracket, stepped, theta)
+        vectors = (sample.grad_a, sample.grad_b, sample.bracket, stepped, theta)
         a, b, bracket, moved, weights = (_length(vector)[None] for vector in vectors)
-        pulled = (_length(found.b_along_a) + _length(found.a_along_b))[None]
-        inner = torch.dot(found.grad_a.double(), found.grad_b.double())[None]
-        return cls(a, b, inner, bracket, pulled, found.noise.double()[None], moved, weights, eta)
+        pulled = (_length(sample.b_along_a) + _length(sample.a_along_b))[None]
+        inner = torch.dot(sample.grad_a.double(), sample.grad_b.double())[None]
+        return cls(a, b, inner, bracket, pulled, sample.noise.double()[None], moved, weights, eta)
 
     @classmethod
     def stack(cls, samples: Sequence[Lengths]) -> Lengths:

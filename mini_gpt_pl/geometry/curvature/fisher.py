@@ -156,9 +156,9 @@ def rayleigh(projections: Float[Tensor, "M G1"]) -> Estimated:
     return mean_of(projections.square())
 
 
-def trace(found: Survey) -> Estimated:
+def trace(scalars: Survey) -> Estimated:
     """Trace of F, the mean of ||g_i||^2."""
-    return mean_of(found.squares)
+    return mean_of(scalars.squares)
 
 
 def anisotropy(quotients: Float[Tensor, "M G1"], squares: Float[Tensor, "M G1"], dims: Sequence[int]) -> Estimated:

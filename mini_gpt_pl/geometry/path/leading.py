@@ -87,9 +87,9 @@ class LeadingDirections:
         """Cosine of a direction of the whole selection with its nearest kept vector, by the Gram matrices."""
         inside = whole = 0.0
         for group in range(len(grams)):
-            wanted, weights, basis = self._project(grams, group, coefficients[group])
+            target, weights, basis = self._project(grams, group, coefficients[group])
             inside += float(pca.norms(grams[group], (weights @ basis)[None])) ** 2
-            whole += float(pca.norms(grams[group], wanted[None])) ** 2
+            whole += float(pca.norms(grams[group], target[None])) ** 2
         return (inside / whole) ** 0.5 if whole > 0 else 1.0
 
     def _project(
@@ -97,21 +97,23 @@ class LeadingDirections:
     ) -> tuple[pca.Direction, Float[Tensor, " K1"], pca.Rows]:
         """Orthogonal projection of a direction on theta_0 and the kept ones: it, its weights, and what they are of."""
         n = grams.shape[-1]
-        wanted = F.pad(direction.double(), (0, n - len(direction)))
+        target = F.pad(direction.double(), (0, n - len(direction)))
         basis = torch.cat([pca.theta0(n)[None], self.coefficients[group]])
         products = basis @ grams[group] @ basis.T
-        weights = torch.linalg.pinv(products, rtol=_RANK, hermitian=True) @ (basis @ (grams[group] @ wanted))
-        return wanted, weights, basis
+        weights = torch.linalg.pinv(products, rtol=_RANK, hermitian=True) @ (basis @ (grams[group] @ target))
+        return target, weights, basis
 
 
-def leading_mix(gram: pca.Gram, found: Float[Tensor, "F n"], path: pca.Rows, count: int) -> Float[Tensor, "K F"]:
+def leading_mix(gram: pca.Gram, vectors: Float[Tensor, "F n"], path: pca.Rows, count: int) -> Float[Tensor, "K F"]:
     """Weights of the `count` combinations of vectors that hold most of a path's energy: orthonormal, best first.
 
     The vectors and the path's rows are given by their coefficients; where the vectors span less than `count`, the last
     combinations are zero.
     """
-    lengths = pca.norms(gram, found)
-    scaled = found / torch.where(lengths > 0, lengths, 1.0)[:, None]  # so that a short vector is not taken for rounding
+    lengths = pca.norms(gram, vectors)
+    scaled = (
+        vectors / torch.where(lengths > 0, lengths, 1.0)[:, None]
+    )  # so that a short vector is not taken for rounding
     energy, turn = torch.linalg.eigh(scaled @ gram @ scaled.T)
     used = (energy > _RANK * energy.max()) & (lengths.max() > 0)
     frame = (turn[:, used] / energy[used].sqrt()).T  # weights of an orthonormal frame of their span

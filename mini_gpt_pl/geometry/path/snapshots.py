@@ -128,8 +128,8 @@ class SnapshotFolder:
         """
         self._raise_failures(lambda pending: True)
 
-    def _raise_failures(self, wanted: Callable[[Future[None]], bool]) -> None:
-        settled = [pending for pending in self._pending if wanted(pending)]
+    def _raise_failures(self, settles: Callable[[Future[None]], bool]) -> None:
+        settled = [pending for pending in self._pending if settles(pending)]
         self._pending = [pending for pending in self._pending if pending not in settled]
         for pending in settled:
             try:

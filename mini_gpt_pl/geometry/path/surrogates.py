@@ -59,9 +59,9 @@ def _gaussian(like: Vector, generator: torch.Generator) -> Vector:
     return Vector(values, like.selection)
 
 
-def _scaled(drawn: Vector, wanted: Float[Tensor, " G"], squares: Float[Tensor, " G"]) -> Vector:
-    """Give each group the wanted squared length."""
-    return _each(drawn, torch.where(squares > 0, wanted / squares, 0.0).sqrt())
+def _scaled(drawn: Vector, target: Float[Tensor, " G"], squares: Float[Tensor, " G"]) -> Vector:
+    """Give each group the target squared length."""
+    return _each(drawn, torch.where(squares > 0, target / squares, 0.0).sqrt())
 
 
 def _each(vector: Vector, factors: Float[Tensor, " G"]) -> Vector:

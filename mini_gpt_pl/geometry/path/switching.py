@@ -65,13 +65,13 @@ def events(steps: Sequence[int], values: Sequence[float], prominence: float = 0.
     if not all(map(math.isfinite, values)):
         raise ValueError("the series holds values that are not finite")
     kinds: dict[Literal["peak", "trough"], Sequence[float]] = {"peak": values, "trough": [-value for value in values]}
-    found = []
+    extremes = []
     for index in range(1, len(values) - 1):
         for kind, series in kinds.items():
             declared = _declared(series, index, prominence, reach)
             if declared is not None:
-                found.append(Event(kind, index, steps[index], values[index], declared))
-    return found
+                extremes.append(Event(kind, index, steps[index], values[index], declared))
+    return extremes
 
 
 def _declared(values: Sequence[float], index: int, prominence: float, reach: int) -> int | None:
@@ -96,15 +96,15 @@ class Switch:
     declared: int
 
 
-def switches(found: Sequence[Event], reach: int = 3) -> list[Switch]:
+def switches(extremes: Sequence[Event], reach: int = 3) -> list[Switch]:
     """Pair each peak with the first later trough; peaks without a trough between them share one.
 
     With a reach above 3, a shallow trough between the two could still be recognised after the later one has been: the
     pair is certain only when that can no longer happen. Events and reach are those of `events`.
     """
     pairs = []
-    for peak in [event for event in found if event.kind == "peak"]:
-        trough = next((event for event in found if event.kind == "trough" and event.index > peak.index), None)
+    for peak in [event for event in extremes if event.kind == "peak"]:
+        trough = next((event for event in extremes if event.kind == "trough" and event.index > peak.index), None)
         if trough is not None:
             # Two troughs are at least two values apart, and one is settled once `reach` values have followed it.
             pairs.append(Switch(peak, trough, max(peak.declared, trough.declared, trough.index - 2 + reach)))

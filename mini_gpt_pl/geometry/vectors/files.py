@@ -153,9 +153,9 @@ class FlatFile:
             with self.path.open("rb", buffering=0) as file:
                 for count, begin in pieces:
                     if first < count and at < len(target):
-                        wanted = target[at : at + width * (count - first)]
-                        _fill(file, wanted, begin + width * first)
-                        at += len(wanted)
+                        part = target[at : at + width * (count - first)]
+                        _fill(file, part, begin + width * first)
+                        at += len(part)
                     first = max(first - count, 0)
         except OSError as error:
             raise UserError(f"the {self.what} {self.path} cannot be read ({error}): delete it or restore it") from None

@@ -121,10 +121,10 @@ class _FullWidth(TorchDispatchMode):
         self.casts: torch.dtype | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asked = (kwargs or {}).get("dtype")
-        narrower = asked is not None and asked.is_floating_point and asked.itemsize < self.dtype.itemsize
+        dtype = (kwargs or {}).get("dtype")
+        narrower = dtype is not None and dtype.is_floating_point and dtype.itemsize < self.dtype.itemsize
         if narrower and args and isinstance(args[0], Tensor) and args[0].dtype == self.dtype:
-            self.casts, kwargs = asked, {**kwargs, "dtype": self.dtype}
+            self.casts, kwargs = dtype, {**kwargs, "dtype": self.dtype}
         return func(*args, **(kwargs or {}))
 
 

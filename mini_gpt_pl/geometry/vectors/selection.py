@@ -452,9 +452,9 @@ def _grads_aside(module: nn.Module) -> Iterator[None]:
 class FingerprintError(UserError):
     """Two vectors, or a vector and a file, order their coordinates differently."""
 
-    def __init__(self, expected: str, found: str) -> None:
+    def __init__(self, expected: str, other: str) -> None:
         super().__init__(
-            f"the vectors belong to different parameter selections ({expected[:12]} and {found[:12]}): "
+            f"the vectors belong to different parameter selections ({expected[:12]} and {other[:12]}): "
             "their coordinates do not correspond, so no inner product between them means anything"
         )
 
