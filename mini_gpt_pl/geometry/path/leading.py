@@ -111,9 +111,8 @@ def leading_mix(gram: pca.Gram, vectors: Float[Tensor, "F n"], path: pca.Rows, c
     combinations are zero.
     """
     lengths = pca.norms(gram, vectors)
-    scaled = (
-        vectors / torch.where(lengths > 0, lengths, 1.0)[:, None]
-    )  # so that a short vector is not taken for rounding
+    # At unit length, so that a short vector is not taken for rounding.
+    scaled = vectors / torch.where(lengths > 0, lengths, 1.0)[:, None]
     energy, turn = torch.linalg.eigh(scaled @ gram @ scaled.T)
     used = (energy > _RANK * energy.max()) & (lengths.max() > 0)
     frame = (turn[:, used] / energy[used].sqrt()).T  # weights of an orthonormal frame of their span
