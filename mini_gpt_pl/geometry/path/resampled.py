@@ -177,4 +177,5 @@ def band(value: Float[Tensor, ""], draws: Float[Tensor, " draws"]) -> Band:
     if not len(numbers) or value.isnan():
         return Band(*[float("nan")] * 4)
     below = np.mean(numbers < float(value)) + np.mean(numbers == float(value)) / 2
-    return Band(*map(float, np.quantile(numbers, _LEVELS)), float(below))
+    low, median, high = np.quantile(numbers, _LEVELS).tolist()
+    return Band(low, median, high, float(below))
