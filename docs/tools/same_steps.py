@@ -19,7 +19,7 @@ from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.sheet import Cell, Row, Table, gap, number, tabulate, word, write_tables
 from mini_gpt_pl.report.statistics import t_interval
 from mini_gpt_pl.runs.folder import Run, runs_below
-from mini_gpt_pl.stories.study.learning_tables import LOSS
+from mini_gpt_pl.stories.study.learning import LOSS
 from mini_gpt_pl.stories.switches import P_OOD
 
 P_IN = "probe/p_in"

@@ -63,11 +63,7 @@ PRESETS: dict[str, GPTSize] = {
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention to the present and the past: softmax(q k^T / sqrt(hs) + causal mask) v.
-
-    Args:
-        size: Shape of the model.
-    """
+    """Multi-head attention to the present and the past: softmax(q k^T / sqrt(hs) + causal mask) v."""
 
     def __init__(self, size: GPTSize) -> None:
         super().__init__()
@@ -97,11 +93,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W_down GELU(W_up x), with the exact (erf) GELU.
-
-    Args:
-        size: Shape of the model.
-    """
+    """W_down GELU(W_up x), with the exact (erf) GELU."""
 
     def __init__(self, size: GPTSize) -> None:
         super().__init__()
@@ -115,11 +107,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attn(ln1(x)), then x + mlp(ln2(x)).
-
-    Args:
-        size: Shape of the model.
-    """
+    """Pre-norm block: x + attn(ln1(x)), then x + mlp(ln2(x))."""
 
     def __init__(self, size: GPTSize) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -121,15 +121,15 @@ class ProbedGPT(LightningModule):
         """L_probe from the sequences that hold a probe: one in ten, at a tenth of a forward and backward pass."""
         asked = batch.probe_mask.any(-1, keepdim=True)
         few = batch._replace(**pack(batch.targets.masked_fill(~asked, IGNORE))._asdict())
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # a graph of its own, for so few rows, would take long to compile
+        # A graph of its own, for so few rows, would take long to compile.
+        with torch.compiler.set_stance("force_eager"):
             return self._named_terms(few).probe
 
     def _named_terms(self, batch: Batch) -> LossTerms:
         scores = self._scores(batch)
-        counts = self._over_ranks(count_targets(batch.targets, batch.probe_mask))
-        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, counts)
+        counts = torch.stack(count_targets(batch.targets, batch.probe_mask))
+        of_all = TargetCounts(*self._sum_over_ranks(counts)().unbind())
+        terms = loss_terms(scores.nll, batch.targets, batch.probe_mask, of_all)
         return LossTerms(*(term * self._ranks() for term in terms))
 
     def batch_terms(self, batch: Batch) -> tuple[LossTerms, TargetCounts]:
@@ -187,9 +187,6 @@ class ProbedGPT(LightningModule):
     def _ranks(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
 
-    def _over_ranks(self, counts: TargetCounts) -> TargetCounts:
-        return TargetCounts(*self._sum_over_ranks(torch.stack(counts))().unbind())
-
     def _sum_over_ranks(self, values: Float[Tensor, " n"] | Int[Tensor, " n"]) -> Callable[[], Tensor]:
         """Send values; the result gives their sum over the ranks.
 
@@ -231,18 +228,15 @@ class ProbedGPT(LightningModule):
         if step == self._window_begun:
             return  # still accumulating
         if step == 1 or logging_due(self.trainer, step):
-            self._log_window(step)
+            norm = {} if self._grad_norm is None else {"train/grad_norm": self._grad_norm}
+            rates = {"train/lr": self._lr_used, "train/probe_weight": self.probe_weight(step)}
+            numbers = log_now(self.trainer, {**self._window.compute(), **norm, **rates}, step)
+            self._show("loss", numbers["train/loss"], prog_bar=True)
         self._begin_window(step)
 
     def _begin_window(self, step: int) -> None:
         self._window.reset()
         self._window_begun = step
-
-    def _log_window(self, step: int) -> None:
-        norm = {} if self._grad_norm is None else {"train/grad_norm": self._grad_norm}
-        rates = {"train/lr": self._lr_used, "train/probe_weight": self.probe_weight(step)}
-        numbers = log_now(self.trainer, {**self._window.compute(), **norm, **rates}, step)
-        self._show("loss", numbers["train/loss"], prog_bar=True)
 
     def _show(self, name: str, value: float, *, prog_bar: bool) -> None:
         """Tell the progress bar and checkpoint monitors.
@@ -289,42 +283,27 @@ class ProbedGPT(LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, EVALUATIONS[dataloader_idx])
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, EVALUATIONS[dataloader_idx])
-
-    def _evaluate(self, batch: Batch, name: str) -> None:
         # Nothing here waits for the device: it computes one batch while the host prepares the next.
         for column in (batch.tokens, batch.targets, batch.probe_mask, batch.offsets):
             torch._dynamo.maybe_mark_dynamic(column, 0)  # the sets have batches of several sizes: one graph for all
-        self.evaluation.update(batch, self._scores(batch), name)
+        self.evaluation.update(batch, self._scores(batch), EVALUATIONS[dataloader_idx])
 
     @override
     def on_validation_epoch_start(self) -> None:
         self.evaluation.reset()
 
     @override
-    def on_test_epoch_start(self) -> None:
-        self.evaluation.reset()
-
-    @override
     def on_validation_epoch_end(self) -> None:
-        self._report_evaluation()
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._report_evaluation()
-
-    def _report_evaluation(self) -> None:
         if self.trainer.sanity_checking:
             return
         metrics = self.evaluation.compute()
         for name, value in metrics.items():
-            short = name in ("val/loss", "probe/p_in", "probe/p_ood")
-            self._show(name, value, prog_bar=short)
+            self._show(name, value, prog_bar=name in ("val/loss", "probe/p_in", "probe/p_ood"))
         log_now(self.trainer, metrics, self.trainer.global_step)
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
 
     # ------------------------------------------------------------------------------------------ generation
 
@@ -347,15 +326,7 @@ class ProbedGPT(LightningModule):
         check_identity(checkpoint, self)
 
     def _identity(self) -> dict[str, int]:
-        size = self.gpt.size
-        return {
-            "vocab_size": self.gpt.vocab_size,
-            "n_layer": size.n_layer,
-            "n_head": size.n_head,
-            "d_model": size.d_model,
-            "d_ff": size.d_ff,
-            "context": size.context,
-        }
+        return {"vocab_size": self.gpt.vocab_size, **asdict(self.gpt.size)}
 
 
 class _OnDemand(Mapping[str, Tensor]):

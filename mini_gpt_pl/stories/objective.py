@@ -52,24 +52,14 @@ class ProbeWeight:
 
 
 class LossTerms(NamedTuple):
-    """The two parts of the objective, in nats per position.
-
-    Attributes:
-        lm: Mean over the ordinary targets, or a micro-batch's share of it.
-        probe: Mean over the probe's targets, or a micro-batch's share of it.
-    """
+    """Mean over the ordinary targets and over the probe's, in nats per position, or a micro-batch's shares of them."""
 
     lm: Float[Tensor, ""]
     probe: Float[Tensor, ""]
 
 
 class TargetCounts(NamedTuple):
-    """How many positions each mean is taken over; counts of micro-batches add.
-
-    Attributes:
-        lm: Number of ordinary targets.
-        probe: Number of the probe's targets.
-    """
+    """How many ordinary and probe targets each mean is taken over; counts of micro-batches add."""
 
     lm: Int[Tensor, ""]
     probe: Int[Tensor, ""]
@@ -77,8 +67,8 @@ class TargetCounts(NamedTuple):
 
 def count_targets(targets: Int[Tensor, "B T"], probe_mask: Bool[Tensor, "B T"]) -> TargetCounts:
     """Count ordinary and probe targets; ignored ones (-100) are neither, whatever the mask says."""
-    lm, probe = _memberships(targets, probe_mask)
-    return TargetCounts(lm.sum(), probe.sum())
+    valid = targets != IGNORE
+    return TargetCounts((valid & ~probe_mask).sum(), (valid & probe_mask).sum())
 
 
 def loss_terms(
@@ -98,8 +88,8 @@ def loss_terms(
     Returns:
         Two scalars; one with count 0 is 0 and has gradient 0.
     """
-    lm, probe = _memberships(targets, probe_mask)
-    return LossTerms(_share(nll, lm, counts.lm), _share(nll, probe, counts.probe))
+    valid = targets != IGNORE
+    return LossTerms(_share(nll, valid & ~probe_mask, counts.lm), _share(nll, valid & probe_mask, counts.probe))
 
 
 def composite(terms: LossTerms, weight: float) -> Float[Tensor, ""]:
@@ -126,13 +116,6 @@ def combine(terms: LossTerms, counts: TargetCounts, weight: float) -> Float[Tens
         return composite(terms, weight)
     total = (counts.lm + counts.probe).clamp(min=1)
     return (counts.lm * terms.lm + counts.probe * terms.probe) / total
-
-
-def _memberships(
-    targets: Int[Tensor, "B T"], probe_mask: Bool[Tensor, "B T"]
-) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    valid = targets != IGNORE
-    return valid & ~probe_mask, valid & probe_mask
 
 
 def _share(nll: Float[Tensor, "B T"], member: Bool[Tensor, "B T"], count: Int[Tensor, ""]) -> Float[Tensor, ""]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
@@ -17,21 +17,6 @@ from mini_gpt_pl.geometry.directions.frozen import FrozenBasis, Placement
 from mini_gpt_pl.geometry.vectors.selection import Vector
 from mini_gpt_pl.runs.folder import LINEAGE
 from mini_gpt_pl.runs.logs import log_now
-
-
-class _Places(NamedTuple):
-    """Weights in the parent's basis, from theta_0 and from the reheated checkpoint."""
-
-    here: Placement
-    moved: Placement
-
-    def named(self) -> dict[str, float]:
-        return {
-            "coordinate": self.here.coordinate,
-            "residual": self.here.residual_norm,
-            "along": self.moved.coordinate,
-            "across": self.moved.residual_norm,
-        }
 
 
 class ReheatProbe(Callback):
@@ -108,7 +93,7 @@ class ReheatProbe(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer, self._places(pl_module))
+        self._record(trainer, self._placed(pl_module))
         log_now(trainer, {f"reheat/{name}": value for name, value in self.summary.items()}, trainer.global_step)
 
     @override
@@ -121,46 +106,48 @@ class ReheatProbe(Callback):
 
     def _report(self, trainer: Trainer, module: LightningModule, known: Mapping[str, float] | None = None) -> None:
         """Log where the weights are, beside what is known already, and bring the file up to date."""
-        places = self._places(module)
-        shown = {} if places is None else {f"reheat/{name}": value for name, value in places.named().items()}
-        log_now(trainer, {**(known or {}), **shown}, trainer.global_step)
-        self._record(trainer, places)
+        placed = self._placed(module)
+        log_now(trainer, {**(known or {}), **{f"reheat/{k}": v for k, v in placed.items()}}, trainer.global_step)
+        self._record(trainer, placed)
 
-    def _record(self, trainer: Trainer, places: _Places | None) -> None:
-        self.summary = {**self._gains(), **self._moved(places)}
+    def _record(self, trainer: Trainer, placed: Mapping[str, float]) -> None:
+        self.summary = self._gains()
+        if placed and self._first is not None:
+            self.summary |= {
+                "coordinate_before": self._first.coordinate,
+                "coordinate_after": placed["coordinate"],
+                "residual_before": self._first.residual_norm,
+                "residual_after": placed["residual"],
+                "along": placed["along"],
+                "across": placed["across"],
+            }
         if trainer.is_global_zero:
             record = json.dumps({**self.lineage, **self.summary}, indent=2) + "\n"
             write_text(Path(trainer.default_root_dir) / LINEAGE, record)
 
+    def _placed(self, module: LightningModule) -> dict[str, float]:
+        """Read the weights once, and place them in the parent's basis, from theta_0 and from the checkpoint."""
+        if self.basis is None or self._start is None:
+            return {}
+        weights = self._start.selection.weights(module)
+        here, moved = self.basis.place(weights), self.basis.place(weights, self._start)
+        return {
+            "coordinate": here.coordinate,
+            "residual": here.residual_norm,
+            "along": moved.coordinate,
+            "across": moved.residual_norm,
+        }
+
     def _gains(self) -> dict[str, float]:
         peak_step, peak = max(self._accuracy.items(), key=lambda item: item[1])  # the first of equal ones
         gain = peak - self.p0
-        found = {"p0": self.p0, "peak": peak, "peak_step": float(peak_step), "gain": gain}
+        gains = {"p0": self.p0, "peak": peak, "peak_step": float(peak_step), "gain": gain}
         if self.parent_best > self.p0:
-            found["recovery"] = gain / (self.parent_best - self.p0)
+            gains["recovery"] = gain / (self.parent_best - self.p0)
         reached = [step for step, value in sorted(self._accuracy.items()) if value >= self.threshold]
         if reached:
-            found["steps_to_threshold"] = float(reached[0])
-        return {**found, "final": self._accuracy[max(self._accuracy)]}
-
-    def _places(self, module: LightningModule) -> _Places | None:
-        """Read the weights once, and place them in the basis; None without one."""
-        if self.basis is None or self._start is None:
-            return None
-        weights = self._start.selection.weights(module)
-        return _Places(self.basis.place(weights), self.basis.place(weights, self._start))
-
-    def _moved(self, places: _Places | None) -> dict[str, float]:
-        if places is None or self._first is None:
-            return {}
-        return {
-            "coordinate_before": self._first.coordinate,
-            "coordinate_after": places.here.coordinate,
-            "residual_before": self._first.residual_norm,
-            "residual_after": places.here.residual_norm,
-            "along": places.moved.coordinate,
-            "across": places.moved.residual_norm,
-        }
+            gains["steps_to_threshold"] = float(reached[0])
+        return {**gains, "final": self._accuracy[max(self._accuracy)]}
 
 
 def _take_moments(optimizer: Optimizer, parent: Mapping[str, Any]) -> None:

@@ -23,17 +23,7 @@ class Reheating:
     cosine. With a factor the parent's schedule goes on, multiplied by it. Factor 1 with kept moments, continued data
     and the parent's probe weight is the parent's own continuation, bit for bit: the control without reheating.
 
-    Args:
-        steps: Optimizer steps to take.
-        lr: Peak learning rate of a new schedule.
-        factor: Multiplies the parent's schedule, which goes on.
-        warmup: Steps of linear warm-up of a new schedule.
-        floor: Smallest factor of a new schedule.
-        probe_weight: Constant weight of the probe loss; None goes on with the parent's.
-        eval_every: Optimizer steps between evaluations.
-        moments: Whether the optimizer starts without memory or with the parent's.
-        data_order: Whether the data start at their first epoch or where the parent stood.
-        threshold: Accuracy whose first reaching is reported.
+    The settings are the options of the command, which `StoryTrainer.reheat` documents.
 
     Raises:
         UserError: A setting is out of range, or both a learning rate and a factor are given.
@@ -82,8 +72,8 @@ class Reheating:
         states = checkpoint.get("optimizer_states")
         if not states:
             raise UserError("reheat: the checkpoint holds no optimizer: give a full one, or --moments zeroed")
-        found: dict[str, Any] = states[0]
-        return found
+        state: dict[str, Any] = states[0]
+        return state
 
     def data_position(self, checkpoint: Mapping[str, Any]) -> dict[str, int] | None:
         """Return where the parent stood in its data if they are to go on.
@@ -109,16 +99,15 @@ def is_reheated(run: Run) -> bool:
 
 def closing_lines(run: Run) -> list[str]:
     """What is printed when a reheated run has ended: its gain, and its way in the parent's basis if it has one."""
-    found = run.lineage
-    if found is None:
+    if (record := run.lineage) is None:
         return []
     lines = [
-        f"re-entry gain G = {found['gain']:+.3f}: p_ood {found['p0']:.3f} -> {found['peak']:.3f} at step "
-        f"{found['peak_step']:.0f}"
+        "re-entry gain G = {gain:+.3f}: p_ood {p0:.3f} -> {peak:.3f} at step {peak_step:.0f}".format_map(record),
     ]
-    if "coordinate_before" in found:
-        lines.append(
-            f"in the parent's basis: a {found['coordinate_before']:.2f} -> {found['coordinate_after']:.2f}, "
-            f"||r|| {found['residual_before']:.2f} -> {found['residual_after']:.2f}"
+    if "coordinate_before" in record:
+        moved = (
+            "in the parent's basis: a {coordinate_before:.2f} -> {coordinate_after:.2f}, "
+            "||r|| {residual_before:.2f} -> {residual_after:.2f}"
         )
+        lines.append(moved.format_map(record))
     return lines

@@ -30,8 +30,8 @@ class Scores(NamedTuple):
 
     Attributes:
         nll: Negative log-likelihood in nats, at least float32; 0 where the target is ignored (-100).
-        hit: Whether the target alone is the most likely token; False where the target is ignored. A tie is no hit:
-            bfloat16 logits have many, and which of two equal ones comes first says nothing.
+        hit: Whether the target alone is the most likely token; False where it is ignored. A tie is no hit: bfloat16
+            logits have many, and which of two equal ones comes first says nothing.
     """
 
     nll: Float[Tensor, "*positions"]
@@ -91,16 +91,6 @@ def fused_score(
     """Score targets with a kernel that works in the logits' place."""
     differentiate = torch.is_grad_enabled() and (features.requires_grad or table.requires_grad)
     return Scores(*_FusedScore.apply(features, table, targets, vocab_size, kernel, differentiate))
-
-
-def plain_kernel(logits: Tensor, targets: Tensor, vocab_size: int, differentiate: bool) -> tuple[Tensor, Tensor]:
-    """What a kernel computes, in plain operations: for tests."""
-    scores = score_logits(logits, targets, vocab_size)
-    if differentiate:
-        own = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
-        logits[:, vocab_size:] = -torch.inf
-        logits.copy_(torch.where((targets != IGNORE)[:, None], logits.softmax(-1) - own.to(logits.dtype), 0.0))
-    return scores
 
 
 class _FusedScore(torch.autograd.Function):

@@ -49,3 +49,9 @@ def switches_of(run: Run) -> list[tuple[Switch, Interval]]:
     pairs = switching.switches(events_of(run), Rules.of(run).reach)
     placed = [(pair, switching.interval_of(pair, steps)) for pair in pairs]
     return [(pair, interval) for pair, interval in placed if interval is not None]
+
+
+def switch_of(run: Run) -> tuple[int, int] | None:
+    """Return the first switch, from peak to trough, by the steps of its snapshots; None where there is none."""
+    steps = run.trajectory.steps
+    return next(((steps[interval.first], steps[interval.last]) for _, interval in switches_of(run)), None)

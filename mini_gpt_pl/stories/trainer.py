@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -161,13 +160,8 @@ class StoryTrainer(Trainer):
         tokens = datamodule.encoding.encode_ordinary(prompt)
         if not tokens:
             raise UserError("the prompt is empty: give --prompt at least one word")
-        request: Mapping[str, Any] = {
-            "tokens": torch.tensor([tokens]),
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "seed": seed,
-        }
+        request = {"tokens": torch.tensor([tokens]), "max_new_tokens": max_new_tokens, "seed": seed}
+        request |= {"temperature": temperature, "top_k": top_k}
         loader: DataLoader[Any] = DataLoader([request], batch_size=None)  # type: ignore[arg-type]
         outputs: Any = super().predict(model, loader, ckpt_path=ckpt_path)
         new = outputs[0][0].tolist()
@@ -186,7 +180,7 @@ def _lineage(settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis 
     run = Run.of_checkpoint(ckpt_path)
     # Relative to the reheated run, so that both can move together.
     parent = os.path.relpath((run.path if run else Path(ckpt_path)).resolve(), folder.resolve())
-    known: dict[str, Any] = {"parent": parent, "parent_step": step, **asdict(settings)}
+    lineage: dict[str, Any] = {"parent": parent, "parent_step": step, **asdict(settings)}
     if basis is not None:
-        known |= {"basis_step": basis.step, "basis_fingerprint": basis.theta0.selection.fingerprint}
-    return known
+        lineage |= {"basis_step": basis.step, "basis_fingerprint": basis.theta0.selection.fingerprint}
+    return lineage

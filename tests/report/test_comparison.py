@@ -32,10 +32,9 @@ from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.report.statistics import direction, spearman, t_interval
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.beside import main_run
-from mini_gpt_pl.stories.study.comparison import comparison_tables
-from mini_gpt_pl.stories.study.families import one_beta2
-from mini_gpt_pl.stories.study.optimizer_tables import common_window
+from mini_gpt_pl.stories.study.contents import comparison_tables
+from mini_gpt_pl.stories.study.optimizers import common_window
+from mini_gpt_pl.stories.study.runs import main_run, one_beta2
 
 STEPS = [0, 200, 400, *range(600, 2001, 100), 3000, 4000]
 SGD = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05}

@@ -39,10 +39,11 @@ from mini_gpt_pl.report.calibration import calibrate_run
 from mini_gpt_pl.report.probe_tables import fisher_survey
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study import comparison_figures as several
-from mini_gpt_pl.stories.study import families as story_families
-from mini_gpt_pl.stories.study import story_figures
-from mini_gpt_pl.stories.study.settings import lambda_change
+from mini_gpt_pl.stories.study import beta2, learning, optimizers, overlays, reheats, switching
+from mini_gpt_pl.stories.study import replayed as of_replays
+from mini_gpt_pl.stories.study import runs as kinds
+from mini_gpt_pl.stories.study.contents import COMPARISON_FIGURES, RUN_FIGURES
+from mini_gpt_pl.stories.study.runs import lambda_change
 
 STEPS = [0, 100, 250, 400, 600, 700, 900]
 WEIGHTS: Array = path_of(STEPS).numpy()
@@ -158,7 +159,7 @@ def test_too_short_a_path_has_no_pairs_of_updates(tmp_path: Path) -> None:
 
 
 def test_the_lowest_validation_loss_is_starred(run: Run) -> None:
-    star = line(story_figures.learning(run).axes[0], "best validation: step 700")
+    star = line(learning.figure(run).axes[0], "best validation: step 700")
     assert (x(star)[0], y(star)[0]) == (700, 1.5)
 
 
@@ -172,7 +173,7 @@ def test_the_change_of_lambda_is_marked_where_it_lies_within_the_run(run: Run, s
 
 
 def test_over_fitting_is_shaded_from_the_lowest_loss_on(run: Run, tmp_path: Path) -> None:
-    left, right = story_figures.learning(run).axes
+    left, right = learning.figure(run).axes
     for axes in (left, right):
         (shade,) = [part for part in axes.patches if isinstance(part, Rectangle)]
         assert (shade.get_x(), shade.get_x() + shade.get_width()) == (700, 900)
@@ -181,7 +182,7 @@ def test_over_fitting_is_shaded_from_the_lowest_loss_on(run: Run, tmp_path: Path
     steady = write_run(
         tmp_path / "steady", STEPS, metrics=learning_curve({100: (3.0, 0.1), 400: (2.0, 0.6), 900: (2.01, 0.2)})
     )
-    assert not story_figures.learning(steady).axes[0].patches  # half a per cent is noise
+    assert not learning.figure(steady).axes[0].patches  # half a per cent is noise
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
@@ -221,7 +222,7 @@ def test_one_dwarfing_curve_makes_the_axis_logarithmic(tops: Sequence[float], sc
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
 def test_the_same_run_draws_the_same_bytes(run: Run, kind: str) -> None:
-    first_time, second_time = (plotting.render(story_figures.learning(run), kind) for _ in range(2))
+    first_time, second_time = (plotting.render(learning.figure(run), kind) for _ in range(2))
     assert first_time == second_time
 
 
@@ -314,14 +315,14 @@ def test_live_curvature_serves_where_nothing_was_replayed(run: Run) -> None:
 
 
 def test_signed_bias_and_its_sum_over_checkpoints(replayed: Run) -> None:
-    left, right = story_figures.signed_bias(replayed).axes
+    left, right = of_replays.signed_bias_figure(replayed).axes
     for k, name in enumerate(BLOCKS.groups, 1):
         assert list(y(line(left, name))) == [k, 2 * k]
         assert list(y(right.lines[k - 1])) == [k, 3 * k]
 
 
 def test_the_logit_lens_shows_every_layer_and_chance(replayed: Run) -> None:
-    inside, outside = story_figures.logit_lens(replayed).axes
+    inside, outside = of_replays.logit_lens_figure(replayed).axes
     assert list(y(line(inside, "900, trough"))) == [0.0, 0.25, 1.0]
     assert list(y(line(outside, "400, peak"))) == [0.0, 0.125, 0.25]
     np.testing.assert_allclose(y(line(inside, "chance, 1/512")), 1 / 512)
@@ -334,7 +335,7 @@ def test_switches_stand_beside_their_controls(run: Run) -> None:
     events = [{"kind": "peak", "step": 400, "value": 0.6}, {"kind": "trough", "step": 900, "value": 0.2}]
     record = {"metric": "p", "steps": [100, 400], "values": [0.1, 0.6], "events": events, "switches": [switch, other]}
     (run.path / "switching.json").write_text(json.dumps(record))
-    top, bottom = story_figures.switching(run).axes
+    top, bottom = switching.figure(run).axes
     assert (x(line(top, "peak"))[0], y(line(top, "trough"))[0]) == (400, 0.2)
     whole = line(bottom, "whole-run $v_b$ (contains it)")
     assert (x(whole)[0], y(whole)[0]) == (650, 0.5)
@@ -343,7 +344,10 @@ def test_switches_stand_beside_their_controls(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "draw",
-    [*probe_figures.PROBE_FIGURES.values(), *list(story_figures.STORY_FIGURES.values())[1:]],
+    [
+        RUN_FIGURES[name]
+        for name in (*probe_figures.PROBE_FIGURES, "signed_bias", "switching", "logit_lens", "reheating")
+    ],
 )
 def test_what_was_not_measured_is_one_line(run: Run, draw: Callable[[Run], Figure]) -> None:
     with one_line_error("run"):
@@ -362,7 +366,7 @@ def test_reheats_go_on_from_their_parent(run: Run, tmp_path: Path) -> None:
         tmp_path / "warm", learning_curve({0: (2, 0.2), 50: (2, 0.7), 90: (2, 0.5)}), lr=6e-4, gain=0.5, **known
     )
     control = reheat(tmp_path / "control", learning_curve({0: (2, 0.2), 90: (2, 0.1)}), factor=1.0, **known)
-    (axes,) = story_figures.reheats([run, warm, control]).axes
+    (axes,) = reheats.figure([run, warm, control]).axes
     assert list(y(line(axes, "parent, run: best 0.600 at 400"))) == [0.1, 0.6, 0.3, 0.2]
     assert list(x(line(axes, "lr 6e-4: G = +0.500, ended at 900"))) == [900, 950, 990]
     assert line(axes, "control, ended at 900").get_linestyle() == "--"
@@ -374,7 +378,7 @@ def test_reheats_go_on_from_their_parent(run: Run, tmp_path: Path) -> None:
 
 def test_a_reheat_whose_parent_is_gone_is_shown_alone(run: Run, tmp_path: Path) -> None:
     lone = reheat(tmp_path / "lone", learning_curve({0: (2, 0.2)}), parent=str(tmp_path / "gone"), factor=3.0)
-    (axes,) = story_figures.reheating(lone).axes
+    (axes,) = reheats.figure([lone]).axes
     assert list(x(line(axes, "the parent's rate × 3"))) == [0]
     assert not [part for part in axes.lines if "parent," in str(part.get_label())]
 
@@ -407,33 +411,28 @@ def test_runs_are_grouped_by_what_differs(runs: list[Run]) -> None:
     assert names_of(families.seeds_of(runs)) == ["base", "other"]
     base = runs[names_of(runs).index("base")]
     assert names_of(families.seeds_of([*runs, base])) == ["base", "other"]  # a seed that ran twice is drawn once
-    assert names_of(story_families.beta2_of(runs)) == ["base", "other", "low"]
+    assert names_of(kinds.beta2_of(runs)) == ["base", "other", "low"]
     # Of the three with AdamW and decay, the one with the beta2 and the seed of most.
-    assert sorted(names_of(story_families.optimizers_of(runs))) == ["base", "free", "sgd"]
-    assert (
-        families.seeds_of(runs[:2])
-        == story_families.optimizers_of(runs[:3])
-        == story_families.beta2_of(runs[1:3])
-        == []
-    )
+    assert sorted(names_of(kinds.optimizers_of(runs))) == ["base", "free", "sgd"]
+    assert families.seeds_of(runs[:2]) == kinds.optimizers_of(runs[:3]) == kinds.beta2_of(runs[1:3]) == []
 
 
 def test_optimizers_of_other_lengths_belong_together(runs: list[Run], tmp_path: Path) -> None:
     short = config("torch.optim.SGD", {"lr": 1e-3, "weight_decay": 0.5}, 42)
     short["trainer"]["max_steps"] = 2000
     added = write_run(tmp_path / "short", STEPS[:4], path_of(STEPS[:4]), short, learning_curve({100: (3.0, 0.1)}))
-    assert names_of(story_families.optimizers_of([*runs[:2], added])) == ["base", "short"]
-    loss = several.optimizers([*runs[:2], added]).axes[1]
+    assert names_of(kinds.optimizers_of([*runs[:2], added])) == ["base", "short"]
+    loss = optimizers.figure([*runs[:2], added]).axes[1]
     assert [list(x(part)) for part in loss.lines] == [list(CURVE), [100]]
 
 
 def test_optimizers_are_told_with_beta2_where_it_differs(runs: list[Run]) -> None:
-    assert story_families.optimizer_labels([runs[1], runs[3], runs[4]]) == [
+    assert kinds.optimizer_labels([runs[1], runs[3], runs[4]]) == [
         "AdamW, lr 1e-3, decay 0.5",
         "AdamW, lr 1e-3, decay 0",
         "SGD, lr 0.1, momentum 0.9, decay 0.05",
     ]
-    assert story_families.optimizer_labels(runs[:2]) == [
+    assert kinds.optimizer_labels(runs[:2]) == [
         "AdamW, lr 1e-3, decay 0.5, β₂ 0.8",
         "AdamW, lr 1e-3, decay 0.5, β₂ 0.95",
     ]
@@ -446,7 +445,7 @@ def diverged(folder: Path, **settings: Any) -> Run:
     return Run(run.path)
 
 
-@pytest.mark.parametrize("draw", [several.overview, several.beta2_curves])
+@pytest.mark.parametrize("draw", [overlays.overview, beta2.curves])
 def test_a_run_that_diverged_is_clipped_and_said_to_be(
     runs: list[Run], tmp_path: Path, draw: Callable[[Sequence[Run]], Figure]
 ) -> None:
@@ -461,16 +460,16 @@ def test_a_run_that_diverged_is_clipped_and_said_to_be(
 
 
 def test_shares_of_a_run_that_diverged_are_not_drawn(runs: list[Run], tmp_path: Path) -> None:
-    left, right = several.beta2_pc1([runs[0], runs[1], diverged(tmp_path)]).axes
+    left, right = beta2.pc1([runs[0], runs[1], diverged(tmp_path)]).axes
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["0.95", "0.8", "0"]
     assert max(x(part)[0] for part in left.lines) < 1.5
     assert [note.get_text() for note in (*left.texts, *right.texts)] == ["diverged", "diverged"]
-    assert len(several.matched_loss([runs[0], runs[1], diverged(tmp_path)]).axes[0].lines) == 2
+    assert len(optimizers.matched_loss([runs[0], runs[1], diverged(tmp_path)]).axes[0].lines) == 2
 
 
 def test_many_runs_have_colours_and_lines_of_their_own(tmp_path: Path) -> None:
     many = [member(tmp_path, f"r{k}", seed=k) for k in range(len(plotting.DISTINCT) + 1)]
-    figure = several.overview(many)
+    figure = overlays.overview(many)
     drawn = [(part.get_color(), part.get_linestyle()) for part in figure.axes[0].lines]
     assert len(set(drawn)) == len(many) and len({colour for colour, _ in drawn}) == len(plotting.DISTINCT)
     said = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -478,8 +477,8 @@ def test_many_runs_have_colours_and_lines_of_their_own(tmp_path: Path) -> None:
 
 
 def test_beta2_has_its_excess_beside_its_null(runs: list[Run]) -> None:
-    left, right = several.beta2_pc1(runs).axes
-    chosen = story_families.beta2_of(runs)
+    left, right = beta2.pc1(runs).axes
+    chosen = kinds.beta2_of(runs)
     for name, label in (("pc1", "raw"), ("pc1_unit", "unit rows")):
         found = [calibrate_run(run)[name] for run in chosen]
         drawn = [y(part)[0] for part in left.lines if part.get_label() == f"PC1, {label}"]
@@ -490,7 +489,7 @@ def test_beta2_has_its_excess_beside_its_null(runs: list[Run]) -> None:
 
 
 def test_seeds_show_the_path_and_its_null(runs: list[Run]) -> None:
-    a, r, fraction, p_ood = several.seeds(runs).axes
+    a, r, fraction, p_ood = overlays.seeds(runs).axes
     for k, run in enumerate((runs[1], runs[2])):
         weights = path_of(STEPS, seed=sum(map(ord, run.path.name))).numpy()
         for path, offset in ((weights, 0), (decaying_path(weights, SURVIVAL), 1)):
@@ -505,12 +504,8 @@ def test_seeds_show_the_path_and_its_null(runs: list[Run]) -> None:
 
 
 def test_optimizers_show_the_share_beside_both_walks(runs: list[Run]) -> None:
-    bars_of, *_ = several.optimizers(runs).axes
-    found = [
-        calibrate_run(run, bootstrap=0)[name]
-        for run in story_families.optimizers_of(runs)
-        for name in ("pc1", "pc1_unit")
-    ]
+    bars_of, *_ = optimizers.figure(runs).axes
+    found = [calibrate_run(run, bootstrap=0)[name] for run in kinds.optimizers_of(runs) for name in ("pc1", "pc1_unit")]
     heights = np.array([part.get_height() for part in bars_of.patches if isinstance(part, Rectangle)])
     np.testing.assert_allclose(heights, np.array([100 * one.value for one in found]))
     for marker, pick in (("x", "walk"), ("d", "decay")):
@@ -521,7 +516,7 @@ def test_optimizers_show_the_share_beside_both_walks(runs: list[Run]) -> None:
 def test_matched_loss_pairs_values_of_one_step(runs: list[Run], tmp_path: Path) -> None:
     astray = member(tmp_path, "astray", seed=3)
     (astray.path / "metrics.csv").write_text(learning_curve({100: (9000.0, 0.0), 400: (2.5, 0.0)}))
-    left, right = several.matched_loss([runs[1], astray]).axes
+    left, right = optimizers.matched_loss([runs[1], astray]).axes
     assert list(zip(x(left.lines[0]), y(left.lines[0]), strict=True)) == [
         (3.0, 0.1),
         (2.0, 0.6),
@@ -536,14 +531,14 @@ def test_matched_loss_pairs_values_of_one_step(runs: list[Run], tmp_path: Path) 
 
 def test_a_run_that_never_moved_does_not_stop_the_others(runs: list[Run], tmp_path: Path) -> None:
     still = write_run(tmp_path / "still", STEPS, path_of(STEPS)[:1].expand(len(STEPS), -1), config(seed=5))
-    for draw in several.COMPARISON_FIGURES.values():
+    for draw in COMPARISON_FIGURES.values():
         try:
             draw([*runs, still])
         except UserError as error:
             assert "reheated" in str(error)
 
 
-@pytest.mark.parametrize("name", [*several.COMPARISON_FIGURES])
+@pytest.mark.parametrize("name", [*COMPARISON_FIGURES])
 def test_one_run_has_no_comparison(run: Run, name: str) -> None:
     with one_line_error("run"):
-        several.COMPARISON_FIGURES[name]([run])
+        COMPARISON_FIGURES[name]([run])

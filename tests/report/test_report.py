@@ -29,7 +29,7 @@ from mini_gpt_pl.report.calibration import (
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.report.summary import lines, print_summary
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study import story_figures
+from mini_gpt_pl.stories.study import learning
 
 SNAPSHOTS = 7
 WEIGHTS = bent_path(SNAPSHOTS, SMALL.dim).numpy()
@@ -100,7 +100,7 @@ def test_every_figure_is_drawn_as_a_png(run: Run) -> None:
 
 
 def test_learning_shows_the_logged_values_at_their_steps(run: Run) -> None:
-    left, right = story_figures.learning(run).axes
+    left, right = learning.figure(run).axes
     for axes, label, expected in (
         (left, "training, LM", {10: 5.0, 60: 4.0, 100: 3.0, 150: 2.0, 600: 1.0}),
         (left, "validation, LM", {100: 3.5, 600: 2.25}),

@@ -27,8 +27,7 @@ from mini_gpt_pl.report.headline import Headline, Verdict, headline
 from mini_gpt_pl.report.progress import Steps
 from mini_gpt_pl.report.sheet import kind_of
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.findings import story_findings
-from mini_gpt_pl.stories.study.sections import COMPARISON_SECTIONS, RUN_FIGURES, RUN_SECTIONS
+from mini_gpt_pl.stories.study.contents import COMPARISON_SECTIONS, RUN_FIGURES, RUN_SECTIONS, story_findings
 
 # Enough snapshots for windows of ten.
 STEPS = [0, *range(50, 950, 50)]

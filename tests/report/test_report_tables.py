@@ -35,9 +35,9 @@ from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import Table, number, tabulate, word, write_tables
 from mini_gpt_pl.report.subject import Subject, thin, update_span, window
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.beside import BOOK, MAIN, SHORT, beta2_of, control_of, main_run
-from mini_gpt_pl.stories.study.learning_tables import fit_of
-from mini_gpt_pl.stories.study.tables import require_reportable, run_tables
+from mini_gpt_pl.stories.study.contents import run_tables
+from mini_gpt_pl.stories.study.learning import fit_of
+from mini_gpt_pl.stories.study.runs import BOOK, MAIN, SHORT, beta2_beside, control_beside, main_run
 
 # Evenly spaced but for a dense stretch, as the paper's beta2 runs have it.
 STEPS = [0, 200, 400, 600, 650, 700, 800, *range(1000, 4001, 200)]
@@ -382,9 +382,9 @@ def test_a_control_is_known_by_its_optimizer(tmp_path: Path) -> None:
         ("torch.optim.SGD", sgd, "C"),
         ("mini_gpt_pl.training.optimizers.SGDW", sgd | {"weight_decay": 0.5}, "C'"),
     ):
-        found = control_of(write_run(tmp_path, STEPS, WEIGHTS, config(name, settings_of)))
+        found = control_beside(write_run(tmp_path, STEPS, WEIGHTS, config(name, settings_of)))
         assert (found.setting if found else None) == expected
-    assert beta2_of(write_run(tmp_path, STEPS, WEIGHTS, config())) == Beside(
+    assert beta2_beside(write_run(tmp_path, STEPS, WEIGHTS, config())) == Beside(
         "beta2/0.95", ("share of probe sequences 0.1 instead of 0.2",), SHORT, BOOK
     )
 

@@ -20,7 +20,7 @@ from docs.tools import keep
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
 from mini_gpt_pl.runs.folder import Outcome, Run
-from mini_gpt_pl.stories.study.comparison import comparison_tables
+from mini_gpt_pl.stories.study.contents import comparison_tables
 from mini_gpt_pl.sweep import local, read_sweep
 from mini_gpt_pl.training import cli as trainer_cli
 from mini_gpt_pl.training.optimizers import ClippedCosine

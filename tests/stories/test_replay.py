@@ -29,9 +29,9 @@ from mini_gpt_pl.geometry.path.switching import Event
 from mini_gpt_pl.geometry.vectors.selection import Vector
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories import stored as fixed
 from mini_gpt_pl.stories.data.datamodule import Batch
 from mini_gpt_pl.stories.gpt import GPT, GPTSize
-from mini_gpt_pl.stories.replay import batches as fixed
 from mini_gpt_pl.stories.replay import main, records, steps
 from mini_gpt_pl.stories.replay.lens import lens_accuracy
 from mini_gpt_pl.stories.replay.measure import Replay, Settings
@@ -212,7 +212,7 @@ def test_every_fisher_number_is_that_of_brute_force(replay: Replay, step: int) -
 
 def test_the_switch_is_from_the_first_peak_to_its_trough(replay: Replay) -> None:
     assert replay.described["switch"] == [4, 8]
-    assert [replay.events.get(step) for step in replay.stored] == [None, "peak", None, "trough", None]
+    assert [replay.events.get(step) for step in replay.files] == [None, "peak", None, "trough", None]
 
 
 def test_without_a_switch_there_is_no_direction_of_it(trained: Run) -> None:
@@ -321,7 +321,7 @@ def test_the_lens_tells_layers_apart_and_wants_every_masked_position_right() -> 
 @pytest.mark.parametrize(("choice", "seen"), [("events", [4, 8, 10]), ("all", [2, 4, 6, 8, 10]), ("none", [])])
 def test_where_the_lens_looks(switching: Run, choice: Any, seen: list[int]) -> None:
     found = Replay(switching, Settings(2, 2, lens=choice))
-    assert [step for step in found.stored if "logit_lens" in found.measure(step)] == seen
+    assert [step for step in found.files if "logit_lens" in found.measure(step)] == seen
 
 
 # -------------------------------------------------------------------------------------------- fixed batches

@@ -103,7 +103,7 @@ def load_texts(config: CorpusConfig, split: Split, cache_dir: str | None = None)
 
     Args:
         config: Which corpus.
-        split: "train" or "val".
+        split: Which part of it.
         cache_dir: Where ``datasets`` keeps its files; None for its own default.
 
     Returns:
@@ -125,13 +125,8 @@ def load_texts(config: CorpusConfig, split: Split, cache_dir: str | None = None)
 def require_rows(rows: Sized, minimum: int, what: str) -> None:
     """Refuse a corpus that cannot fill one batch.
 
-    Args:
-        rows: What has been read.
-        minimum: How many rows are needed.
-        what: How to name them in the message, e.g. "training stories".
-
     Raises:
-        UserError: There are fewer rows than ``minimum``.
+        UserError: There are fewer rows than ``minimum``; it names them as ``what`` does.
     """
     if len(rows) < minimum:
         raise UserError(
@@ -163,15 +158,10 @@ class TokenizedStories:
 
 
 def tokenize(texts: datasets.Dataset, encoding: tiktoken.Encoding, num_proc: int | None = None) -> TokenizedStories:
-    """Encode every text; the result is cached beside the texts under their and the encoding's fingerprints.
+    """Encode every text of the column "text", in order, without special tokens.
 
-    Args:
-        texts: A dataset with the column "text".
-        encoding: The tokenizer.
-        num_proc: Processes to encode with; None encodes in this one, on all of its cores.
-
-    Returns:
-        The stories in the order of ``texts``, without special tokens.
+    The result is cached beside the texts under their and the encoding's fingerprints. Without ``num_proc`` this process
+    encodes alone, on all of its cores.
     """
     dtype = np.dtype(np.uint16 if encoding.n_vocab < 65_536 else np.int32)
     if len(texts) == 0:
@@ -240,8 +230,8 @@ def _derived(texts: datasets.Dataset, *parts: str) -> str:
 def _builtin(config: CorpusConfig, split: Split, cache_dir: str | None) -> datasets.Dataset:
     rows = config.rows(split)
     assert rows is not None
-    # The author's source is part of the cache key: a changed grammar must not find the old stories.
-    version = hashlib.sha256(Path(stories.__file__).read_bytes()).hexdigest()
+    # What they are written from is part of the cache key: a changed grammar must not find the old stories.
+    version = hashlib.sha256(b"".join(source.read_bytes() for source in stories.SOURCES)).hexdigest()
     start = VAL_OFFSET if split == "val" else 0
     return datasets.Dataset.from_generator(
         _written,
@@ -251,8 +241,7 @@ def _builtin(config: CorpusConfig, split: Split, cache_dir: str | None) -> datas
 
 
 def _written(seed: int, start: int, rows: int, version: str) -> Iterator[dict[str, str]]:
-    for index in range(start, start + rows):
-        yield {"text": stories.story(seed, index)}
+    yield from ({"text": stories.story(seed, index)} for index in range(start, start + rows))
 
 
 def _tinystories(config: CorpusConfig, split: Split, cache_dir: str | None) -> datasets.Dataset:

@@ -118,12 +118,9 @@ class ProbeConfig:
 
 
 class Example(NamedTuple):
-    """One row of a batch; target t is the token that follows input t.
+    """One row of a batch; target t is the token that follows input t, -100 where nothing is asked.
 
-    Attributes:
-        tokens: Input ids.
-        targets: Ids to predict, -100 where nothing is asked.
-        probe_mask: True where the target is the probe's answer.
+    The mask is true where the target is the probe's answer.
     """
 
     tokens: Int[np.ndarray, " T"]

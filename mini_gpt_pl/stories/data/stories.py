@@ -15,9 +15,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import yaml
 
 from mini_gpt_pl.errors import UserError
 
@@ -30,62 +32,16 @@ def _listed(text: str, separator: str = " ") -> tuple[str, ...]:
     return tuple(text.split(separator))
 
 
-GIRLS = _listed(
-    "Ada Amy Anna Bella Beth Clara Daisy Dora Ella Ellie Emma Eva Fay Fiona Flora Gina Greta Hanna Heidi Ida Inga Ivy "
-    "Jane Jenny Julia Kara Kate Kitty Lea Lena Lily Lola Lucy Mara Maya Mia Milly Mina Molly Nadia Nancy Nelly Nina "
-    "Nora Olga Polly Rita Rosa Ruby Sally Sara Selma Sofia Tara Tilda Tina Vera Wanda Zara Zoe"
+_ASSETS = files("mini_gpt_pl.stories.data") / "assets"
+SOURCES = (Path(__file__), _ASSETS / "plots.txt", _ASSETS / "words.yaml")
+"""What the stories are written from."""
+_WORDS = yaml.safe_load((_ASSETS / "words.yaml").read_text(encoding="ascii"))
+GIRLS, BOYS, PETS, ANIMALS, TRAITS = (_WORDS[name] for name in ("girls", "boys", "pets", "animals", "traits"))
+HOBBIES, QUALITIES, TOYS, PLACES = (_WORDS[name] for name in ("hobbies", "qualities", "toys", "places"))
+FAMILY, PRONOUNS = tuple(_WORDS["family"].items()), _WORDS["pronouns"]
+NEIGHBORS = tuple(
+    (f"{title} {name}", he) for name in _WORDS["surnames"] for title, he in (("Mr.", "he"), ("Mrs.", "she"))
 )
-BOYS = _listed(
-    "Adam Alan Albert Alex Anton Arlo Arthur Ben Bob Bruno Carl Colin Dan David Dean Eddie Eli Emil Felix Finn Fred "
-    "George Gus Hal Harry Hector Henry Hugo Ian Ivan Jack Jake Jim Joe Karl Kevin Kim Leo Liam Luke Max Milo Ned Neil "
-    "Noah Olaf Oliver Oscar Otto Owen Paul Peter Ralph Ravi Rob Sam Simon Ted Theo Tim Toby Tom Victor Walter"
-)
-PETS = _listed("Biscuit Button Clover Dumpling Fluffy Muffin Nibble Noodle Pepper Pickle Spot Waffle Whisker")
-ANIMALS = _listed(
-    "badger bear beaver bunny deer duck fox frog goat goose hamster hedgehog kitten lamb lion mole monkey mouse "
-    "otter owl panda penguin pig pony puppy rabbit raccoon sheep squirrel tiger turtle wolf"
-)
-TRAITS = _listed(
-    "brave bright busy calm careful cheerful clever curious eager friendly funny gentle happy kind lively "
-    "merry patient playful polite proud quick quiet shy silly sleepy small smart sweet thoughtful"
-)
-HOBBIES = _listed(
-    "draw pictures of the moon,sing little songs,count the stars,collect round stones,jump over puddles,read about "
-    "ships,dance in the kitchen,watch the clouds,climb small trees,tell jokes,build towers,listen to the rain,"
-    "look for snails,paint with bright colors,bake cookies,chase butterflies,play hide and seek,make paper boats,"
-    "roll down hills,ask questions,help in the garden,look at maps,hum while walking,feed the birds,play the drum,"
-    "make up new games,sit by the window,splash in the bath,learn new words,wear funny hats",
-    ",",
-)
-QUALITIES = _listed(
-    "red blue green yellow orange purple pink white brown golden silver black gray bright pale tiny big little old "
-    "shiny lovely pretty fine"
-)
-TOYS = _listed(
-    "ball,kite,drum,doll,teddy bear,toy boat,toy train,toy car,book,hat,scarf,whistle,puzzle,jump rope,lantern,"
-    "basket,bucket,wagon,bell,music box,spinning top,marble,puppet,mask,cape,flag,flute,toy horse,magnet",
-    ",",
-)
-PLACES = _listed(
-    "in the park,by the river,at the beach,in the garden,in the forest,on the green hill,in the meadow,by the pond,"
-    "by the lake,at the playground,on the farm,under the big oak tree,by the old mill,in the orchard,near the bridge,"
-    "behind the barn,in the village square,by the stone wall,beside the stream,near the windmill",
-    ",",
-)
-WEATHER = {
-    "sunny": "The sun was [warm|bright|high in the sky] and the birds were [singing|chirping].",
-    "bright": "The sky was [clear and blue|as blue as could be] and the air smelled of [grass|flowers|honey].",
-    "warm": "Bees hummed around the [flowers|bushes], and the air felt [soft|sweet|warm].",
-    "windy": "The wind played with the [leaves|clouds] and pulled at [the grass|the flowers].",
-    "cloudy": "Big [gray|white|soft] clouds [floated|drifted] slowly over the [hills|roofs|trees].",
-    "cool": "The air was [cool|fresh] and the grass was [wet|shiny] with dew.",
-    "misty": "A thin mist lay over the [fields|hills], and everything was [still|quiet].",
-}
-FAMILY = (("Mom", "she"), ("Dad", "he"), ("Grandma", "she"), ("Grandpa", "he"))
-NEIGHBORS = tuple((f"{'Mr.' if he == 'he' else 'Mrs.'} {name}", he)
-                  for name in _listed("Apple Barley Brook Carter Fields Green Hill Marsh Moss Potter Stone Wood")
-                  for he in ("he", "she"))  # fmt: skip
-PRONOUNS = {"he": ("he", "him", "his", "himself"), "she": ("she", "her", "her", "herself")}
 
 
 @dataclass(frozen=True)
@@ -137,8 +93,8 @@ def _read_plots(text: str) -> tuple[Plot, ...]:
     )
 
 
-PLOTS = _read_plots((files("mini_gpt_pl.stories.data") / "assets" / "plots.txt").read_text(encoding="ascii"))
-_SKIES = tuple((weather, (_parse(line),)) for weather, line in WEATHER.items())
+PLOTS = _read_plots((_ASSETS / "plots.txt").read_text(encoding="ascii"))
+_SKIES = tuple((weather, (_parse(line),)) for weather, line in _WORDS["weather"].items())
 
 
 _STREAM = np.array([0, 0, 0, 0x5707], dtype=np.uint64)  # sets stories apart from others keyed by the same pair

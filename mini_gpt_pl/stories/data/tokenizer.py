@@ -69,11 +69,7 @@ def eos_id(encoding: tiktoken.Encoding) -> int:
 
 
 def fingerprint(encoding: tiktoken.Encoding) -> str:
-    """Hash what decides the ids of a text, ranks and split pattern, but not the encoding's name.
-
-    Returns:
-        SHA-256 as 64 hexadecimal digits.
-    """
+    """Hash what decides the ids of a text, ranks and split pattern, but not the encoding's name: SHA-256 in hex."""
     digest = hashlib.sha256(encoding._pat_str.encode())
     for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
         digest.update(b"%d %d " % (rank, len(token)) + token)
@@ -85,9 +81,6 @@ class StoryEncoder:
 
     The texts are joined by a special token of our own, at which tiktoken cuts before anything else, so that each is
     encoded as if it were alone.
-
-    Args:
-        encoding: The tokenizer.
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:

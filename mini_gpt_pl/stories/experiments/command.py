@@ -23,10 +23,8 @@ from mini_gpt_pl.stories.experiments.records import Records
 from mini_gpt_pl.stories.experiments.relaxation import Laboratory
 from mini_gpt_pl.stories.experiments.tables import EXPERIMENTS
 from mini_gpt_pl.stories.experiments.trials import Checkpoints, Trial
-from mini_gpt_pl.stories.module import ProbedGPT
-from mini_gpt_pl.stories.replay.restore import device_of, load_weights, restore
+from mini_gpt_pl.stories.stored import StoredRun, device_of
 from mini_gpt_pl.stories.switches import events_of
-from mini_gpt_pl.training.restore import selection_of
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,13 +69,13 @@ def main(args: Sequence[str]) -> None:
     records = Records(run, options.name + ("_original" if options.original else ""))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the initial weights, from which recovery starts too
-        module, data = restore(run, options.set)
-    laboratory = Laboratory(module, data, device_of(options.accelerator), options.precision)
-    todo = list(_trials(options, _checkpoints(run, module, data.seed)))
+        stored = StoredRun(run, device_of(options.accelerator), options.set)
+    laboratory = Laboratory(stored.module, stored.data, stored.device, options.precision)
+    todo = list(_trials(options, _checkpoints(stored)))
     settings = {"protocol": asdict(todo[0].protocol), "precision": options.precision, "questions": laboratory.questions}
     records.begin(settings, overwrite=options.overwrite)
     if options.compile:
-        module.gpt.compile()
+        stored.module.gpt.compile()
     _do(todo, laboratory, records, console)
     for table in EXPERIMENTS[options.name](run):
         console.print(table.markdown(), highlight=False, markup=False, soft_wrap=True)
@@ -114,20 +112,20 @@ def _trials(options: argparse.Namespace, checkpoints: Checkpoints) -> list[Trial
     return found
 
 
-def _checkpoints(run: Run, module: ProbedGPT, seed: int) -> Checkpoints:
-    stored, selection = run.stored_weights, selection_of(run, module)
+def _checkpoints(stored: StoredRun) -> Checkpoints:
+    selection = stored.selection
     owned = list(zip(selection.names, selection.owners, strict=True))
     trunk = {group: [name for name, owner in owned if owner == group] for group in selection.groups}
 
     def state() -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+        return {name: value.detach().cpu().clone() for name, value in stored.module.state_dict().items()}
 
     @lru_cache(maxsize=8)
     def read(step: int) -> dict[str, Tensor]:
-        load_weights(module, stored[step])
+        stored.load(step)
         return state()
 
-    return Checkpoints(read, state(), trunk, list(stored), events_of(run), seed)
+    return Checkpoints(read, state(), trunk, list(stored.files), events_of(stored.run), stored.data.seed)
 
 
 def _do(todo: Sequence[Trial], laboratory: Laboratory, records: Records, console: Console) -> None:

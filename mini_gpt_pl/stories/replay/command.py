@@ -14,10 +14,17 @@ from rich.table import Table
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.report.summary import table_console
 from mini_gpt_pl.runs.folder import REPLAY, Run
-from mini_gpt_pl.stories.replay import records, steps
+from mini_gpt_pl.stories.replay import steps
 from mini_gpt_pl.stories.replay.measure import Replay, Settings
-from mini_gpt_pl.stories.replay.restore import device_of
+from mini_gpt_pl.stories.replay.records import Line, Record, Records, lines
+from mini_gpt_pl.stories.stored import device_of
 from mini_gpt_pl.stories.switches import events_of
+
+_HEADS = ("step", "p_ood is at a", "|cos| / floor", "b = <g, v_b>", "interference", "anisotropy", "overlap / floor")
+_LEGEND = """\
+|cos(g, v_b)| and |<u_1, v_b>| over sqrt(2 / (pi D)), what a random direction gives; interference:
+cos(g_LM, g_probe); anisotropy: q(v_b) over the mean q across it, 1 by chance, with its standard error;
+else ± is the standard deviation over batches"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,90 +74,66 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: Something in them, or in the run folder, is not as it should be.
     """
-    given = _parser().parse_args(list(args))
-    settings = Settings(given.batches, given.fisher_batches, given.precision, given.lens, given.block)
-    run = Run(given.run)
-    out = given.out or run.path / REPLAY
-    console = table_console()
-    replay = Replay(run, settings, device_of(given.accelerator), given.set)
-    wanted = _wanted(given, run, list(replay.stored), console)
-    known = {} if given.overwrite else _known(out, replay)
+    options = _parser().parse_args(list(args))
+    settings = Settings(options.batches, options.fisher_batches, options.precision, options.lens, options.block)
+    run, console = Run(options.run), table_console()
+    records = Records(options.out or run.path / REPLAY)
+    replay = Replay(run, settings, device_of(options.accelerator), options.set)
+    wanted = _wanted(options, replay, console)
+    known = {} if options.overwrite else records.read_alike(replay.described, replay.sha256)
     todo = [step for step in wanted if step not in known]
     if len(todo) < len(wanted):
         console.print(f"{len(wanted) - len(todo)} of {len(wanted)} checkpoints have records already", highlight=False)
     if todo:
         replay.prepare()
-    records.make(out)
-    if given.overwrite:
-        _clear(out)
-    known |= _measure(replay, todo, out, console)
-    table = records.write_table(out, known)
-    _print_table({step: known[step] for step in wanted}, run, console)
-    console.print(f"  {out}/\n  {table}", highlight=False, markup=False, soft_wrap=True)
+    records.make(empty=options.overwrite)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("replay", total=len(todo))
+        for step in todo:
+            bar.update(task, description=f"step {step}")
+            start = time.monotonic()
+            records.write(replay.measure(step))
+            bar.advance(task)
+            if not console.is_terminal:
+                console.print(f"step {step}: {time.monotonic() - start:.1f} s", highlight=False)
+    known = records.read()  # as they are written
+    records.write_table(lines(known), Line._fields)
+    table = Table(title=f"{run.path}: gradients against v_b of the whole run, {run.trunk}", title_justify="left")
+    for head in _HEADS:
+        table.add_column(head, justify="right")
+    for step in wanted:
+        table.add_row(*_cells(known[step], run.trunk))
+    console.print(table)
+    console.print(_LEGEND, style="dim")
+    console.print(f"  {records.folder}/\n  {records.table}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _wanted(given: argparse.Namespace, run: Run, stored: list[int], console: Console) -> list[int]:
-    if given.steps is not None:
-        return steps.chosen(stored, given.steps)
-    if given.every is not None:
-        return steps.every(stored, given.every)
-    if given.paper:
-        roles = steps.paper(stored, events_of(run), run.trajectory.steps[-1])
+def _wanted(options: argparse.Namespace, replay: Replay, console: Console) -> list[int]:
+    stored = list(replay.files)
+    if options.steps is not None:
+        return steps.chosen(stored, options.steps)
+    if options.every is not None:
+        return steps.every(stored, options.every)
+    if options.paper:
+        roles = steps.paper(stored, events_of(replay.run), replay.run.trajectory.steps[-1])
         console.print("; ".join(f"{role.replace('_', ' ')} {step}" for role, step in roles.items()), highlight=False)
         return sorted(set(roles.values()))
     return stored
 
 
-def _known(out: Path, replay: Replay) -> dict[int, records.Record]:
-    """Records that are there, of this or another choice of checkpoints."""
-    known = records.read_all(out)
-    if known:
-        records.check(out, known, replay.described, replay.sha256)
-    return known
+def _cells(record: Record, whole: str) -> list[str]:
+    """A record's line of the closing table: the whole selection's numbers beside what chance gives."""
+    floor, curvature = record["noise_floor"][whole], record["fisher"].get(whole)
+    aligned = [value and value / floor for value in record["gradient"]["combined"][whole]["abs_cos"]]
+    cells = [str(record["step"]), record["event"] or "", _plus_minus(aligned, ".1f")]
+    cells += [_plus_minus(record["bias"][whole], ".1e"), _plus_minus(record["interference"][whole], ".3f")]
+    if curvature is None:
+        return [*cells, "-", "-"]
+    return [*cells, _plus_minus(curvature["anisotropy"], ".1f"), f"{curvature['overlap'] / floor:.1f}"]
 
 
-def _clear(out: Path) -> None:
-    for file in [*records.files(out), out / records.TABLE]:
-        file.unlink(missing_ok=True)
-
-
-def _measure(replay: Replay, todo: Sequence[int], out: Path, console: Console) -> dict[int, records.Record]:
-    """Measure and write, one checkpoint at a time."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )
-    with bar:
-        task = bar.add_task("replay", total=len(todo))
-        for step in todo:
-            bar.update(task, description=f"step {step}")
-            start = time.monotonic()
-            records.write(out, replay.measure(step))
-            bar.advance(task)
-            if not console.is_terminal:
-                console.print(f"step {step}: {time.monotonic() - start:.1f} s", highlight=False)
-    found = records.read_all(out)
-    return {step: found[step] for step in todo}
-
-
-def _print_table(found: dict[int, records.Record], run: Run, console: Console) -> None:
-    table = Table(title=f"{run.path}: gradients against v_b of the whole run, {run.trunk}", title_justify="left")
-    for column in (
-        "step",
-        "p_ood is at a",
-        "|cos| / floor",
-        "b = <g, v_b>",
-        "interference",
-        "anisotropy",
-        "overlap / floor",
-    ):
-        table.add_column(column, justify="right")
-    for step in sorted(found):
-        table.add_row(*records.headline(found[step], run.trunk))
-    console.print(table)
-    console.print(
-        "|cos(g, v_b)| and |<u_1, v_b>| over sqrt(2 / (pi D)), what a random direction gives; interference:\n"
-        "cos(g_LM, g_probe); anisotropy: q(v_b) over the mean q across it, 1 by chance, with its standard error;\n"
-        "else ± is the standard deviation over batches",
-        style="dim",
-    )
+def _plus_minus(pair: Sequence[float | None], form: str) -> str:
+    value, spread = ("-" if number is None else f"{number:{form}}" for number in pair)
+    return value if spread == "-" else f"{value} ± {spread}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -113,8 +113,11 @@ def summarise(scalars: Float[Tensor, "B 7 G1"], labels: Sequence[str]) -> dict[s
     norms = squares.sqrt()
     cosines = torch.where(norms > 0, along / norms, torch.nan)  # (B, 3, G1)
     shown = torch.where(norms > 0, norms, torch.nan)
+    values = {"abs_cos": cosines.abs(), "cos": cosines, "norm": shown}
     gradient = {
-        loss: _labelled(labels, {"abs_cos": cosines[:, i].abs(), "cos": cosines[:, i], "norm": shown[:, i]})
+        loss: {
+            label: {name: _spread(value[:, i, g]) for name, value in values.items()} for g, label in enumerate(labels)
+        }
         for i, loss in enumerate(LOSSES)
     }
     scale = norms[:, 1] * norms[:, 2]
@@ -124,10 +127,6 @@ def summarise(scalars: Float[Tensor, "B 7 G1"], labels: Sequence[str]) -> dict[s
         "bias": {label: _spread(along[:, 0, g]) for g, label in enumerate(labels)},
         "interference": {label: _spread(interference[:, g]) for g, label in enumerate(labels)},
     }
-
-
-def _labelled(labels: Sequence[str], values: Mapping[str, Float[Tensor, "B G1"]]) -> dict[str, Any]:
-    return {label: {name: _spread(value[:, g]) for name, value in values.items()} for g, label in enumerate(labels)}
 
 
 def _spread(values: Float[Tensor, " B"]) -> list[float]:

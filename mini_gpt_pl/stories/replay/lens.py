@@ -41,8 +41,10 @@ def lens_accuracy(
             tokens, targets, mask = (part[rows : rows + _ROWS].to(device) for part in batch[:3])
             with autocast(), _captured(gpt, mask) as states:
                 gpt(tokens)
-                hits = torch.stack([_answers(gpt, state) == targets[mask] for state in states])  # (L + 1, n)
-            right += _exact(hits, mask)
+                answers = [F.linear(gpt.ln_f(state), gpt.tok_emb.weight)[:, : gpt.vocab_size] for state in states]
+            missed = torch.zeros(len(states), *mask.shape, dtype=torch.bool, device=device)
+            missed[:, mask] = torch.stack([logits.argmax(-1) != targets[mask] for logits in answers])
+            right += (~missed.any(-1) & mask.any(-1)).sum(-1)
             asked += int(mask.any(-1).sum())
     return (right / asked).tolist() if asked else [float("nan")] * len(right)
 
@@ -58,15 +60,3 @@ def _captured(gpt: GPT, mask: Bool[Tensor, "B T"]) -> Iterator[list[Float[Tensor
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _answers(gpt: GPT, state: Float[Tensor, "n d"]) -> Tensor:
-    logits = F.linear(gpt.ln_f(state), gpt.tok_emb.weight)[..., : gpt.vocab_size]
-    return logits.argmax(-1)
-
-
-def _exact(hits: Bool[Tensor, "L1 n"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " L1"]:
-    """Number of sequences with every masked position right, per layer."""
-    missed = torch.zeros(len(hits), *mask.shape, dtype=torch.bool, device=mask.device)
-    missed[:, mask] = ~hits
-    return (~missed.any(-1) & mask.any(-1)).sum(-1).double()

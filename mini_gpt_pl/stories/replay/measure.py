@@ -14,19 +14,16 @@ from lightning.fabric.utilities import move_data_to_device
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import fisher
-from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axis
+from mini_gpt_pl.geometry.directions.axes import BACKBONE
 from mini_gpt_pl.geometry.vectors.alignment import noise_floor
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.data.batch import Batch
-from mini_gpt_pl.stories.module import EVALUATIONS
-from mini_gpt_pl.stories.replay.batches import fixed_batches, sha256
-from mini_gpt_pl.stories.replay.directions import switch_of, whole_run_axes
+from mini_gpt_pl.stories.evaluation import EVALUATIONS
 from mini_gpt_pl.stories.replay.gradients import BatchGradients, curvature, summarise
 from mini_gpt_pl.stories.replay.lens import lens_accuracy
 from mini_gpt_pl.stories.replay.records import Record
-from mini_gpt_pl.stories.replay.restore import load_weights, probe_weight, restore
-from mini_gpt_pl.stories.switches import events_of
-from mini_gpt_pl.training.restore import selection_of
+from mini_gpt_pl.stories.stored import CPU, StoredRun, fixed_batches, sha256
+from mini_gpt_pl.stories.switches import switch_of
 
 # Leading eigenvalues of the Fisher that are listed.
 _EIGENVALUES = 20
@@ -63,7 +60,7 @@ class Settings:
             )
 
 
-class Replay:
+class Replay(StoredRun):
     """A run that can be measured at its checkpoints; what all of them share is made once, when it is first needed.
 
     Args:
@@ -84,35 +81,21 @@ class Replay:
         self,
         run: Run,
         settings: Settings = Settings(),
-        device: torch.device = torch.device("cpu"),  # noqa: B008 (constant)
+        device: torch.device = CPU,
         overrides: Sequence[str] = (),
     ) -> None:
-        self.run = run
+        super().__init__(run, device, overrides)
         self.settings = settings
-        self.device = device
-        run.config  # noqa: B018 (no run folder at all is told first)
-        self.stored = run.stored_weights
-        if not self.stored:
-            raise UserError(
-                f"{run.path / 'checkpoints'} holds no checkpoint to replay: train with a ModelCheckpoint that keeps "
-                "some (save_top_k: -1)"
-            )
-        self.module, self.data = restore(run, overrides)
-        self.selection = selection_of(run, self.module)
-        self.weight = probe_weight(run, self.module)
-        self.events = {event.step: event.kind for event in events_of(run)}
-        self.labels = (*self.selection.groups, run.trunk)
-        self.dims = (*self.selection.dims, self.selection.dim)
-
-    @cached_property
-    def axes(self) -> dict[str, Axis]:
-        """Directions of the whole run, on the device."""
-        return whole_run_axes(self.run, self.selection, self.device)
 
     @cached_property
     def batches(self) -> list[Batch]:
         """The fixed batches, on the host."""
         return fixed_batches(self.data, max(self.settings.batches, self.settings.fisher_batches))
+
+    @cached_property
+    def _on_device(self) -> list[Batch]:
+        moved: list[Batch] = move_data_to_device(self.batches, self.device)
+        return moved
 
     @cached_property
     def sha256(self) -> str:
@@ -129,7 +112,7 @@ class Replay:
             "batch_size": self.data.batch_size,
             "snapshots": len(trajectory),
             "last_snapshot": trajectory.steps[-1],
-            "switch": None if switch is None else [switch.peak, switch.trough],
+            "switch": None if switch is None else list(switch),
             "fingerprint": trajectory.fingerprint,
             # A run that went on, or was repeated, has other directions.
             "grams": hashlib.sha256(trajectory.grams.contiguous().numpy().tobytes()).hexdigest(),
@@ -147,12 +130,7 @@ class Replay:
             self.data.setup("validate")
 
     def measure(self, step: int) -> Record:
-        """Measure one stored checkpoint.
-
-        The combined loss has lambda(step), as the published analysis has it.
-
-        Args:
-            step: Of the checkpoint.
+        """Measure one stored checkpoint; its combined loss has lambda(step), as the published analysis has it.
 
         Returns:
             The record, as it is written; numbers may be NaN.
@@ -160,20 +138,14 @@ class Replay:
         Raises:
             UserError: The checkpoint cannot be read or is of another model, or the data is gone.
         """
-        load_weights(self.module, self.stored[step])
-        self.module.to(self.device).eval()
-        weight = self.weight(step)
+        module, weight, settings = self.load(step), self.probe_weight(step), self.settings
         gradients = BatchGradients(
-            self.module,
-            self.selection,
-            self._on_device,
-            weight,
-            self.axes[BACKBONE],
-            self._autocast,
-            self.settings.batches,
+            module, self.selection, self._on_device, weight, self.axes[BACKBONE], self._autocast, settings.batches
         )
-        count = self.settings.fisher_batches
-        found = fisher.survey(gradients, count, self.axes, block=self.settings.block or count, gram=True).cpu()
+        number = settings.fisher_batches
+        survey = fisher.survey(gradients, number, self.axes, block=settings.block or number, gram=True).cpu()
+        # Weights that have diverged have no curvature to speak of.
+        finite = bool(torch.isfinite(survey.squares).all())
         record: Record = {
             "step": step,
             "probe_weight": weight,
@@ -183,31 +155,18 @@ class Replay:
             "event": self.events.get(step),
             "noise_floor": {label: noise_floor(dim) for label, dim in zip(self.labels, self.dims, strict=True)},
             **summarise(gradients.scalars(), self.labels),
-            # Weights that have diverged have no curvature to speak of.
-            "fisher": curvature(found, self.labels, self.dims, _EIGENVALUES)
-            if bool(torch.isfinite(found.squares).all())
-            else {},
+            "fisher": curvature(survey, self.labels, self.dims, _EIGENVALUES) if finite else {},
         }
-        if self._looks_through_lens(step):
-            record["logit_lens"] = self._lens()
+        if settings.lens == "all" or (settings.lens == "events" and step in {*self.events, max(self.files)}):
+            self.data.setup("validate")
+            loaders = dict(zip(EVALUATIONS, self.data.val_dataloader(), strict=True))
+            record["logit_lens"] = {
+                name: lens_accuracy(module.gpt, loaders[name], self._autocast) for name in ("in", "ood")
+            }
         return record
-
-    @cached_property
-    def _on_device(self) -> list[Batch]:
-        moved: list[Batch] = move_data_to_device(self.batches, self.device)
-        return moved
 
     @property
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
         if self.settings.precision == "32":
             return nullcontext
         return partial(torch.autocast, self.device.type, torch.bfloat16)
-
-    def _looks_through_lens(self, step: int) -> bool:
-        lens = self.settings.lens
-        return lens == "all" or (lens == "events" and (step in self.events or step == max(self.stored)))
-
-    def _lens(self) -> dict[str, list[float]]:
-        self.data.setup("validate")
-        loaders = dict(zip(EVALUATIONS, self.data.val_dataloader(), strict=True))
-        return {name: lens_accuracy(self.module.gpt, loaders[name], self._autocast) for name in ("in", "ood")}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.figures.plotting import NULL, PROBE, RESIDUAL, WIDTH
 from mini_gpt_pl.geometry.path import switching
 from mini_gpt_pl.geometry.path.switching import Switch
-from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
+from mini_gpt_pl.report.sheet import Row, Table, number, word
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.evaluation import binomial_error
+from mini_gpt_pl.stories.study.words import laid_out
 from mini_gpt_pl.stories.switches import P_OOD, Rules, events_of
 
 _DRAWS = 200
@@ -105,11 +109,29 @@ def significance(run: Run) -> list[Table]:
     ]
     count = questions_of(run)
     mean, spread = switches_by_noise(run.series(P_OOD).tolist(), count, Rules.of(run))
-    notes = [
-        f"Error: of peak minus trough, from the binomial errors of {count:,} answers each. A: 3 errors or more, "
-        "B: 2 or more, C: less. By the last error: as published, where the last evaluation's stands for all.",
-        f"A curve without switches, the running median, evaluated so has {mean:.1f} ± {spread:.1f} switches by the "
-        f"same rules; here are {len(found)}. The questions are the same at every evaluation, so that a height says "
-        "what happened to these questions, and its error how far it holds for others.",
-    ]
-    return [tabulate("switching_significance", "Switches and the error of the evaluations", rows, notes)]
+    return laid_out("switching_significance", rows, count=count, mean=mean, spread=spread, switches=len(found))
+
+
+def figure(run: Run) -> Figure:
+    """p_ood with its error at every evaluation, and each switch in units of its error.
+
+    Raises:
+        UserError: p_ood has no switch.
+    """
+    switches, series, count = judged(run), run.series(P_OOD), questions_of(run)
+    if not switches:
+        raise UserError(f"p_ood of {run.path} has no switch")
+    drawn = Figure(figsize=(WIDTH, 4.6))
+    top, bottom = drawn.subplots(2, 1, sharex=True)
+    errors = [binomial_error(value, count) for value in series]
+    top.errorbar(series.index.to_numpy(), series.to_numpy(), errors, fmt="-", lw=1, elinewidth=0.8, color=PROBE)
+    top.set(ylabel="$p_{ood}$", title=f"error of {count:,} answers")
+    middles = [(one.switch.peak.step + one.switch.trough.step) / 2 for one in switches]
+    heights = [one.height / one.error if one.error else np.nan for one in switches]
+    bottom.plot(middles, heights, "o", ms=5, color=RESIDUAL)
+    for level, tier in ((3, "A"), (2, "B")):
+        bottom.axhline(level, color=NULL, lw=0.9, ls=":")
+        place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        bottom.annotate(tier, (1.0, level), xytext=(3, 0), **place)
+    bottom.set(xlabel="step", ylabel="height / error", yscale="log")
+    return drawn

@@ -14,8 +14,9 @@ from mini_gpt_pl.geometry.path import pca, switching
 from mini_gpt_pl.geometry.path.centred import effective_ranks
 from mini_gpt_pl.geometry.path.phases import correlate
 from mini_gpt_pl.geometry.path.switching import Interval
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, word
 from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.stories.study.words import laid_out
 from mini_gpt_pl.stories.switches import P_OOD, switches_of
 
 _DRAWS = 200
@@ -67,13 +68,7 @@ def _dimension(subject: Subject, intervals: Sequence[Interval]) -> list[Table]:
                 row[f"{name}, any stretches"] = number(float(null.mean()), "{:.2f}", float(null.std()))
                 row[f"{name}, rank"] = number(float((null < own[column]).double().mean()), "{:.2f}")
         rows.append(row)
-    notes = [
-        "Dimension of the unit displacements between peaks and troughs. Any stretches: as many of the same lengths "
-        "from the same path, of which no two share an increment unless two switches do, mean ± standard deviation of "
-        f"{_DRAWS} draws; rank: the share of draws below, uniform by chance. The published count is the number of "
-        "switches whatever they are.",
-    ]
-    return [tabulate("switching_dimension", "Dimension of the switches", rows, notes)]
+    return laid_out("switching_dimension", rows, draws=_DRAWS)
 
 
 def _elsewhere(steps: Sequence[int], intervals: Sequence[Interval]) -> list[list[Interval]]:
@@ -101,17 +96,7 @@ def _elsewhere(steps: Sequence[int], intervals: Sequence[Interval]) -> list[list
 
 def _correlations(subject: Subject, intervals: Sequence[Interval]) -> list[Table]:
     rows = [*_losses(subject), *_along_switches(subject, intervals)]
-    notes = [
-        "r of changes from one evaluation to the next; chance: the |r| that 95 % of series with the same spectrum and "
-        "random phases stay under, p: the share of them that reach the measured one. Levels correlate by their trends "
-        "alone, so that no null is given for r of levels.",
-        "Updates along a switch: cos(theta(t+1) - theta(t), theta(peak) - theta(trough)) between snapshots, those "
-        "inside of the switch left out, as they make up its direction; other stretches: the same for stretches of the "
-        "path that are as long, mean ± standard deviation."
-        if intervals
-        else None,
-    ]
-    return [tabulate("switching_series", "Series that move together", rows, notes)] if rows else []
+    return laid_out("switching_series", rows, switches=intervals)
 
 
 def _losses(subject: Subject) -> list[Row]:

@@ -22,18 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mini_gpt_pl.geometry.path import nulls, pca
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, word
 from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.stories.study.words import laid_out, words
 
 _DRAWS = 500
 _LAGS = 10
-_ACCOUNT = (
-    ("11", "|cos(g, v_b)| of one gradient", "alignment/{}/gradient", None),
-    ("17", "variance of the momentum", "anatomy/{}/momentum_variance", "anatomy/{}/momentum_variance_predicted"),
-    ("18", "noise averaged away, factor", "anatomy/{}/amplification", "anatomy/{}/amplification_predicted"),
-    ("19", "mean size of a coordinate's step", "anatomy/{}/update_size", "anatomy/{}/update_size_predicted"),
-    ("20, 21", "backbone fraction", "anatomy/{}/fraction", "anatomy/{}/fraction_predicted"),
-)
 
 
 def theory_tables(subject: Subject) -> list[Table]:
@@ -43,7 +37,7 @@ def theory_tables(subject: Subject) -> list[Table]:
 
 def _account(subject: Subject) -> list[Table]:
     rows: list[Row] = []
-    for equation, words, metric, predicted in _ACCOUNT:
+    for equation, quantity, metric, predicted in words("tables")["theory"]["rows"]:
         name = metric.format(subject.trunk)
         if name not in subject.metrics:
             continue
@@ -53,7 +47,7 @@ def _account(subject: Subject) -> list[Table]:
         for phase, part in (("first half", both[early]), ("second half", both[~early])):
             if part.empty:
                 continue
-            row: dict[str, Cell] = {"eq.": word(equation), "quantity": word(words), "steps": word(phase)}
+            row: dict[str, Cell] = {"eq.": word(equation), "quantity": word(quantity), "steps": word(phase)}
             row["measured"] = _mean(part[name])
             if predicted is None:
                 row["by the equation"] = number(subject.floor(subject.trunk), "{:.3g}")
@@ -67,13 +61,7 @@ def _account(subject: Subject) -> list[Table]:
                 walk = subject.series(f"{name}_decaying_walk")
                 row["no signal"] = _mean(walk.reindex(part.index).dropna())
             rows.append(row)
-    notes = [
-        "Mean ± standard deviation over the measured steps of either half of the run; ratio: the median of measured "
-        "over predicted. For eq. 11 the prediction is the |cos| of a direction drawn at random.",
-        "No signal: gradients without mean for eq. 19, the decaying walk for eqs. 20 and 21. Where the measured number "
-        "is the one without signal, agreement with the equation says nothing about the account.",
-    ]
-    return [tabulate("theory", "The account of the backbone beside the measurement", rows, notes)] if rows else []
+    return laid_out("theory", rows)
 
 
 def _mean(values: pd.Series[float]) -> Cell:
@@ -156,13 +144,7 @@ def _force(subject: Subject) -> list[Table]:
                     ),
                 }
             )
-    notes = [
-        "kappa of da/dt = -eta g - eta kappa a (eq. 30), g constant, fitted to the increments along the whole run's "
-        "v_b; in units of the weight decay, which alone gives 1. ± by a bootstrap over blocks of increments.",
-        "The fit's own bias is in the null too: a walk's coordinate and its next step are correlated by the direction, "
-        "which is the walk's own.",
-    ]
-    return [tabulate("restoring_force", "Restoring force along the backbone", rows, notes)] if rows else []
+    return laid_out("restoring_force", rows)
 
 
 def _backbone(gram: pca.Gram, last: int | None = None) -> pca.Direction:
@@ -215,17 +197,11 @@ def _scales(subject: Subject) -> list[Table]:
         if not any(map(math.isnan, survival)):
             paths[", decaying walk"] = nulls.decaying_walk(gram, survival)
         half = len(gram) // 2
-        for words, until, first in (("whole run", None, 0), ("second half, v_b of the first", half, half)):
-            row: dict[str, Cell] = {"group": word(label), "increments": word(words)}
+        for part, until, first in (("whole run", None, 0), ("second half, v_b of the first", half, half)):
+            row: dict[str, Cell] = {"group": word(label), "increments": word(part)}
             for name, path in paths.items():
                 along, across = correlation_times(path, _backbone(path, until), first=first)
                 row[f"along{name}"], row[f"across{name}"] = number(along, "{:.2f}"), number(across, "{:.2f}")
                 row[f"ratio{name}"] = number(across / along, "{:.3f}")
             rows.append(row)
-    notes = [
-        f"Correlation time of increments along v_b and across it, in increments of {spans.pop():,} steps, lags up to "
-        f"{_LAGS}. The ratio of the two is the epsilon of eq. 34; a walk, whose increments have no memory, has one "
-        "below 1 as well, since v_b is the direction along which this path's increments agree. In the second half that "
-        "direction is the first half's, which knows nothing of them.",
-    ]
-    return [tabulate("time_scales", "Separation of time scales", rows, notes)]
+    return laid_out("time_scales", rows, span=spans.pop(), lags=_LAGS)
