@@ -23,6 +23,7 @@ from mini_gpt_pl.stories.data.datamodule import ProbedStories
 from mini_gpt_pl.stories.module import ProbedGPT, check_identity
 from mini_gpt_pl.stories.reheat_probe import ReheatProbe
 from mini_gpt_pl.stories.reheating import DataOrder, Moments, Reheating, is_reheated
+from mini_gpt_pl.stories.switches import P_OOD
 
 
 class StoryTrainer(Trainer):
@@ -92,7 +93,7 @@ class StoryTrainer(Trainer):
         if isinstance(datamodule, ProbedStories):
             datamodule.start = settings.data_position(checkpoint)
         lineage = _lineage(settings, ckpt_path, offset, frozen, Path(self.default_root_dir))
-        best = float("nan") if parent is None else _best_until(parent, "probe/p_ood", offset)
+        best = float("nan") if parent is None else _best_until(parent, offset)
         probe = ReheatProbe(
             p0, frozen, start, settings.optimizer_state(checkpoint), lineage, parent_best=best, threshold=threshold
         )
@@ -124,7 +125,7 @@ class StoryTrainer(Trainer):
             self.validate(model, datamodule=datamodule, verbose=False)
         finally:
             self.loggers = loggers
-        return float(self.callback_metrics["probe/p_ood"])
+        return float(self.callback_metrics[P_OOD])
 
     @override
     def predict(  # type: ignore[override]
@@ -170,9 +171,9 @@ class StoryTrainer(Trainer):
         return datamodule.encoding.decode(new)
 
 
-def _best_until(run: Run, name: str, step: int) -> float:
-    """The largest value of a metric up to a step; NaN if it was never logged."""
-    return float(run.series(name).loc[:step].max()) if (run.path / METRICS).is_file() else float("nan")
+def _best_until(run: Run, step: int) -> float:
+    """The largest p_ood up to a step; NaN if it was never logged."""
+    return float(run.series(P_OOD).loc[:step].max()) if (run.path / METRICS).is_file() else float("nan")
 
 
 def _lineage(settings: Reheating, ckpt_path: str, step: int, basis: FrozenBasis | None, folder: Path) -> dict[str, Any]:

@@ -258,10 +258,7 @@ def _tinystories(config: CorpusConfig, split: Split, cache_dir: str | None) -> d
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Ask the hub briefly; without an answer let ``datasets`` look only into its cache.
-
-    Its own downloads try six times and wait longer each time: half a minute before an error, or before a cached copy.
-    """
+    """Ask the hub briefly; without an answer let ``datasets`` look only into its cache: it would try half a minute."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or not _hub_answers()
     try:

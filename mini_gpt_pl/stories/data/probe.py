@@ -53,17 +53,8 @@ def sample_rng(seed: int, stream: int, epoch: int, index: int) -> np.random.Gene
     """The generator of one sample: a pure function of its arguments, so the order of access cannot matter.
 
     Philox is a keyed permutation of a counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
-    Seed and stream are the key; epoch and index are high words of the counter, so each sample has 2^64 blocks
-    to itself.
-
-    Args:
-        seed: Any integer; taken modulo 2^64.
-        stream: A ``Stream``, or any integer >= 0.
-        epoch: Pass over the data, from 0.
-        index: Story or example, from 0.
-
-    Returns:
-        A generator at its beginning.
+    Seed (modulo 2^64) and stream are the key; epoch and index, both from 0, are high words of the counter, so each
+    sample has 2^64 blocks to itself.
     """
     philox = np.random.Philox(
         key=np.array([seed % 2**64, stream], dtype=np.uint64), counter=np.array([0, index, epoch, 0], dtype=np.uint64)
@@ -129,13 +120,10 @@ class Example(NamedTuple):
 
 
 def find_codewords(encoding: tiktoken.Encoding) -> list[str]:
-    """Find all words of three or more capitals A-Z that are exactly one token after a space.
+    """Find all words of three or more capitals A-Z that are exactly one token after a space, sorted.
 
     Within a text a codeword always follows a space, so it is the form with the space that must be one token.
     GPT-2's ranks have 1,028 such words.
-
-    Returns:
-        Unique words, sorted, so that no order of a hash table shows.
     """
     words = {token[1:].decode() for token in encoding.token_byte_values() if _WORD.fullmatch(token)}
     # A rank file may hold tokens that its own merges never reach.
@@ -258,9 +246,6 @@ class Probe:
             rng: The example's generator.
             gap_range: Shortest and longest gap, both included; ``train_gap`` or ``ood_gap`` of this object.
             filler: Story tokens to fill with, repeated where they are too few; None draws random ids.
-
-        Returns:
-            The example; its mask is as in ``inject``.
         """
         word, template, gap = self._draw(rng, gap_range)
         key, query = self.keys[word][template], self.queries[word][template]

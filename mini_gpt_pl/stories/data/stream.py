@@ -61,11 +61,8 @@ class TrainStream:
         limit: Callable[[], float] = lambda: float("inf"),
         epoch: int = 0,
     ) -> None:
-        self._window = window
-        self._limit = limit
-        self._epoch = epoch
-        self._batches = 0
-        self._begun = False
+        self._window, self._limit = window, limit
+        self._epoch, self._batches, self._begun = epoch, 0, False
         self._sampler = _StorySampler(len(stories), batch_size, seed, rank, world_size)
         # What reads ahead, and the micro-batch since the first epoch's that it gives next.
         self._reader: Iterator[Batch | Arrived] | None = None
@@ -139,9 +136,9 @@ class TrainStream:
         if self._reader is None or not 0 <= start - self._next < self._window():
             self._sampler.epoch, self._sampler.first = self._epoch, position
             self._reader, self._next = chain.from_iterable(self._loader), start
-        taken = list(islice(self._reader, start - self._next, start - self._next + size))
+        batches = list(islice(self._reader, start - self._next, start - self._next + size))
         self._next = start + size
-        return [batch.batch() if isinstance(batch, Arrived) else batch for batch in taken]
+        return [batch.batch() if isinstance(batch, Arrived) else batch for batch in batches]
 
     def _epoch_length(self) -> int:
         return int(min(len(self), self._limit()))
@@ -164,13 +161,9 @@ class _StorySampler(Sampler[_Key]):
     """One rank's batches, without end, from the micro-batch ``first`` of ``epoch`` on."""
 
     def __init__(self, stories: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self.stories = stories
-        self.batch_size = batch_size
-        self.global_batch = batch_size * world_size
-        self.offset = batch_size * rank
-        self.seed = seed
-        self.epoch = 0
-        self.first = 0
+        self.stories, self.batch_size, self.seed = stories, batch_size, seed
+        self.global_batch, self.offset = batch_size * world_size, batch_size * rank
+        self.epoch = self.first = 0
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -195,11 +188,6 @@ class TrainingBatches(Dataset[Batch]):
 
     Each row is what ``Probe.training_example`` makes of the story and ``sample_rng(seed, Stream.TRAIN, epoch, story)``.
     Only the draws and the rows that carry a probe are made one by one; inputs and targets are cut for all together.
-
-    Args:
-        stories: The training stories.
-        probe: Makes the examples.
-        seed: Seed of the samples.
     """
 
     def __init__(self, stories: TokenizedStories, probe: Probe, seed: int) -> None:
@@ -234,12 +222,7 @@ class TrainingBatches(Dataset[Batch]):
 
 
 class SampleGenerator:
-    """The generators of ``sample_rng`` for one seed and stream, without making one each: one object is put to each.
-
-    Args:
-        seed: As ``sample_rng``.
-        stream: As ``sample_rng``.
-    """
+    """The generators of ``sample_rng`` for one seed and stream, without making one each: one object is put to each."""
 
     def __init__(self, seed: int, stream: int) -> None:
         self._generator = sample_rng(seed, stream, 0, 0)

@@ -33,15 +33,12 @@ _SEPARATOR = "<|end of one story of a batch|>"
 
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """Load an encoding by name or from a rank file.
+    """Load an encoding, which pickles, so that worker processes can have it.
 
     Args:
         name: ``"builtin"`` for the packaged ranks; a path (it exists, ends with ``.tiktoken`` or holds a path
             separator) for a file with lines ``base64 rank``, split by GPT-2's pattern and with ``<|endoftext|>``
             as the id after the last rank; anything else is a name for ``tiktoken.get_encoding``, e.g. ``"gpt2"``.
-
-    Returns:
-        The encoding; it pickles, so worker processes can have it.
 
     Raises:
         UserError: The file is missing or damaged, the name is unknown, or its ranks cannot be downloaded.

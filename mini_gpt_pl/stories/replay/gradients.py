@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ LOSSES = ("combined", "lm", "probe")
 _Row = Float[Tensor, "7 G1"]
 
 
+@dataclass(eq=False)
 class BatchGradients:
     """Serves the combined gradient of each fixed batch, and keeps scalars of the first few and of their parts.
 
@@ -41,49 +43,35 @@ class BatchGradients:
         parts: Number of batches whose parts are measured.
     """
 
-    def __init__(
-        self,
-        module: ProbedGPT,
-        selection: ParameterSelection,
-        batches: Sequence[Batch],
-        weight: float,
-        backbone: Axis,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        parts: int,
-    ) -> None:
-        self.module = module
-        self.selection = selection
-        self.batches = batches
-        self.weight = weight
-        self.backbone = backbone
-        self.autocast = autocast
-        self.parts = parts
-        self._weights = selection.parameters(module)
+    module: ProbedGPT
+    selection: ParameterSelection
+    batches: Sequence[Batch]
+    weight: float
+    backbone: Axis
+    autocast: Callable[[], AbstractContextManager[Any]]
+    parts: int
+
+    def __post_init__(self) -> None:
+        self._weights = self.selection.parameters(self.module)
         self._rows: dict[int, _Row] = {}
 
     def __call__(self, index: int) -> Vector:
         """Gradient of the combined loss of one batch."""
-        losses = self._losses(self.batches[index])
+        with self.autocast():
+            terms, counts = self.module.batch_terms(self.batches[index])
+            loss = combine(terms, counts, self.weight)
         measure = index < self.parts and index not in self._rows
-        combined = self._gradient(losses["combined"], keep=measure)
+        combined = self._gradient(loss, keep=measure)
         if measure:
-            lm = self._gradient(losses["lm"], keep=True)
-            self._rows[index] = self._row(combined, lm, self._gradient(losses["probe"]))
+            lm = self._gradient(terms.lm, keep=True)
+            gradients = (combined, lm, self._gradient(terms.probe))
+            along = [self.backbone.project(gradient) for gradient in gradients]
+            squares = [with_total(gradient.dots(gradient)) for gradient in gradients]
+            self._rows[index] = torch.stack([*along, *squares, with_total(lm.dots(gradients[2]))])
         return combined
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        with self.autocast():
-            terms, counts = self.module.batch_terms(batch)
-        return {"combined": combine(terms, counts, self.weight), "lm": terms.lm, "probe": terms.probe}
-
     def _gradient(self, loss: Tensor, *, keep: bool = False) -> Vector:
-        parts = torch.autograd.grad(loss, self._weights, retain_graph=keep)
-        return self.selection.flatten(parts)
-
-    def _row(self, combined: Vector, lm: Vector, probe: Vector) -> _Row:
-        along = [self.backbone.project(gradient) for gradient in (combined, lm, probe)]
-        squares = [with_total(gradient.dots(gradient)) for gradient in (combined, lm, probe)]
-        return torch.stack([*along, *squares, with_total(lm.dots(probe))])
+        return self.selection.flatten(torch.autograd.grad(loss, self._weights, retain_graph=keep))
 
     def scalars(self) -> Float[Tensor, "B 7 G1"]:
         """Of the first batches, in order, on the host: <g, v_b> and ||g||^2 of each loss, then <g_LM, g_probe>.
@@ -136,11 +124,11 @@ def _spread(values: Float[Tensor, " B"]) -> list[float]:
     return [mean, float(known.std()) if len(known) > 1 else float("nan")]
 
 
-def curvature(found: fisher.Survey, labels: Sequence[str], dims: Sequence[int], eigenvalues: int) -> dict[str, Any]:
+def curvature(survey: fisher.Survey, labels: Sequence[str], dims: Sequence[int], eigenvalues: int) -> dict[str, Any]:
     """What the Fisher shows of each label, with standard errors over the gradients.
 
     Args:
-        found: Of the combined gradients, with Grams, on the host.
+        survey: Of the combined gradients, with Grams, on the host.
         labels: Of the columns.
         dims: D of each.
         eigenvalues: How many to list.
@@ -149,11 +137,11 @@ def curvature(found: fisher.Survey, labels: Sequence[str], dims: Sequence[int], 
         By label: `q` along each axis, `trace`, `anisotropy` of the backbone as [value, error]; `random`, the exact mean
         of q across v_b, (tr F - q) / (D - 1); lambda_1 and overlap = |<u_1, v_b>| with their jackknife errors.
     """
-    along = found.projections[BACKBONE]
-    quotients = {name: fisher.rayleigh(projections) for name, projections in found.projections.items()}
-    trace, ratio = fisher.trace(found), fisher.anisotropy(along.square(), found.squares, dims)
-    assert found.grams is not None
-    grams = [*found.grams, found.grams.sum(0)]
+    along = survey.projections[BACKBONE]
+    quotients = {name: fisher.rayleigh(projections) for name, projections in survey.projections.items()}
+    trace, ratio = fisher.trace(survey), fisher.anisotropy(along.square(), survey.squares, dims)
+    assert survey.grams is not None
+    grams = [*survey.grams, survey.grams.sum(0)]
     shown: dict[str, Any] = {}
     for g, label in enumerate(labels):
         across = float(trace.value[g] - quotients[BACKBONE].value[g])
