@@ -32,11 +32,10 @@ from mini_gpt_pl.stories.experiments.tables import EXPERIMENTS, Depth
 from mini_gpt_pl.stories.experiments.trials import Checkpoints
 from mini_gpt_pl.stories.module import ProbedGPT
 from mini_gpt_pl.stories.objective import IGNORE
-from mini_gpt_pl.stories.replay.restore import load_weights, restore
-from mini_gpt_pl.stories.study.story_figures import STORY_FIGURES
+from mini_gpt_pl.stories.stored import StoredRun
+from mini_gpt_pl.stories.study.contents import RUN_FIGURES, run_tables
 from mini_gpt_pl.stories.study.switch_noise import Judged, judged, switches_by_noise
 from mini_gpt_pl.stories.study.switch_series import dimensions
-from mini_gpt_pl.stories.study.tables import run_tables
 from mini_gpt_pl.stories.study.theory_tables import correlation_times, restoring_force
 from mini_gpt_pl.stories.switches import Rules, events_of
 from mini_gpt_pl.training import cli as trainer_cli
@@ -94,16 +93,15 @@ def done(run: Run) -> Run:
 
 @pytest.fixture
 def laboratory(run: Run) -> Laboratory:
-    module, data = restore(run)
-    load_weights(module, run.stored_weights[4])
-    return Laboratory(module, data, torch.device("cpu"))
+    stored = StoredRun(run)
+    return Laboratory(stored.load(4), stored.data, stored.device)
 
 
 def test_every_experiment_leaves_its_table_and_its_figure(done: Run) -> None:
     names = {table.name for table in run_tables(done)}
     expected = {"recovery", "recovery_original", "depth", "depth_distances", "blocks", "blocks_original"}
     assert expected | {"switching_significance", "switching_dimension", "switching_series"} <= names
-    for draw in (*EXPERIMENT_FIGURES.values(), STORY_FIGURES["significance"]):
+    for draw in (*EXPERIMENT_FIGURES.values(), RUN_FIGURES["significance"]):
         assert draw(done).axes
 
 
@@ -125,12 +123,12 @@ def test_records_of_other_settings_are_not_mixed(done: Run) -> None:
 
 def test_the_start_is_the_checkpoint_and_the_initial_weights_are_none(done: Run) -> None:
     trials = json.loads((done.path / "experiments" / "recovery.json").read_text())["trials"]
-    module, data = restore(done)
-    data.setup("validate")
+    stored = StoredRun(done)
+    stored.data.setup("validate")
     for kind, step in (("peak", 4), ("trough", 8)):
-        load_weights(module, done.stored_weights[step])
-        assert trials[f"{kind}-4-8"]["answers"][0][1:] == pytest.approx(_by_hand(module, data), rel=1e-5)
-    assert trials["initial"]["answers"][0][2] == pytest.approx(math.log(data.vocab_size), rel=0.1)
+        by_hand = _by_hand(stored.load(step), stored.data)
+        assert trials[f"{kind}-4-8"]["answers"][0][1:] == pytest.approx(by_hand, rel=1e-5)
+    assert trials["initial"]["answers"][0][2] == pytest.approx(math.log(stored.data.vocab_size), rel=0.1)
 
 
 def _by_hand(module: ProbedGPT, data: Any) -> list[float]:
@@ -152,7 +150,8 @@ def _by_hand(module: ProbedGPT, data: Any) -> list[float]:
 def test_relaxation_is_adamw_on_the_composite_loss(laboratory: Laboratory, run: Run, decay_vectors: bool) -> None:
     """Three steps against a loop of our own in float64: other code for the loss, the clipping and the step."""
     protocol = Protocol(lr=1e-2, probe_weight=3.0, steps=3, eval_every=3, batch_size=4, decay_vectors=decay_vectors)
-    module, data = restore(run)
+    stored = StoredRun(run)
+    module, data = stored.module, stored.data
     module.load_state_dict(laboratory.module.state_dict())
     laboratory.relax(protocol, trial=5)
     data.setup("fit")
