@@ -76,10 +76,7 @@ class CausalSelfAttention(nn.Module):
     ) -> Float[Tensor, "*rows d"]:
         """Mix each position with those before it; the rows of ``qkv.weight`` are q, then k, then v.
 
-        Args:
-            x: Whole sequences (B, T, d) or, with a packing, rows (N, d).
-            packing: Which rows make a sequence.
-            context: T of the packed sequences.
+        ``x`` is whole sequences (B, T, d) or, with a packing of sequences of length ``context``, rows (N, d).
         """
         d = x.shape[-1]
         heads = self.qkv(x).unflatten(-1, (3, self.n_head, d // self.n_head))  # (B, T, 3, nh, hs) or (N, 3, nh, hs)
@@ -175,14 +172,12 @@ class GPT(nn.Module):
     ) -> Float[Tensor, "B T V"] | Scores:
         """Logits of the next token at each position or, given the targets, how well these are predicted.
 
+        Scoring inside the model keeps the logits, the largest tensor by far, from ever leaving it.
+
         Args:
             tokens: Token ids; T is at most ``size.context``.
             targets: The token that follows each position; -100 marks one that does not count.
             packing: Of the targets: only its rows are computed, and the scores are the same.
-
-        Returns:
-            The logits or, given the targets, their ``Scores``. Scoring inside the model keeps the logits, the largest
-            tensor by far, from ever leaving it.
 
         Raises:
             UserError: The sequence is longer than the context.
@@ -230,9 +225,6 @@ class GPT(nn.Module):
             temperature: Divides the logits; 0 takes the most likely token.
             top_k: Sample among the k most likely tokens only.
             generator: Source of randomness, on the model's device; None is torch's global one.
-
-        Returns:
-            The prompts with their continuations.
 
         Raises:
             UserError: A prompt is empty, the temperature is negative or ``top_k`` is below 1.

@@ -79,14 +79,13 @@ def loss_terms(
 ) -> LossTerms:
     """A micro-batch's share of the two means: (1/n) * sum of nll over its positions, n from the whole batch.
 
+    A mean with count 0 is 0 and has gradient 0.
+
     Args:
         nll: Negative log-likelihood of each target.
         targets: Target ids, -100 where ignored.
         probe_mask: True at the probe's answer.
         counts: The n of all micro-batches of the optimizer step together.
-
-    Returns:
-        Two scalars; one with count 0 is 0 and has gradient 0.
     """
     valid = targets != IGNORE
     return LossTerms(_share(nll, valid & ~probe_mask, counts.lm), _share(nll, valid & probe_mask, counts.probe))
@@ -102,15 +101,7 @@ def combine(terms: LossTerms, counts: TargetCounts, weight: float) -> Float[Tens
 
     With lambda = 0 the probe's positions are targets like any other: the loss is the mean over both sets,
     (n_LM L_LM + n_probe L_probe) / (n_LM + n_probe). It is not the limit of small lambda, which would
-    leave those positions out.
-
-    Args:
-        terms: The two means, or a micro-batch's shares of them; the result is linear in them.
-        counts: The counts that ``terms`` were divided by.
-        weight: lambda(t).
-
-    Returns:
-        A scalar in nats.
+    leave those positions out. Linear in ``terms``, which were divided by ``counts``.
     """
     if weight != 0:
         return composite(terms, weight)

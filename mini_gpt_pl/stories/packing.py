@@ -33,13 +33,10 @@ class Packing(NamedTuple):
 
 
 def pack(targets: Int[Tensor, "B T"]) -> Packing:
-    """Keep the positions up to each sequence's last target.
+    """Keep the positions up to each sequence's last target that is not ignored.
 
     Their number is rounded up, with positions that would have been left out, to a multiple of 256 if there are as many:
     kernels like it, and compilers see fewer different numbers.
-
-    Args:
-        targets: -100 where nothing is asked.
     """
     count, length = targets.shape
     position = torch.arange(length, device=targets.device)
@@ -54,8 +51,8 @@ def pack(targets: Int[Tensor, "B T"]) -> Packing:
 
 def take_rows(values: Float[Tensor, M * rest], rows: Int[Tensor, " N"]) -> Float[Tensor, N * rest]:
     """Take rows, each at most once."""
-    taken: Tensor = _TakeRows.apply(values, rows)
-    return taken
+    chosen: Tensor = _TakeRows.apply(values, rows)
+    return chosen
 
 
 def spread_rows(values: Float[Tensor, N * rest], rows: Int[Tensor, " N"], total: int) -> Float[Tensor, M * rest]:
@@ -65,29 +62,20 @@ def spread_rows(values: Float[Tensor, N * rest], rows: Int[Tensor, " N"], total:
 
 
 def packed_attention(qkv: Float[Tensor, "N 3 nh hs"], packing: Packing, length: int) -> Float[Tensor, "N nh hs"]:
-    """Causal attention inside each sequence, softmax(q k^T / sqrt(hs) + causal mask) v.
-
-    Args:
-        qkv: Queries, keys and values of the rows.
-        packing: Which rows make a sequence.
-        length: T of the batch, at least the longest sequence.
-    """
+    """Causal attention inside each sequence of at most T = `length` rows: softmax(q k^T / sqrt(hs) + causal mask) v."""
     if qkv.is_cuda and qkv.dtype in _HALF:
+        # What `torch.nn.attention.varlen` wraps in two custom operators, whose Python takes the host 0.2 ms a call:
+        # with 16 calls a step it would be the host that decides how fast a small model trains.
         q, k, v = qkv.unbind(1)
-        return _flash(q, k, v, packing.offsets, length)
+        ends = packing.offsets
+        out = torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, length, length, 0.0, True, False)
+        attended: Tensor = out[0]
+        return attended
     sequences = len(packing.offsets) - 1
     whole = spread_rows(qkv, packing.rows, sequences * length).view(sequences, length, *qkv.shape[1:])
     q, k, v = whole.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, nh, T, hs)
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return take_rows(mixed.transpose(1, 2).flatten(0, 1), packing.rows)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, ends: Int[Tensor, " B1"], length: int) -> Float[Tensor, "N nh hs"]:
-    # What `torch.nn.attention.varlen` wraps in two custom operators, whose Python takes the host 0.2 ms a call: with 16
-    # calls a step it would be the host that decides how fast a small model trains.
-    found = torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, length, length, 0.0, True, False)
-    mixed: Tensor = found[0]
-    return mixed
 
 
 # The derivatives of indexing add up, for rows that occur twice; on a GPU that takes atomics, whose order is chance.

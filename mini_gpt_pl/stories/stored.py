@@ -138,13 +138,9 @@ class StoredRun:
 def fixed_batches(data: ProbedStories, number: int) -> list[Batch]:
     """Make batches from the training distribution, and none of those that a run trained on.
 
-    They are a function of the data's settings and seed alone: every checkpoint sees the same bytes, and the first
-    batches of many are those of few. Stories come in an order of their own, each once before one comes again, and a
-    probe is injected with the run's own probability.
-
-    Args:
-        data: Of the run; its batch size is that of a micro-batch.
-        number: Of batches.
+    They are a function of the settings and seed of the run's data alone: every checkpoint sees the same bytes, and the
+    first batches of many are those of few. Stories come in an order of their own, each once before one comes again,
+    and a probe is injected with the run's own probability.
 
     Raises:
         UserError: The corpus cannot be read or is too small for one batch.

@@ -151,9 +151,6 @@ class StoryTrainer(Trainer):
             top_k: Sample among the k most likely tokens only.
             seed: Of the sampling.
 
-        Returns:
-            The prompt and its continuation.
-
         Raises:
             UserError: The prompt is empty.
         """

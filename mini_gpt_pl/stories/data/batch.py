@@ -63,9 +63,6 @@ class Piped:
 
     Tensors would go by shared memory, each of the seven as a file to be handed over, opened and mapped: for half a
     megabyte that takes longer than to copy it.
-
-    Args:
-        batch: On the CPU.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -88,10 +85,7 @@ class Arrived:
     A thread of the process that trains receives batches, and takes the interpreter from it as long as it computes: two
     blocks are pinned sooner than seven tensors.
 
-    Args:
-        ids: The int64 columns one behind the other, int32.
-        rest: The bytes of the offsets and of the mask.
-        shape: Sequences and tokens.
+    ``ids`` are the int64 columns one behind the other, as int32, ``rest`` the bytes of the offsets and of the mask.
     """
 
     def __init__(self, ids: np.ndarray, rest: np.ndarray, shape: tuple[int, int]) -> None:

@@ -116,11 +116,11 @@ def _wanted(options: argparse.Namespace, replay: Replay, console: Console) -> li
         return steps.chosen(stored, options.steps)
     if options.every is not None:
         return steps.every(stored, options.every)
-    if options.paper:
-        roles = steps.paper(stored, events_of(replay.run), replay.run.trajectory.steps[-1])
-        console.print("; ".join(f"{role.replace('_', ' ')} {step}" for role, step in roles.items()), highlight=False)
-        return sorted(set(roles.values()))
-    return stored
+    if not options.paper:
+        return stored
+    roles = steps.paper(stored, events_of(replay.run), replay.run.trajectory.steps[-1])
+    console.print("; ".join(f"{role.replace('_', ' ')} {step}" for role, step in roles.items()), highlight=False)
+    return sorted(set(roles.values()))
 
 
 def _cells(record: Record, whole: str) -> list[str]:

@@ -61,16 +61,7 @@ class Settings:
 
 
 class Replay(StoredRun):
-    """A run that can be measured at its checkpoints; what all of them share is made once, when it is first needed.
-
-    Args:
-        run: A run folder with snapshots and checkpoints.
-        settings: How to measure.
-        device: Where to.
-        overrides: `data.<option>=<value>` for data that has moved.
-
-    Raises:
-        UserError: The folder is no run, or lacks snapshots, checkpoints or data.
+    """A stored run that can be measured at its checkpoints; what they share is made once, when it is first needed.
 
     Example:
         >>> replay = Replay(Run(Path("runs/mine")))  # doctest: +SKIP
