@@ -120,5 +120,5 @@ def _trials(run: Run, name: str) -> list[Any]:
 EXPERIMENT_FIGURES: Mapping[str, Callable[[Run], Figure]] = {
     "recovery": recovery,
     "depth": depth,
-    "blocks": blocks,
+    "moved_blocks": blocks,
 }
