@@ -64,9 +64,9 @@ class StoryEvaluation(Means):
         if evaluation == "lm":
             super().update("val/loss", terms.lm * counts.lm, counts.lm)
             return
-        asked = batch.probe_mask.any(-1)
+        probed = batch.probe_mask.any(-1)
         exact = (scores.hit | ~batch.probe_mask).all(-1)  # every masked position is right
-        super().update(f"probe/p_{evaluation}", (exact & asked).sum(), asked.sum())
+        super().update(f"probe/p_{evaluation}", (exact & probed).sum(), probed.sum())
         super().update(f"probe/nll_{evaluation}", terms.probe * counts.probe, counts.probe)
         if evaluation == "ood":
             super().update("probe/lm_ood", terms.lm * counts.lm, counts.lm)

@@ -188,12 +188,12 @@ class GPT(nn.Module):
         if targets is None:
             logits = F.linear(self.features(tokens), self.tok_emb.weight)  # (B, T, Vp)
             return logits[..., : self.vocab_size]
-        features, asked = self.features(tokens, packing), targets.flatten()
+        features, labels = self.features(tokens, packing), targets.flatten()
         if packing is not None:
-            asked = asked[packing.rows]
-        nll, hit = score(features.flatten(0, -2), self.tok_emb.weight, asked, self.vocab_size)
+            labels = labels[packing.rows]
+        nll, hit = score(features.flatten(0, -2), self.tok_emb.weight, labels, self.vocab_size)
         if packing is not None:
-            nll, hit = (spread_rows(found, packing.rows, targets.numel()) for found in (nll, hit))
+            nll, hit = (spread_rows(values, packing.rows, targets.numel()) for values in (nll, hit))
         return Scores(nll.view_as(targets), hit.view_as(targets))
 
     def features(self, tokens: Int[Tensor, "B T"], packing: Packing | None = None) -> Float[Tensor, "*rows d"]:

@@ -119,8 +119,8 @@ class ProbedGPT(LightningModule):
 
     def _probe_loss(self, batch: Batch) -> Tensor:
         """L_probe from the sequences that hold a probe: one in ten, at a tenth of a forward and backward pass."""
-        asked = batch.probe_mask.any(-1, keepdim=True)
-        few = batch._replace(**pack(batch.targets.masked_fill(~asked, IGNORE))._asdict())
+        probed = batch.probe_mask.any(-1, keepdim=True)
+        few = batch._replace(**pack(batch.targets.masked_fill(~probed, IGNORE))._asdict())
         # A graph of its own, for so few rows, would take long to compile.
         with torch.compiler.set_stance("force_eager"):
             return self._named_terms(few).probe
@@ -351,12 +351,12 @@ def check_identity(checkpoint: Mapping[str, Any], module: ProbedGPT) -> None:
     Raises:
         UserError: Naming the first number that differs.
     """
-    found = checkpoint.get("gpt")
-    if found is None:
+    sizes = checkpoint.get("gpt")
+    if sizes is None:
         raise UserError("the checkpoint was not written by this project's model: it names no GPT sizes")
     for name, value in module._identity().items():
-        if found.get(name) != value:
+        if sizes.get(name) != value:
             raise UserError(
-                f"the checkpoint's model has {name} {found.get(name)}, the configured one {value}: "
+                f"the checkpoint's model has {name} {sizes.get(name)}, the configured one {value}: "
                 "use the tokenizer and the model size that the checkpoint was trained with"
             )

@@ -44,9 +44,9 @@ def pack(targets: Int[Tensor, "B T"]) -> Packing:
     total = int(needed.sum())
     spare = min(-(-max(total, 1) // _ROUND) * _ROUND, count * length) - total
     room = length - needed
-    kept = needed + (spare - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
-    rows = (position < kept[:, None]).flatten().nonzero().flatten()
-    return Packing(rows, F.pad(kept.cumsum(0), (1, 0)).int())
+    lengths = needed + (spare - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
+    rows = (position < lengths[:, None]).flatten().nonzero().flatten()
+    return Packing(rows, F.pad(lengths.cumsum(0), (1, 0)).int())
 
 
 def take_rows(values: Float[Tensor, M * rest], rows: Int[Tensor, " N"]) -> Float[Tensor, N * rest]:

@@ -272,14 +272,14 @@ class Probe:
         joined = np.concatenate(parts)[: self.length]
         sequence = np.full(self.length, self.eos, dtype=np.int64)
         sequence[: len(joined)] = joined
-        wanted = sequence.copy()
-        wanted[len(joined) :] = IGNORE
+        targets = sequence.copy()
+        targets[len(joined) :] = IGNORE
         if filled is not None:
-            wanted[filled] = IGNORE
+            targets[filled] = IGNORE
         # The target at t is the token at t + 1, so a mask over tokens is shifted like the targets are.
-        asked = np.zeros(self.length, dtype=bool)
-        asked[query_end - marks : query_end] = True
-        return Example(sequence[:-1], wanted[1:], asked[1:])
+        marked = np.zeros(self.length, dtype=bool)
+        marked[query_end - marks : query_end] = True
+        return Example(sequence[:-1], targets[1:], marked[1:])
 
     def _fit(self, option: str) -> tuple[int, int]:
         low, high = getattr(self.config, option)

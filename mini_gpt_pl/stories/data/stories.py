@@ -65,8 +65,8 @@ def _beats(lines: Sequence[str]) -> tuple[Beat, ...]:
     """Group paraphrases into beats; as many empty paraphrases as written ones make half of the stories skip a `?`."""
     beats = []
     for mark, block in re.findall(r"^([*?]) (.*(?:\n\| .*)*)", "\n".join(lines), flags=re.MULTILINE):
-        told = tuple(_parse(sentence) for sentence in block.split("\n| "))
-        beats.append(told + ((),) * len(told) if mark == "?" else told)
+        paraphrases = tuple(_parse(sentence) for sentence in block.split("\n| "))
+        beats.append(paraphrases + ((),) * len(paraphrases) if mark == "?" else paraphrases)
     return tuple(beats)
 
 
@@ -132,10 +132,10 @@ def _characters(children: bool, draws: Iterator[float]) -> dict[str, str]:
     child = children or next(draws) < 0.5
     kind, pkind = ({"he": "boy", "she": "girl"}[p] if child else _pick(ANIMALS, draws) for p in (he, phe))
     (grown, ghe), (neighbor, ehe) = _pick(FAMILY, draws), _pick(NEIGHBORS, draws)
-    known = f"{PRONOUNS[he][2]} {_pick(('friend', 'good friend', 'best friend'), draws)} {friend}"
-    known += "" if child else f" the {pkind}"
+    mention = f"{PRONOUNS[he][2]} {_pick(('friend', 'good friend', 'best friend'), draws)} {friend}"
+    mention += "" if child else f" the {pkind}"
     slots = {"H": hero, "P": friend, "G": grown, "E": neighbor, "pet": _pick(PETS, draws), "kind": kind}
-    slots |= {"a_pkind": _article(pkind), "friend": known, "Friend": known[0].upper() + known[1:]}
+    slots |= {"a_pkind": _article(pkind), "friend": mention, "Friend": mention[0].upper() + mention[1:]}
     for prefix, pronoun in (("", he), ("p", phe), ("g", ghe), ("e", ehe)):
         slots |= _pronouns(prefix, pronoun)
     return slots

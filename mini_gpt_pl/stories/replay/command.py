@@ -80,8 +80,8 @@ def main(args: Sequence[str]) -> None:
     records = Records(options.out or run.path / REPLAY)
     replay = Replay(run, settings, device_of(options.accelerator), options.set)
     wanted = _wanted(options, replay, console)
-    known = {} if options.overwrite else records.read_alike(replay.described, replay.sha256)
-    todo = [step for step in wanted if step not in known]
+    measured = {} if options.overwrite else records.read_alike(replay.described, replay.sha256)
+    todo = [step for step in wanted if step not in measured]
     if len(todo) < len(wanted):
         console.print(f"{len(wanted) - len(todo)} of {len(wanted)} checkpoints have records already", highlight=False)
     if todo:
@@ -98,13 +98,13 @@ def main(args: Sequence[str]) -> None:
             bar.advance(task)
             if not console.is_terminal:
                 console.print(f"step {step}: {time.monotonic() - start:.1f} s", highlight=False)
-    known = records.read()  # as they are written
-    records.write_table(lines(known), Line._fields)
+    measured = records.read()  # as they are written
+    records.write_table(lines(measured), Line._fields)
     table = Table(title=f"{run.path}: gradients against v_b of the whole run, {run.trunk}", title_justify="left")
     for head in _HEADS:
         table.add_column(head, justify="right")
     for step in wanted:
-        table.add_row(*_cells(known[step], run.trunk))
+        table.add_row(*_cells(measured[step], run.trunk))
     console.print(table)
     console.print(_LEGEND, style="dim")
     console.print(f"  {records.folder}/\n  {records.table}", highlight=False, markup=False, soft_wrap=True)

@@ -119,9 +119,9 @@ def summarise(scalars: Float[Tensor, "B 7 G1"], labels: Sequence[str]) -> dict[s
 
 def _spread(values: Float[Tensor, " B"]) -> list[float]:
     """Mean and standard deviation of what is not NaN; NaN where there is nothing, or no two of it."""
-    known = values[~values.isnan()]
-    mean = float(known.mean()) if len(known) else float("nan")
-    return [mean, float(known.std()) if len(known) > 1 else float("nan")]
+    numbers = values[~values.isnan()]
+    mean = float(numbers.mean()) if len(numbers) else float("nan")
+    return [mean, float(numbers.std()) if len(numbers) > 1 else float("nan")]
 
 
 def curvature(survey: fisher.Survey, labels: Sequence[str], dims: Sequence[int], eigenvalues: int) -> dict[str, Any]:

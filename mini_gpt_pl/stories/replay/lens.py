@@ -35,7 +35,7 @@ def lens_accuracy(
     """
     device = gpt.tok_emb.weight.device
     right = torch.zeros(len(gpt.blocks) + 1, dtype=torch.float64, device=device)
-    asked = 0
+    examples = 0
     for batch in batches:
         for rows in range(0, len(batch.tokens), _ROWS):
             tokens, targets, mask = (part[rows : rows + _ROWS].to(device) for part in batch[:3])
@@ -45,8 +45,8 @@ def lens_accuracy(
             missed = torch.zeros(len(states), *mask.shape, dtype=torch.bool, device=device)
             missed[:, mask] = torch.stack([logits.argmax(-1) != targets[mask] for logits in answers])
             right += (~missed.any(-1) & mask.any(-1)).sum(-1)
-            asked += int(mask.any(-1).sum())
-    return (right / asked).tolist() if asked else [float("nan")] * len(right)
+            examples += int(mask.any(-1).sum())
+    return (right / examples).tolist() if examples else [float("nan")] * len(right)
 
 
 @contextmanager

@@ -100,12 +100,12 @@ def _beside_nulls(
 
 
 def _trend(paths: Sequence[Subject], measured: Sequence[Mapping[str, Calibrated]]) -> list[Table]:
-    kept = [(value_of(path), of_path) for path, of_path in zip(paths, measured, strict=True) if not diverged(path)]
+    sound = [(value_of(path), of_path) for path, of_path in zip(paths, measured, strict=True) if not diverged(path)]
     rows: list[Row] = []
     for one in numbers("beta2_geometry"):
-        known = [(value, of_path[one.key]) for value, of_path in kept if one.key in of_path]
+        pairs = [(value, of_path[one.key]) for value, of_path in sound if one.key in of_path]
         columns = ["beta2", "measured", "excess"]
-        frame = pd.DataFrame([(value, of.value, of.excess) for value, of in known], columns=columns, dtype=float)
+        frame = pd.DataFrame([(value, of.value, of.excess) for value, of in pairs], columns=columns, dtype=float)
         means = frame.dropna().groupby("beta2").mean()
         if len(means) < 3:
             continue
@@ -114,7 +114,7 @@ def _trend(paths: Sequence[Subject], measured: Sequence[Mapping[str, Calibrated]
             cells[f"Spearman, {column}"] = number(spearman(means.index.to_list(), means[column].to_list()), "{:+.2f}")
             cells[f"{column} as beta2 rises"] = word(direction(means[column].to_list()))
         rows.append(cells)
-    count = len({value for value, _ in kept})
+    count = len({value for value, _ in sound})
     lost = ", ".join(path.label for path in paths if diverged(path))
     return laid_out("beta2_trend", rows, count=count, least=2 / math.factorial(count), lost=lost)
 

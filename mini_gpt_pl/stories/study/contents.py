@@ -52,13 +52,15 @@ def run_tables(run: Run) -> list[Table]:
     """
     require_reportable(run)
     subject, beside = Subject.of(run), main_run(run)
-    made = (learning.table(subject, beside) if subject.has_metrics else []) + general.general_tables(subject, beside)
+    tables = (learning.table(subject, beside) if subject.has_metrics else []) + general.general_tables(subject, beside)
     if subject.moved and subject.has_metrics:
         of_replay = replayed.tables(subject, beside)
-        made = [table for table in made if table.name not in {other.name for other in of_replay}] + of_replay
-        made += switching.tables(subject, beside) + switch_noise.significance(subject)
-        made += switch_series.switch_series(subject) + theory_tables.theory_tables(subject) + experiment_tables(subject)
-    return made + reheats.table([subject])
+        tables = [table for table in tables if table.name not in {other.name for other in of_replay}] + of_replay
+        tables += switching.tables(subject, beside) + switch_noise.significance(subject)
+        tables += (
+            switch_series.switch_series(subject) + theory_tables.theory_tables(subject) + experiment_tables(subject)
+        )
+    return tables + reheats.table([subject])
 
 
 def comparison_tables(runs: Sequence[Run], bootstrap: int | None = None) -> list[Table]:
@@ -75,8 +77,8 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int | None = None) -> list
     if len(runs) < 2:
         return []
     # Of a run that broke off before it logged anything, nothing can be said here.
-    known = [subject for subject in comparison.subjects_of(runs, bootstrap) if subject.has_metrics]
-    paths = [path for path in from_scratch(known) if path.moved]
+    subjects = [subject for subject in comparison.subjects_of(runs, bootstrap) if subject.has_metrics]
+    paths = [path for path in from_scratch(subjects) if path.moved]
     tables = comparison.overview(paths, [optimizers.outcome(path) for path in paths])
     whole = comparison.geometry(paths)
     for group in grouped(paths, (*OF_OPTIMIZER, "steps", "seed")):
@@ -89,10 +91,12 @@ def comparison_tables(runs: Sequence[Run], bootstrap: int | None = None) -> list
         if len({path.facts["beta2"] for path in part} - {None}) > 1:
             tables += beta2.tables([path for path in part if path.facts["beta2"] is not None])
     for part in grouped(paths, ("seed",)):
-        kept = one_of_each_seed(part)
-        if len(kept) > 1:
-            tables += comparison.seeds(kept, _OUTCOMES) + over_seeds(kept, run_tables)
-    return comparison.unique([*tables, *reheats.table(known, known, {subject: subject.label for subject in known})])
+        one_each = one_of_each_seed(part)
+        if len(one_each) > 1:
+            tables += comparison.seeds(one_each, _OUTCOMES) + over_seeds(one_each, run_tables)
+    return comparison.unique(
+        [*tables, *reheats.table(subjects, subjects, {subject: subject.label for subject in subjects})]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- findings

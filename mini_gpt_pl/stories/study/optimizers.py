@@ -169,9 +169,9 @@ def _windows(paths: Sequence[Subject]) -> list[Table]:
 
 def _matched(paths: Sequence[Subject]) -> list[Table]:
     lost = [path.label for path in paths if diverged(path)]
-    kept = [path for path in paths if path.label not in lost]
+    sound = [path for path in paths if path.label not in lost]
     first: dict[str, Subject] = {}
-    for path in kept:
+    for path in sound:
         first.setdefault(optimizer_label(path.facts), path)
     rows: list[Row] = []
     for pair in itertools.combinations(first.values(), 2):
@@ -183,7 +183,7 @@ def _matched(paths: Sequence[Subject]) -> list[Table]:
         if not any(math.isnan(best) for best in bests):
             level = float(max(bests))
             rows += [_matched_row(pair, f"loss {level:.2f}", path, _first_below(path, level)) for path in pair]
-    return laid_out("table10_matched", rows, repeated=len(first) < len(kept), lost=", ".join(lost))
+    return laid_out("table10_matched", rows, repeated=len(first) < len(sound), lost=", ".join(lost))
 
 
 def _first_below(path: Subject, level: float) -> int:
@@ -295,8 +295,8 @@ def _against_loss(
 ) -> None:
     """Draw values at the losses of their steps, of those up to a loss and until the lowest one."""
     series = look.run.series(LOSS)
-    kept = series.iloc[: int(series.argmin()) + 1]
-    loss = {step: value for step, value in kept.items() if value <= most}
+    falling = series.iloc[: int(series.argmin()) + 1]
+    loss = {step: value for step, value in falling.items() if value <= most}
     pairs = [(loss[step], value) for step, value in zip(steps, values, strict=True) if step in loss]
     if pairs:
         axes.plot(*zip(*pairs, strict=True), ms=2.5, lw=1, color=look.colour, **style)

@@ -100,8 +100,8 @@ def table(runs: Sequence[Run], others: Sequence[Run] = (), called: Mapping[Run, 
 
 def _ended_early(run: Run) -> int | None:
     """Steps that a run took of more that it was to take; None where it took them all."""
-    taken, asked = progress(run)
-    return taken if asked is not None and taken < asked else None
+    steps, wanted = progress(run)
+    return steps if wanted is not None and steps < wanted else None
 
 
 def _cell(value: Any, form: str) -> Cell:
@@ -141,9 +141,9 @@ def _parent(path: Any, others: Sequence[Run]) -> Run | None:
 
 def gains(runs: Sequence[Run]) -> Iterator[Finding]:
     """What reheating gained, beside the gain without it, in a sentence."""
-    known = [(run, record) for run, record in reheated(runs) if record.get("gain") is not None]
-    warm = [f"{setting(run, record)[1]} {record['gain']:+.3f}" for run, record in known if not is_control(record)]
-    idle = [f"{record['gain']:+.3f}" for _, record in known if is_control(record)]
+    pairs = [(run, record) for run, record in reheated(runs) if record.get("gain") is not None]
+    warm = [f"{setting(run, record)[1]} {record['gain']:+.3f}" for run, record in pairs if not is_control(record)]
+    idle = [f"{record['gain']:+.3f}" for _, record in pairs if is_control(record)]
     without = f"; without reheating, the control: {', '.join(idle)}" if idle else "; there is no control"
     if warm:
         yield Finding("Gain in p_ood by reheating", f"{', '.join(warm)}{without}.", "reheating")
@@ -160,25 +160,25 @@ def figure(runs: Sequence[Run]) -> Figure:
     Raises:
         UserError: None of the runs was reheated from another.
     """
-    known = [(run, record) for run in runs if (record := run.lineage) is not None]
-    if not known:
+    pairs = [(run, record) for run in runs if (record := run.lineage) is not None]
+    if not pairs:
         raise UserError("none of the runs is reheated: there is no re-entry to show")
     drawn = Figure(figsize=(WIDTH, 4.2))
     axes = drawn.subplots()
-    parents = [Run(Path(str(record["parent"]))) for _, record in known if record.get("parent")]
+    parents = [Run(Path(str(record["parent"]))) for _, record in pairs if record.get("parent")]
     for parent in {str(run.path): run for run in parents if (run.path / METRICS).is_file()}.values():
         series = parent.series(P_OOD)
         best = "" if series.empty else f": best {series.max():.3f} at {int(series.index[int(series.argmax())]):,}"
         line(axes, series, f"parent, {parent.path.name}{best}", GREY, lw=1.2)
-    settings = sorted({setting(run, record) for run, record in known if not is_control(record)})
+    settings = sorted({setting(run, record) for run, record in pairs if not is_control(record)})
     colours = dict(zip(settings, _WARM if len(settings) <= len(_WARM) else palette(len(settings)), strict=False))
-    for run, record in known:
+    for run, record in pairs:
         _draw(axes, run, record, colours.get(setting(run, record), NULL))
-    starts = [int(record.get("parent_step") or 0) for _, record in known]
+    starts = [int(record.get("parent_step") or 0) for _, record in pairs]
     for start in set(starts) - {0}:
         axes.axvline(start, color=CHANGE, ls="--", lw=1, zorder=0)
     axes.set(xlabel="step (parent's + own)", ylabel="$p_{ood}$", ylim=(-0.03, 1.03), title="Reheating")
-    longest = max((int(series.index[-1]) for run, _ in known if len(series := run.series(P_OOD))), default=0)
+    longest = max((int(series.index[-1]) for run, _ in pairs if len(series := run.series(P_OOD))), default=0)
     if longest:  # as far before the earliest reheat as the longest one goes on; the parents are far longer
         margin = 0.03 * longest
         axes.set_xlim(max(0, min(starts) - longest) - margin, max(starts) + longest + margin)

@@ -101,19 +101,22 @@ def beta2_beside(run: Run) -> Beside | None:
 
 
 def _short(name: str, of_run: Mapping[str, Any], settings: Mapping[str, Any], *ignored: str) -> Beside:
-    known = words("settings")
+    all_settings = words("settings")
     return Beside(
-        name, tuple(differences(of_run, {**known["paper"], **settings, **known["short"]}, ignored)), SHORT, BOOK
+        name,
+        tuple(differences(of_run, {**all_settings["paper"], **settings, **all_settings["short"]}, ignored)),
+        SHORT,
+        BOOK,
     )
 
 
 def reheat_beside(run: Run, record: Mapping[str, Any]) -> Beside:
     """Return the published reheat of a run's seed and learning rate; one that holds nothing where there is none."""
-    lr, of_run, known = record.get("lr"), facts(run), words("settings")
+    lr, of_run, all_settings = record.get("lr"), facts(run), words("settings")
     name = f"reheat/{of_run['seed']}/{lr:g}" if isinstance(lr, int | float) else ""
     if (name, "gain") not in BOOK.values:
         return Beside("", (), MAIN, BOOK)
-    published = {key: known["paper"][key] for key in known["reheat_shares"]} | known["reheat"]
+    published = {key: all_settings["paper"][key] for key in all_settings["reheat_shares"]} | all_settings["reheat"]
     differs = differences({**of_run, "reheated step": record.get("parent_step")}, published)
     return Beside(name, tuple(differs), MAIN, BOOK)
 
@@ -129,12 +132,12 @@ def beta2_of(runs: Sequence[AnyRun]) -> list[AnyRun]:
 
 def one_beta2(runs: Sequence[AnyRun]) -> list[AnyRun]:
     """Of runs that differ in beta2 (and perhaps seed) only, keep those of one beta2: 0.95, else the commonest one."""
-    kept: list[AnyRun] = []
+    chosen: list[AnyRun] = []
     for part in families(runs, "beta2", "seed"):
         count = Counter(facts(run).get("beta2") for run in part)
         beta2 = _PREFERRED if count[_PREFERRED] else count.most_common(1)[0][0]
-        kept += [run for run in part if facts(run)["beta2"] == beta2]
-    return [run for run in runs if run in kept]
+        chosen += [run for run in part if facts(run)["beta2"] == beta2]
+    return [run for run in runs if run in chosen]
 
 
 def optimizers_of(runs: Sequence[AnyRun]) -> list[AnyRun]:

@@ -54,8 +54,8 @@ def tables(subject: Subject, beside: Beside) -> list[Table]:
     ]
     pairs = measures.mean_cosine(path.gram(), intervals)
     control = measures.control_mean_cosine(path, intervals)
-    known = None if math.isnan(pairs) else pairs
-    made = laid_out("switching", rows, beside.notes("switch_pairs"), pairs=known, control=control)
+    mean_cosine = None if math.isnan(pairs) else pairs
+    of_switches = laid_out("switching", rows, beside.notes("switch_pairs"), pairs=mean_cosine, control=control)
     pair, interval = placed[0]
     blocks: list[Row] = []
     for label, group in subject.parts.items():
@@ -65,7 +65,7 @@ def tables(subject: Subject, beside: Beside) -> list[Table]:
             published |= beside.cell("switch_energy", "{:.0%}", "E_2:6, ")
         blocks.append({"group": word(label), **cells(interval, group=group), **published})
     notes = beside.notes("switch_cosine", "switch_energy")
-    return made + laid_out("switching_blocks", blocks, notes, peak=pair.peak.step, trough=pair.trough.step)
+    return of_switches + laid_out("switching_blocks", blocks, notes, peak=pair.peak.step, trough=pair.trough.step)
 
 
 def _cells(switch: SwitchReport, walk: measures.Stretch) -> dict[str, Cell]:
