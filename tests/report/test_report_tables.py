@@ -34,7 +34,7 @@ from report_runs import (
 from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import Table, number, tabulate, word, write_tables
 from mini_gpt_pl.report.subject import Subject, thin, update_span, window
-from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.runs.folder import Run, require_reportable
 from mini_gpt_pl.stories.study.contents import run_tables
 from mini_gpt_pl.stories.study.learning import fit_of
 from mini_gpt_pl.stories.study.runs import BOOK, MAIN, SHORT, beta2_beside, control_beside, main_run

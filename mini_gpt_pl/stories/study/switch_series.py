@@ -101,7 +101,8 @@ def _correlations(subject: Subject, intervals: Sequence[Interval]) -> list[Table
 
 def _losses(subject: Subject) -> list[Row]:
     """Correlation of the losses on ordinary and on probed tokens of the questions at long gaps."""
-    values = subject.metrics.reindex(columns=["probe/lm_ood", "probe/nll_ood"]).dropna().loc[2:]
+    values = subject.metrics.reindex(columns=["probe/lm_ood", "probe/nll_ood"]).dropna()
+    values = values.loc[2:] if len(values) else values
     changes = torch.from_numpy(values.to_numpy(copy=True)).double().diff(dim=0)
     if len(changes) < _FEWEST:
         return []
