@@ -144,20 +144,21 @@ def lines(records: dict[int, Record]) -> Iterator[Line]:
         for loss, by_label in record["gradient"].items():
             for label, shown in by_label.items():
                 for name, null in (("abs_cos", floor[label]), ("cos", 0.0), ("norm", None)):
-                    yield Line(step, f"{loss}/{name}", label, *shown[name], null)
+                    value, spread = shown[name]
+                    yield Line(step, f"{loss}/{name}", label, value, spread, null)
         for label, (value, spread) in record["bias"].items():
             yield Line(step, "bias", label, value, spread, 0.0)
             sums[label] = sums.get(label, 0.0) + (math.nan if value is None else value)
             yield Line(step, "bias_sum_of_replayed", label, _finite(sums[label]), None, 0.0)
-        for label, pair in record["interference"].items():
-            yield Line(step, "interference", label, *pair, 0.0)
+        for label, (value, spread) in record["interference"].items():
+            yield Line(step, "interference", label, value, spread, 0.0)
         for label, shown in record["fisher"].items():
-            for axis, pair in shown["q"].items():
-                yield Line(step, f"fisher/q_{axis}", label, *pair, shown["random"])
-            yield Line(step, "fisher/trace", label, *shown["trace"])
-            yield Line(step, "fisher/anisotropy", label, *shown["anisotropy"], 1.0)
-            yield Line(step, "fisher/lambda_1", label, shown["lambda_1"], shown["lambda_1_se"])
-            yield Line(step, "fisher/overlap", label, shown["overlap"], shown["overlap_se"], floor[label])
+            estimates = [(f"q_{axis}", pair, shown["random"]) for axis, pair in shown["q"].items()]
+            estimates += [("trace", shown["trace"], None), ("anisotropy", shown["anisotropy"], 1.0)]
+            estimates += [("lambda_1", (shown["lambda_1"], shown["lambda_1_se"]), None)]
+            estimates += [("overlap", (shown["overlap"], shown["overlap_se"]), floor[label])]
+            for name, (value, error), null in estimates:
+                yield Line(step, f"fisher/{name}", label, value, error, null)
             for k, value in enumerate(shown["eigenvalues"][1:], 2):
                 yield Line(step, f"fisher/lambda_{k}", label, value)
         for name, values in record.get("logit_lens", {}).items():

@@ -195,6 +195,6 @@ def pc1(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("$\\beta_2$")
         axes.set_title(title, fontsize=9)
     handles, labels = left.get_legend_handles_labels()
-    once = {(label, handle.get_color()): handle for handle, label in zip(handles, labels, strict=True)}  # type: ignore[attr-defined]
+    once = {(label, handle.get_color()): handle for handle, label in zip(handles, labels, strict=True)}
     figure.legend(once.values(), [label for label, _ in once], loc="outside lower center", ncols=4)
     return figure

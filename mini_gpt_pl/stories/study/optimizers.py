@@ -68,11 +68,13 @@ def common_window(paths: Iterable[Subject]) -> tuple[int, int] | None:
 def window_note(paths: Iterable[Subject], chosen: tuple[int, int] | None) -> str | None:
     """Name the runs that have no path over a window; None if all have one."""
     lacking = []
-    for path in paths if chosen else ():
-        if path.window(*chosen) is None:
+    for path in paths:
+        if chosen is not None and path.window(*chosen) is None:
             how = f"diverged at step {progress(path)[0]:,}, " if diverged(path) else ""
             lacking.append(f"{path.label} ({how}last snapshot at step {path.last_step:,})")
-    return f"Without the window of steps {chosen[0]:,} to {chosen[1]:,}: {', '.join(lacking)}." if lacking else None
+    if chosen is None or not lacking:
+        return None
+    return f"Without the window of steps {chosen[0]:,} to {chosen[1]:,}: {', '.join(lacking)}."
 
 
 def identity(path: Subject) -> dict[str, Cell]:
