@@ -387,6 +387,8 @@ class TrajectoryRecorder(Probe):
             self.before_step(step)
         decay, overflow = _need(self._decay), getattr(step.optimizer, "found_inf", None)
         decay.step(effective=overflow is None or not bool(overflow))  # fused optimizers leave out a step by themselves
+        if self.steps.outside and self.selection.shards is None:
+            self._say("not only optimizers move the weights, and the null knows nothing of what else does")
         for reason in decay.reasons:
             self._say(f"{reason}, so that the null of a decaying walk is unknown and no excess over it is shown")
         if self.due(step.count):

@@ -4,8 +4,8 @@ Beside training a twin of the optimizer, of the same class with the same setting
 gradient is zero. What is left of them is what decay alone leaves of a weight: momentum, dampening, averages and
 schedules included, and nothing has to be known about the rule.
 
-Weights of one parameter group, one number of dimensions and one history (the steps at which they had a gradient) share
-their shadows:
+Weights of one parameter group of one optimizer, one number of dimensions and one history (the steps at which they had a
+gradient) share their shadows:
 
 * 1 and 2, with zero gradient. Where 2 is not left as twice 1, decay is no shrinkage (L2 inside an adaptive gradient).
 * two that begin each step where the first one does, with gradients +1 and -1. Their mean is again the first one where
@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 PROBATION = 16
 _INSIDE = "is no shrinkage"
+_SCALARS = ("steps", "acted", "decays", "reason", "source")
 # Settings that only say how tensors are gone through.
 _PLAIN = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
 _STARTS = (1.0, 2.0, 1.0, 1.0, 1.0)
@@ -52,6 +53,7 @@ class _Class:
         acted: In how many of them decay has moved the first shadow.
         decays: Whether a setting that is called decay is not zero.
         reason: Why the share is not known; empty where it is.
+        source: Number of the optimizer among those that have stepped.
         saved: State of the twin in a checkpoint, until there is one.
     """
 
@@ -62,6 +64,7 @@ class _Class:
         self.acted: int = state.get("acted", 0)
         self.decays: bool = state.get("decays", False)
         self.reason: str = state.get("reason", "")
+        self.source: int = state.get("source", 0)
         self.saved: dict[str, Any] | None = state.get("twin")
 
     @property
@@ -139,8 +142,7 @@ class _Class:
 
     def branch(self, members: Sequence[int], optimizer: Optimizer) -> _Class:
         """Split some weights off, whose history is another one from now on."""
-        state = {name: getattr(self, name) for name in ("steps", "acted", "decays", "reason")}
-        other = _Class(members, self.key, **state)
+        other = _Class(members, self.key, **{name: getattr(self, name) for name in _SCALARS})
         if self.twin is not None:
             other.twin = _twin(optimizer, optimizer.param_groups[self.key[0]], _new_shadows(self.key[1]))
             _fill(other.twin, _state(self.twin))
@@ -148,7 +150,7 @@ class _Class:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only, the arguments of another one."""
-        kept = {name: getattr(self, name) for name in ("members", "steps", "acted", "decays", "reason")}
+        kept = {name: getattr(self, name) for name in ("members", *_SCALARS)}
         kept |= {"key": list(self.key), "twin": None}
         try:
             return {**kept, "twin": self.saved if self.twin is None else _state(self.twin)}
@@ -189,6 +191,7 @@ class DecayShadows:
         self.reasons: list[str] = []
         self._classes: list[_Class] = []
         self._moving: list[_Class] = []
+        self._optimizers: list[Optimizer] = []
 
     def rebind(self, parameters: Sequence[Tensor]) -> None:
         """Follow these weights from now on, which stand in the place of those so far; new ones have no history."""
@@ -203,7 +206,9 @@ class DecayShadows:
         place = {id(p): (i, p.ndim) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         moving = {i: place[id(p)] for i, p in enumerate(self.parameters) if p.grad is not None and id(p) in place}
         self._moving = []
-        for found in list(self._classes):
+        self._optimizers += [] if any(known is optimizer for known in self._optimizers) else [optimizer]
+        source = next(number for number, known in enumerate(self._optimizers) if known is optimizer)
+        for found in [found for found in self._classes if found.source == source]:
             here = [i for i in found.members if i in moving]
             if here and (len(here) < len(found.members) or moving[here[0]] != found.key):
                 rest = [i for i in found.members if i not in moving]
@@ -212,10 +217,10 @@ class DecayShadows:
                 found.members = here
             if here:
                 self._moving.append(found)
-        followed = {i for found in self._classes for i in found.members}
+        followed = {i for found in self._classes if found.source == source for i in found.members}
         for key in dict.fromkeys(moving.values()):
             if members := [i for i, at in moving.items() if at == key and i not in followed]:
-                self._moving.append(_Class(members, key))
+                self._moving.append(_Class(members, key, source=source))
                 self._classes.append(self._moving[-1])
         for found in self._moving:
             gradients = [self.parameters[i].grad for i in found.members]

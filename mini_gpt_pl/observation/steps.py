@@ -52,11 +52,9 @@ class Watcher(Protocol):
 
     def before_step(self, step: Step) -> None:
         """Look at the weights, which have not moved yet, and at their complete, unclipped gradient."""
-        ...
 
     def after_step(self, step: Step) -> None:
         """Look at the weights, which have just moved; `.grad` is still what the step was made of."""
-        ...
 
 
 class StepObserver:
@@ -113,14 +111,16 @@ class StepObserver:
         self._values: list[Tensor] = []  # and some of their values there
         self._silent = 0  # steps whose several backward passes had the same weights, versions and values
         self._moved = self._moves = False  # whether values have moved since, without a version; whether they ever have
-        self._begun: list[int] = []  # versions when `step()` was called
-        self._left: list[int] = []  # and when the last step was over
+        self._begun: list[int] = []  # versions when `step()` was called; `_left`, when the last one was over
+        self.outside = False
+        """Whether something else than the optimizers has moved the weights between two steps."""
         self._sampled: tuple[int, list[Tensor]] = (-1, [])
 
     def rebind(self, parameters: Sequence[Tensor]) -> None:
         """Observe these weights from now on, which stand in the place of those so far."""
         self._parameters = list(parameters)
         self._mine = set(map(id, self._parameters))
+        self._left = self._versions()
 
     def __enter__(self) -> StepObserver:
         self._hooks = [register_optimizer_step_pre_hook(self._begin), register_optimizer_step_post_hook(self._end)]
@@ -184,6 +184,8 @@ class StepObserver:
         versions, look = self._versions(), by_value and (self._moves or self._silent < PROBATION)
         if self._first is None:
             self._first, self._values, self._moved = versions, self._sample() if look else [], False
+            back = self._sampled[0] == self.number and not self.replaced  # averages that were here meanwhile
+            self.outside |= versions != self._left and not back
         elif look and self._values:
             self._moved = not all(map(torch.equal, self._values, self._sample()))
             self._moves |= self._moved

@@ -287,6 +287,8 @@ def page() -> str:
         lines.append(f"| {combination.module} | {combination.optimizer} | {verdict(combination)} |")
     lines += ["", "Ways of training, each with AdamW:", "", "| way | verdict |", "|---|---|"]
     lines += [f"| {name} | measured; null known |" for name in WAYS]
+    lines += ["", "Measured, and one line says what is missing:", ""]
+    lines += [f"* {text}" for text in SAID]
     lines += ["", "Refused, in one line at the start of the run:", ""]
     lines += [f"* {text}" for text in REFUSALS]
     return "\n".join(lines) + "\n"
@@ -306,6 +308,14 @@ This page is written by `python -m docs.tools.what_works`, from the combinations
 
 | module | optimizer | verdict |
 |---|---|---|"""
+SAID = (
+    "weights that something else than an optimizer moves as well, as a decay or a clamp by hand: their null\n"
+    "  knows nothing of it;",
+    "weights in bfloat16 or float16 whose decay a step is below their rounding: they have no null;",
+    "sketches of a group whose weights decay at several rates: it has no null;",
+    "a step in two halves (SAM) whose backward passes are no `manual_backward`: its gradient is not measured\n"
+    "  (where it writes through `.data` as well, nobody sees it, and the gradient is that of its second half).",
+)
 REFUSALS = (
     "FSDP1 and DeepSpeed, whose optimizers step flat copies of the weights: FSDP2 and DDP are measured;",
     "an optimizer that is no `torch.optim.Optimizer`: its steps cannot be observed;",

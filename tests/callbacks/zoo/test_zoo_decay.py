@@ -358,6 +358,35 @@ def test_a_decay_below_the_rounding_of_the_weights_is_unknown(settings: dict[str
     assert math.isnan(shadows.left[0]) and "below the rounding of weights in torch.bfloat16" in shadows.reasons[0]
 
 
+def test_two_optimizers_of_one_weight_each_take_their_share() -> None:
+    """At once, and one after the other."""
+    weight = nn.Parameter(torch.ones(2))
+    shadows = DecayShadows([weight])
+    both = [AdamW([weight], lr=0.01, weight_decay=0.5), SGD([weight], lr=0.01, weight_decay=1.0)]
+    for step in range(30):
+        for optimizer in both if step < 20 else both[1:]:
+            weight.grad = torch.ones(2)
+            shadows.read(optimizer)
+            optimizer.step()
+            shadows.step()
+        if step == 9:
+            kept = shadows.state_dict()
+            shadows = DecayShadows([weight])
+            shadows.load_state_dict(kept)
+    assert shadows.left == [pytest.approx(0.995**20 * 0.99**30, rel=1e-12)]
+
+
+def test_a_decay_by_hand_is_said_to_be_none_of_the_null(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class ByHand(Plain):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.mul_(0.99)
+
+    fit(ByHand, [TrajectoryRecorder(Plain.pattern, Schedule(every=2))], tmp_path)
+    assert len([w for w in recwarn if "not only optimizers move the weights" in str(w.message)]) == 1
+
+
 def test_a_weight_in_the_place_of_another_has_no_history() -> None:
     weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer, shadows = SGD(weights, lr=0.01, momentum=0.9, weight_decay=0.2), DecayShadows(weights)
