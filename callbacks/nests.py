@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from mini_gpt_pl.callbacks.measuring import TakesSamples
 from mini_gpt_pl.errors import UserError
@@ -63,23 +64,16 @@ def _made_like(nest: Any, parts: Mapping[Any, Any]) -> Any:
     return made
 
 
-def map_leaves(nest: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to each leaf of a nest, in a fixed order."""
-    parts = _parts_of(nest)
-    if parts is None:
-        return function(nest)
-    return _made_like(nest, {key: map_leaves(part, function) for key, part in parts.items()})
-
-
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to each tensor of a nest, in a fixed order."""
-    return map_leaves(batch, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+    if (parts := _parts_of(batch)) is None:
+        return function(batch) if isinstance(batch, Tensor) else batch
+    return _made_like(batch, {key: map_tensors(part, function) for key, part in parts.items()})
 
 
 def leaves_of(batch: Any) -> list[Tensor]:
     """List the tensors of a nest, in the order of `map_tensors`."""
-    parts = _parts_of(batch)
-    if parts is None:
+    if (parts := _parts_of(batch)) is None:
         return [batch] if isinstance(batch, Tensor) else []
     return [leaf for part in parts.values() for leaf in leaves_of(part)]
 
@@ -111,16 +105,25 @@ def _columns(nest: Any, named: bool = False) -> Iterator[Any]:
 def _is_column(nest: Any, named: bool) -> bool:
     if not isinstance(nest, list | tuple) or hasattr(nest, "_fields") or not nest:
         return False
-    return (named and isinstance(nest, list)) or all(isinstance(part, int | float | str | bytes) for part in nest)
+    if named and isinstance(nest, list):
+        return not _are_columns(nest)
+    return all(isinstance(part, int | float | str | bytes) for part in nest)
+
+
+def _are_columns(parts: Sequence[Any]) -> bool:
+    """Whether a list is a batch such as [inputs, labels]: tensors of one length, of several kinds or dimensions."""
+    if not all(isinstance(part, Tensor | np.ndarray) and part.ndim for part in parts):
+        return False
+    return len({len(part) for part in parts}) == 1 and len({(part.ndim, part.dtype) for part in parts}) > 1
 
 
 def first_length(batch: Any) -> int:
     """Number of samples in a batch: the entries of its first column, 0 without any.
 
     A column is a tensor's or an array's first dimension, a list of numbers or strings, or a list that has a name (the
-    value of a key or an attribute), whose entries may then be tensors of different shapes. An object that is no plain
-    container and has columns of different lengths, such as a graph with its edges, has no samples that could be told:
-    0.
+    value of a key or an attribute), whose entries may then be tensors of different shapes; it is a batch itself where
+    they are of one length, and of several dtypes or dimensions. An object that is no plain container and has columns of
+    different lengths, such as a graph with its edges, has no samples that could be told: 0.
     """
     return 0 if _is_mixed(batch) else next((len(column) for column in _columns(batch)), 0)
 
@@ -130,6 +133,7 @@ def _is_mixed(nest: Any) -> bool:
     if (parts := _parts_of(nest)) is None:
         return False
     plain = isinstance(nest, Mapping | list | tuple) or dataclasses.is_dataclass(nest)
+    plain = plain and not isinstance(nest, PackedSequence)  # which has its samples' lengths beside their elements
     return (not plain and len({len(column) for column in _columns(nest)}) > 1) or any(map(_is_mixed, parts.values()))
 
 
@@ -150,8 +154,7 @@ def take_samples(batch: Any, index: Tensor) -> Any:
 
 
 def _cut(batch: Any, index: Tensor | list[int]) -> Any:
-    size = first_length(batch)
-    if not size:
+    if not (size := first_length(batch)):
         raise UserError(
             f"what is one sample of a {type(batch).__name__} cannot be told: give it a take_samples(index) that "
             "returns the batch of these samples"
@@ -159,6 +162,10 @@ def _cut(batch: Any, index: Tensor | list[int]) -> Any:
     listed = index.tolist() if isinstance(index, Tensor) else index
 
     def of(tensor: Tensor) -> Tensor:
+        if tensor.is_nested:
+            raise UserError("a batch with a nested tensor cannot be cut: give its class a take_samples(index)")
+        if tensor.layout != torch.strided:
+            return tensor.index_select(0, torch.as_tensor(index, device=tensor.device))
         if isinstance(index, Tensor):
             return tensor[index.to(tensor.device)]
         return tensor[index[0] : index[0] + 1]  # no copy, and no index to send to a device
@@ -191,7 +198,7 @@ def packed(nest: Any) -> Packed:
     Raises:
         UserError: It holds something else.
     """
-    if isinstance(nest, Tensor) or (isinstance(nest, _PLAIN) and not isinstance(nest, tuple)):
+    if (isinstance(nest, Tensor) and not nest.is_nested) or (isinstance(nest, _PLAIN) and not isinstance(nest, tuple)):
         return nest
     if isinstance(nest, torch.Size):
         return ("Size", [], list(nest))

@@ -24,8 +24,8 @@ class BatchPairs:
         trainer: Knows the data module and the device.
         module: Perhaps it draws batches.
         seed: Of the draws.
-        size: Samples in each batch; None for the drawer's own size, or for half of the passing batch.
-        dtype: That floating numbers in a batch are converted to.
+        size: Samples in each batch; None for the drawer's own, or for half of the passing batch.
+        dtype: Of the batches' floating numbers.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class BatchPairs:
         else:
             draws = [self.drawer.draw_batch(self._generator(step, sample, which), self._size) for which in (0, 1)]
             pair = tuple(self._trainer.strategy.batch_to_device(batch, self._module.device) for batch in draws)
-        first, second = (map_tensors(batch, self._converted) for batch in pair)
+        first, second = (map_tensors(b, lambda t: t.to(self._dtype) if t.is_floating_point() else t) for b in pair)
         return first, second
 
     def _halves(self, batch: Any, generator: np.random.Generator) -> tuple[Any, Any]:
         count = first_length(batch)
         size = count // 2 if self._size is None else self._size
-        if not 1 <= size <= count // 2:
+        if count and not 1 <= size <= count // 2:  # where there are no samples that can be told, cutting says so
             raise UserError(
                 f"a training batch of {count} cannot be cut into two of {max(size, 1)} samples: give a smaller size, "
                 "or the data module a draw_batch(generator, size)"
@@ -73,6 +73,3 @@ class BatchPairs:
         counter = np.array([0, which, sample, step], dtype=np.uint64)
         key = np.array([self._seed % 2**64, 0xC033], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-    def _converted(self, leaf: torch.Tensor) -> torch.Tensor:
-        return leaf.to(self._dtype) if leaf.is_floating_point() else leaf

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from scripts import run_in_full
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
@@ -447,6 +448,10 @@ def test_a_sample_is_one_entry_of_every_column() -> None:
     assert one["lr"] == 0.5 and one["eye"].shape == (2, 2)
     lists = take_sample({"x": [torch.ones(6), torch.ones(4), torch.zeros(6)]}, 2)
     assert len(lists["x"]) == 1 and not lists["x"][0].any()
+    sparse = take_sample({"x": torch.eye(3).to_sparse(), "y": torch.arange(3)}, 2)
+    assert sparse["x"].to_dense().tolist() == [[0.0, 0.0, 1.0]] and sparse["y"].tolist() == [2]
+    loaders = {"a": [torch.ones(8, 6), torch.arange(8)], "b": [torch.ones(2, 6), torch.arange(2)]}
+    assert first_length(loaders) == 8 and take_sample(loaders, 3)["a"][1].tolist() == [3]
     assert first_length({"x": [torch.ones(6)] * 4}) == 4 and first_length([torch.ones(5, 2), torch.ones(5)]) == 5
 
 
@@ -456,6 +461,11 @@ def test_samples_that_cannot_be_told_are_not_cut() -> None:
 
     batch = Edges(torch.ones(9, 2), torch.ones(3))  # nine nodes of three graphs
     assert first_length(batch) == 0
+    assert first_length((pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]), torch.ones(2))) == 0
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    for refused, words in ((packed, "no checkpoint can keep"), (lambda b: take_sample(b, 0), "cannot be cut")):
+        with one_line_error(words):
+            refused([nested, torch.ones(2)])
     with one_line_error(r"one sample of a Edges cannot be told.*take_samples"):
         take_sample(batch, 0)
 
