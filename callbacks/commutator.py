@@ -20,7 +20,6 @@ from mini_gpt_pl.callbacks.measuring import (
     Mode,
     NamesItsLosses,
     measuring,
-    named_loss,
     seed_everything,
     training_loss,
 )
@@ -176,9 +175,14 @@ class CommutatorProbe(DeferringProbe):
         if self.losses is not None and not isinstance(pl_module, NamesItsLosses):
             raise UserError(f"CommutatorProbe: {type(pl_module).__name__} has no named_losses(batch) to choose from")
         if self.directions:
-            self._require_alone(trainer)
-            found = (c for c in trainer.callbacks if isinstance(c, TrajectoryRecorder))  # type: ignore[attr-defined]
-            self._recorder = next(found, None)
+            for other in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(other, TrajectoryRecorder):
+                    self._recorder = self._recorder or other
+                elif isinstance(other, CommutatorProbe) and other is not self and other.directions:
+                    raise UserError(  # shares of the recorder's groups are logged without the name of a probe
+                        f"CommutatorProbe: {self.name} and {other.name} both tell of the recorder's groups: give one "
+                        "of them directions 0"
+                    )
         if self._recorder is not None and self._recorder.sketch is not None:
             raise UserError(
                 "CommutatorProbe: directions cannot be rebuilt from the recorder's sketches: give that sketch null, "
@@ -186,15 +190,6 @@ class CommutatorProbe(DeferringProbe):
             )
         if self.other_run is not None and self._recorder is None:
             raise UserError("CommutatorProbe: other_run needs a TrajectoryRecorder, and directions of 1 or more")
-
-    def _require_alone(self, trainer: Trainer) -> None:
-        """Shares of the recorder's groups are logged without the name of a probe."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, CommutatorProbe) and other is not self and other.directions:
-                raise UserError(
-                    f"CommutatorProbe: {self.name} and {other.name} both tell of the recorder's groups: give one of "
-                    "them directions 0"
-                )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,19 +203,17 @@ class CommutatorProbe(DeferringProbe):
         self._steps.count, self._steps.number = self._counted.get("count", last), self._counted.get("number", last)
         self._steps.__enter__()
         if self._recorder is not None:
-            self._require_recorded(self._selection, self._recorder.selection)
+            recorded = self._recorder.selection
+            if missing := [name for name in recorded.names if name not in self._selection.names]:
+                raise UserError(
+                    f"CommutatorProbe: the recorder's weight {missing[0]!r} is not among those that move "
+                    f"(pattern {self.pattern!r}, frozen ones left out): widen the pattern, or give directions 0"
+                )
             if self.other_run is not None:
-                path, recorded = Path(self.other_run), self._recorder.selection
+                path = Path(self.other_run)
                 files = SnapshotFolder(path / SNAPSHOT_FOLDER, recorded)
                 trajectory = Trajectory.load(path / TRAJECTORY_FILE)
                 self._other = subspace.of_run(files, trajectory, self.directions, pl_module.device)
-
-    def _require_recorded(self, moving: ParameterSelection, recorded: ParameterSelection) -> None:
-        if missing := [name for name in recorded.names if name not in moving.names]:
-            raise UserError(
-                f"CommutatorProbe: the recorder's weight {missing[0]!r} is not among those that move "
-                f"(pattern {self.pattern!r}, frozen ones left out): widen the pattern, or give directions 0"
-            )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -302,7 +295,13 @@ class CommutatorProbe(DeferringProbe):
         """Loss of batch A (0) or B (1); one function of the weights, whatever the mode."""
         if self.mode == "train":
             seed_everything(module, self.seed, step, sample, which)
-        return training_loss(module, batch) if self.losses is None else named_loss(module, batch, self.losses[which])
+        if self.losses is None:
+            return training_loss(module, batch)
+        assert isinstance(module, NamesItsLosses)
+        name, losses = self.losses[which], module.named_losses(batch)
+        if name not in losses:
+            raise UserError(f"{type(module).__name__} has no loss {name!r}: its named_losses are {', '.join(losses)}")
+        return losses[name]
 
     def _commutator(self, loss_a: Loss, loss_b: Loss, theta: Float[Tensor, " D"]) -> commutator.Commutator:
         way = commutator.by_hessian if self.method == "hessian" else commutator.by_differences
@@ -357,13 +356,8 @@ class CommutatorProbe(DeferringProbe):
 def trained(module: LightningModule, pattern: str, asker: str) -> ParameterSelection:
     """Weights of a module that a pattern names and that are not frozen.
 
-    Args:
-        module: Whose.
-        pattern: Searched in their names.
-        asker: Who complains.
-
     Raises:
-        UserError: There is none.
+        UserError: There is none, says the asker.
     """
     found = ParameterSelection.of(module, pattern)
     kept = [p.requires_grad for p in found.parameters(module)]

@@ -55,9 +55,9 @@ class Measured:
 
         Args:
             found: The sample.
-            stepped: `commutator.finite` of it.
+            stepped: `commutator.finite` of it, with steps of size eta.
             theta: The weights.
-            eta: Step size.
+            eta: That size.
             bases: To project its bracket on, by name.
             recorded: Weights whose groups' shares are asked for.
             last: Increment that the bracket is compared with.
@@ -80,13 +80,7 @@ class Measured:
         self.steps.append(torch.stack([change / (a * b), memory / (a * b), curvature / (a * b), cosine]))
 
     def metrics(self, name: str, dim: int, recorded: tuple[str, ParameterSelection] | None) -> dict[str, float]:
-        """Name everything; what is undefined is left out.
-
-        Args:
-            name: Of the weights that move.
-            dim: Their number.
-            recorded: As in `add`, and what the recorded weights together are called.
-        """
+        """Name everything by the name of the weights that move, D of them, and of the recorded ones; no NaN."""
         lengths = Lengths.stack(self.lengths)
         resolved = lengths.resolved > 0
         found = length_metrics(lengths)
@@ -97,7 +91,10 @@ class Measured:
             known = replace(projected, total=torch.where(resolved, projected.total, 0.0))
             found |= projection_metrics(basis, known)
         if self.aligned:
-            found |= alignment_metrics(torch.stack(self.aligned).cpu()[resolved])
+            cosine, flip = torch.stack(self.aligned).cpu()[resolved].T
+            found["alignment"] = float(cosine.mean())
+            found["alignment_rms"] = float(cosine.square().mean().sqrt())
+            found["alignment_flip"] = float(flip.square().mean().sqrt())
         named = {f"commutator/{name}/{key}": value for key, value in found.items()}
         if recorded is not None:
             named |= share_metrics(torch.stack(self.shares).cpu()[resolved], *recorded, dim)
@@ -136,16 +133,6 @@ def projection_metrics(name: str, found: Projection) -> dict[str, float]:
         f"on_{name}_isotropic": found.isotropic**0.5,
         f"on_{name}_ratio": float(median(found.ratio / expected)),
         f"on_{name}_below": float(median(torch.tensor(below, dtype=torch.float64))),
-    }
-
-
-def alignment_metrics(aligned: Float[Tensor, "K 2"]) -> dict[str, float]:
-    """Signed mean and root mean square of the cosines with the last increment, and that of their null."""
-    cosine, flip = aligned.T
-    return {
-        "alignment": float(cosine.mean()),
-        "alignment_rms": float(cosine.square().mean().sqrt()),
-        "alignment_flip": float(flip.square().mean().sqrt()),
     }
 
 

@@ -122,12 +122,7 @@ class FisherProbe(DeferringProbe):
         self.sha256 = ""
 
     def add_direction(self, name: str, rule: Rule) -> None:
-        """Measure along one more direction, such as a switch that another callback detects while training runs.
-
-        Args:
-            name: In metric names, as `q_<name>`.
-            rule: Gives its coefficients from the snapshots so far, or None while it is unknown.
-        """
+        """Measure along one more direction, as `q_<name>`, such as a switch that another callback detects."""
         self._rules[name] = rule
 
     @property
@@ -142,11 +137,9 @@ class FisherProbe(DeferringProbe):
         # Groups and the whole have a backbone and a second component of their own, and may have a rule's direction.
         directions = 5 + len(self.segments) + 2 * len(self._rules)
         times = sum(self.schedule.due(step) for step in range(steps))
-        passes = sum(map(self._passes, counts)) * times / max(steps, 1)
-        return Estimate(type(self).__name__, bytes=4.0 * dim * (held + directions), passes=passes)
-
-    def _passes(self, count: int) -> float:
-        return float(sum(range(count, 0, -self.block)) if self.spectrum else count)
+        passes = sum(sum(range(count, 0, -self.block)) if self.spectrum else count for count in counts)
+        bytes_held = 4.0 * dim * (held + directions)
+        return Estimate(type(self).__name__, bytes=bytes_held, passes=passes * times / max(steps, 1))
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -156,21 +149,18 @@ class FisherProbe(DeferringProbe):
             return
         self._reset()
         self._trainer, self._recorder = trainer, find_recorder(trainer, type(self).__name__)
-        self._require_losses(pl_module)
-        for name, ends in self.segments.items():
-            for step in ends:
-                if step and not self._recorder.schedule.due(step):
-                    raise UserError(f"FisherProbe: segment {name} ends at step {step}, where no snapshot is taken")
-
-    def _require_losses(self, module: LightningModule) -> None:
-        kind = type(module).__name__
-        if set(self.kinds) - {"monte_carlo"} and not isinstance(module, KnowsItsLoss | NamesItsLosses):
+        kind = type(pl_module).__name__
+        if set(self.kinds) - {"monte_carlo"} and not isinstance(pl_module, KnowsItsLoss | NamesItsLosses):
             raise UserError(f"FisherProbe: {kind} has no batch_loss(batch), the training loss of one batch: add it")
-        if "monte_carlo" in self.kinds and not isinstance(module, SamplesItsLabels):
+        if "monte_carlo" in self.kinds and not isinstance(pl_module, SamplesItsLabels):
             raise UserError(
                 f"FisherProbe: {kind} has no sampled_loss(batch, generator), which monte_carlo needs: "
                 "add it, or leave that kind out"
             )
+        for name, ends in self.segments.items():
+            for step in ends:
+                if step and not self._recorder.schedule.due(step):
+                    raise UserError(f"FisherProbe: segment {name} ends at step {step}, where no snapshot is taken")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -281,17 +271,11 @@ class FisherProbe(DeferringProbe):
 def fisher_metrics(
     found: fisher.Survey, selection: ParameterSelection, name: str, kind: str, eigenvalues: int = 5
 ) -> dict[str, float]:
-    """Name what a survey shows, for every group and for the whole selection.
-
-    Args:
-        found: On the host.
-        selection: Whose groups its columns are.
-        name: Of the whole selection.
-        kind: Which Fisher it is.
-        eigenvalues: How many to name for the whole.
+    """Name what a survey on the host shows, for every group of a selection and for the whole of it.
 
     Returns:
-        Values by `fisher/<group>/<kind>/<quantity>`; what is undefined is left out.
+        Values by `fisher/<group>/<kind>/<quantity>`, as many eigenvalues for the whole as asked for; what is undefined
+        is left out.
     """
     dims = (*selection.dims, selection.dim)
     estimates = {"trace": fisher.trace(found)}

@@ -156,19 +156,6 @@ def training_loss(module: LightningModule, batch: Any) -> Tensor:
     )
 
 
-def named_loss(module: LightningModule, batch: Any, name: str) -> Tensor:
-    """One part of the loss of one batch, by its name.
-
-    Raises:
-        UserError: The module has no part of that name.
-    """
-    assert isinstance(module, NamesItsLosses)
-    losses = module.named_losses(batch)
-    if name not in losses:
-        raise UserError(f"{type(module).__name__} has no loss {name!r}: its named_losses are {', '.join(losses)}")
-    return losses[name]
-
-
 @contextmanager
 def measuring(trainer: Trainer, module: LightningModule, mode: Mode = "eval") -> Iterator[None]:
     """Evaluate the module inside training, and leave no trace.

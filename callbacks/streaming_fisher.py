@@ -226,7 +226,7 @@ def streaming_metrics(
 
     Args:
         rows: As in a window, on the host.
-        sizes: Samples in a micro-batch and in an optimizer batch.
+        sizes: As there.
         selection: Whose groups the columns are.
         name: Of the whole selection.
 

@@ -14,7 +14,6 @@ from mini_gpt_pl.geometry.optimizer.moments import (
     BeforeStep,
     Ladder,
     Settings,
-    group_of,
     seen_gradient,
     steps_taken,
     to_host,
@@ -90,17 +89,15 @@ class OtherSecondMoments:
         self.counts = list(state["counts"])
         for beta2, flat in zip(state["beta2"], state["values"], strict=True):
             if beta2 in self.beta2:
-                _fill(self.values[self.beta2.index(beta2)], flat)
+                own = self.values[self.beta2.index(beta2)]
+                for tensor, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
 
 
 def _start(optimizer: Optimizer, parameter: Tensor, count: int, beta2: float) -> Tensor:
     """Second moment whose corrected value is the optimizer's own, with the bias of beta2 after `count` steps."""
     if count == 0:
         return torch.zeros_like(wide(parameter))
-    own = Settings.of(optimizer, group_of(optimizer, parameter)).beta2
+    group = next(g for g in optimizer.param_groups if any(parameter is member for member in g["params"]))
+    own = Settings.of(optimizer, group).beta2
     return wide(optimizer.state[parameter]["exp_avg_sq"]) * ((1.0 - beta2**count) / (1.0 - own**count))
-
-
-def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))

@@ -27,18 +27,6 @@ from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector, a
 Rule = Literal["adam", "sgd", "sgdw", "other"]
 
 
-def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """Return the optimizer's parameter group that holds a parameter.
-
-    Raises:
-        ValueError: None does.
-    """
-    for group in optimizer.param_groups:
-        if any(parameter is member for member in group["params"]):
-            return group
-    raise ValueError("the optimizer does not train this parameter")
-
-
 def steps_taken(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[int]:
     """Read how often each parameter was stepped; it waits for the device, so whoever sees every step counts on."""
     return [int(optimizer.state.get(p, {}).get("step", 0)) for p in parameters]
