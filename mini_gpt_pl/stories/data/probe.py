@@ -47,6 +47,7 @@ class Stream(IntEnum):
     REPLAY_ORDER = 1 << 32
     REPLAY_SAMPLES = (1 << 32) + 1
     EXPERIMENTS = (1 << 32) + 2
+    SUPPRESSION = (1 << 32) + 3
 
 
 def sample_rng(seed: int, stream: int, epoch: int, index: int) -> np.random.Generator:
