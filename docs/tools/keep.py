@@ -23,7 +23,7 @@ _AS_THEY_ARE = (TRAJECTORY, OUTCOME, LINEAGE, "switching.json")
 
 
 def keep(run: Run, folder: Path) -> None:
-    """Copy configuration, metrics, Gram matrices, outcome, reheat, switches and replay of one run into a folder.
+    """Copy configuration, metrics, Gram matrices, outcome, reheat, switches, replay and experiments of a run.
 
     Raises:
         UserError: The run has no configuration or no metrics, or the folder is the run's own.
@@ -37,9 +37,10 @@ def keep(run: Run, folder: Path) -> None:
     for name in _AS_THEY_ARE:
         if (run.path / name).is_file():
             shutil.copyfile(run.path / name, folder / name)
-    for file in sorted((run.path / REPLAY).glob("*.json")):
-        (folder / REPLAY).mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / REPLAY / file.name)
+    for part in (REPLAY, "experiments"):
+        for file in sorted((run.path / part).glob("*.json")):
+            (folder / part).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / part / file.name)
 
 
 def _without_paths(value: Any) -> Any:

@@ -173,6 +173,12 @@ RECIPES: tuple[Recipe, ...] = (
         )
     ),
     Recipe(
+        ("docs/replication/experiments/tables/*",),
+        "report",
+        ("runs/experiments", "--out", "experiments"),
+        folder="docs/replication",
+    ),
+    Recipe(
         ("docs/replication/seed42/tables/*",),
         "report",
         ("runs/seeds/seed42", "--out", "seed42"),

@@ -243,6 +243,7 @@ def test_the_half_depth_is_interpolated() -> None:
     low, high = depth.interval()
     assert low == pytest.approx(0.1 + 0.1 * 0.0 / 0.2) and high == pytest.approx(0.1 + 0.1 * 0.2 / 0.6)
     assert Depth("peak", 4, (0.0, 0.1), np.array([[1.0, 0.6]])).half() == math.inf
+    assert depth.defined and not Depth("peak", 4, (0.0, 0.1), np.array([[0.1, 0.1]]), before=0.7).defined
 
 
 def test_the_bootstrap_of_answers_is_binomial() -> None:

@@ -71,7 +71,7 @@ def depth(run: Run) -> Figure:
             places, one.restored.mean(0), spread, fmt="o-", ms=3, capsize=2, color=_STARTS[one.kind], label=label
         )
     axes.set_xticks(range(len(found[0].sigmas)), [f"{sigma:g}" for sigma in found[0].sigmas])
-    axes.set(xlabel="noise sigma, relative to each matrix", ylabel="$p_{ood}$ after training", ylim=(-0.03, None))
+    axes.set(xlabel="noise sigma, relative to each matrix", ylabel="$p_{ood}$ after training", ylim=(0, None))
     legend_below(axes, 4)
     return figure
 

@@ -75,12 +75,19 @@ class Depth(NamedTuple):
         step: Of the checkpoint.
         sigmas: Sizes of the noise, the first 0.
         restored: p_ood after training, one row a trial, one column a sigma.
+        before: p_ood of the checkpoint itself.
     """
 
     kind: str
     step: int
     sigmas: tuple[float, ...]
     restored: np.ndarray
+    before: float = math.nan
+
+    @property
+    def defined(self) -> bool:
+        """Whether there is a depth: not where training loses half of the accuracy without any noise."""
+        return not float(self.restored[:, 0].mean()) < self.before / 2
 
     def half(self, rows: Sequence[int] | None = None) -> float:
         """sigma_1/2: where the mean over trials falls below half of its value without noise, interpolated linearly.
@@ -112,16 +119,19 @@ class Depth(NamedTuple):
 def depths(run: Run) -> list[Depth]:
     """Every checkpoint of the depth experiment, with the trials that all of its sizes of noise have."""
     by_place: dict[tuple[str, int], dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    before: dict[int, float] = {}
     for trial in Records(run, "depth").trials.values():
         labels = trial["labels"]
         place = by_place[labels["kind"], int(labels["step"])]
         place[int(labels["trial"])][float(labels["sigma"])] = Answers(*trial["answers"][-1]).p_ood
+        if labels["sigma"] == 0:
+            before[int(labels["step"])] = Answers(*trial["answers"][0]).p_ood
     found = []
     for (kind, step), rows in by_place.items():
         sigmas = tuple(sorted(set().union(*rows.values())))
         whole = [[row[sigma] for sigma in sigmas] for row in rows.values() if len(row) == len(sigmas)]
         if whole:
-            found.append(Depth(kind, step, sigmas, np.array(whole)))
+            found.append(Depth(kind, step, sigmas, np.array(whole), before.get(step, math.nan)))
     return sorted(found, key=lambda depth: (depth.kind != "peak", depth.kind != "trough", depth.step))
 
 
@@ -134,13 +144,14 @@ def depth_tables(run: Run) -> list[Table]:
     for depth in found:
         half, (low, high) = depth.half(), depth.interval()
         means, spread = depth.restored.mean(0), depth.restored.std(0, ddof=1) if len(depth.restored) > 1 else None
-        cells: dict[str, Cell] = {"checkpoint": word(f"{depth.kind} {depth.step:,}")}
+        cells: dict[str, Cell] = {"checkpoint": word(f"{depth.kind} {depth.step:,}"), "before": number(depth.before)}
         for index, sigma in enumerate(depth.sigmas):
             error = None if spread is None else float(spread[index])
             cells[f"sigma {sigma:g}"] = number(float(means[index]), "{:.3f}", error)
         largest = depth.sigmas[-1]
-        cells["sigma 1/2"] = Cell(_size(half, largest), half if math.isfinite(half) else None)
-        if not math.isnan(low):
+        if depth.defined:
+            cells["sigma 1/2"] = Cell(_size(half, largest), half if math.isfinite(half) else None)
+        if depth.defined and not math.isnan(low):
             cells["95 %"] = Cell(f"{_size(low, largest)} to {_size(high, largest)}", None, {"low": low, "high": high})
         cells["trials"] = number(float(len(depth.restored)), "{:.0f}")
         rows.append(cells)
@@ -148,7 +159,8 @@ def depth_tables(run: Run) -> list[Table]:
     notes = [
         f"p_ood after noise sigma rms(W) N(0, 1) in every matrix W of the trunk and {protocol['steps']:,} steps of "
         f"training at {protocol['lr']:g}, lambda {protocol['probe_weight']:g}: mean ± standard deviation over trials. "
-        "Sigma 1/2: where it has fallen to half of its value without noise, with a bootstrap over trials.",
+        "Sigma 1/2: where it has fallen to half of its value without noise, with a bootstrap over trials; there is "
+        "none where training alone loses half of the checkpoint's accuracy (before).",
         _peaks_against_troughs(found),
     ]
     return [tabulate("depth", "Depth: the noise that the probe survives", rows, notes), *_distances(run, found)]
@@ -161,7 +173,7 @@ def _size(sigma: float, largest: float) -> str:
 def _peaks_against_troughs(found: Sequence[Depth]) -> str | None:
     """Compare sigma_1/2 of both kinds by exchanging their names; what never falls counts with the largest sigma."""
     kinds = {
-        kind: [min(depth.half(), depth.sigmas[-1]) for depth in found if depth.kind == kind]
+        kind: [min(depth.half(), depth.sigmas[-1]) for depth in found if depth.kind == kind and depth.defined]
         for kind in ("peak", "trough")
     }
     if min(map(len, kinds.values())) < 2:
