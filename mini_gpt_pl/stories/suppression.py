@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from mini_gpt_pl.callbacks.bases import BasisSource
 from mini_gpt_pl.callbacks.intervention import SubspaceIntervention
-from mini_gpt_pl.callbacks.measuring import gradient_of, measuring, named_loss
+from mini_gpt_pl.callbacks.measuring import gradient_of, measuring
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.subspace import Basis
 from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
@@ -126,7 +126,7 @@ class ObjectiveSuppression(SubspaceIntervention):
             for name, batch in batches.items():
                 there = trainer.strategy.batch_to_device(batch, module.device)
                 gradients[name] = gradient_of(
-                    lambda name=name, there=there: named_loss(module, there, name),  # type: ignore[misc]
+                    lambda name=name, there=there: module.named_losses(there)[name],  # type: ignore[misc]
                     self._files.selection,
                     module,
                     name,
