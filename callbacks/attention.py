@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.measuring import ChangesItsAttention, DrawsBatches, DrawsKinds, ShowsItsAttention, measuring
-from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.probe import Estimate, StateProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import concentration
 
 
-class AttentionProbe(DeferringProbe):
+class AttentionProbe(StateProbe):
     """Entropy of attention and mass of its largest weights, per layer, on batches that stay the same.
 
-    Logged for each batch under `attention/<batch>/layer<l>/`, means over heads and examples for one query position:
-    entropy, in nats, and top<k>, the mass of the k largest weights; both beside `_null`, the value of even attention on
-    as many visible positions, ln n and k/n. Where the module has `accuracy_through`, also under `attention/<batch>/`:
-    accuracy, and accuracy_top<k>, that with the attention of all layers replaced by the k largest weights of each row,
-    scaled to sum to 1, beside `_null`, where k visible positions are kept by chance.
+    Logged for each batch under `attention/<batch>/layer<l>/`, means over heads and examples for one query position;
+    the null is even attention on as many visible positions. Where the module has `accuracy_through`, also under
+    `attention/<batch>/`: its accuracy, and that with the attention of all layers replaced by the k largest weights of
+    each row, scaled to sum to 1, beside that of k visible positions kept by chance.
 
     With several ranks each does all of the same work, and rank zero's numbers are logged.
 
@@ -61,7 +60,6 @@ class AttentionProbe(DeferringProbe):
         self.query = query
         self.seed = seed
         self._batches: dict[str, Any] = {}
-        self._deferred = Deferred()
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
@@ -72,68 +70,49 @@ class AttentionProbe(DeferringProbe):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_attention(pl_module, type(self).__name__)
-            self._trainer, self._batches, self._deferred = trainer, {}, Deferred()
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = fixed_batches(trainer, pl_module, self.seed, self.size, type(self).__name__)
-        self.stepped(trainer)
-        if trainer.global_step == 0 and self.due(0):
-            self._measure(trainer, pl_module)
-            self._flush()
+        super().on_train_start(trainer, pl_module)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.stepped(trainer) and self.due(trainer.global_step):
-            self._measure(trainer, pl_module)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        self._flush()  # a resumed run does not say it again
-        return {}
-
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
-        with self.watch.running(), measuring(trainer, module), torch.no_grad():
+        with measuring(trainer, module), torch.no_grad():
             for name, batch in self._batches.items():
-                found = self._shapes(name, batch, module) | self._answers(name, batch, module)
-                self._deferred.add(trainer.global_step, list(found), torch.stack(list(found.values())))
+                numbers = self._shapes(batch, module) | self._answers(batch, module)
+                values = torch.stack([value.double() for value in numbers.values()])
+                self._deferred.add(trainer.global_step, [f"attention/{name}/{key}" for key in numbers], values)
 
-    def _shapes(self, name: str, batch: Any, module: LightningModule) -> dict[str, Tensor]:
+    def _shapes(self, batch: Any, module: LightningModule) -> dict[str, Tensor]:
         """Entropy and top masses of each layer, beside those of even attention."""
         assert isinstance(module, ShowsItsAttention)
-        found: dict[str, Tensor] = {}
+        numbers: dict[str, Tensor] = {}
         for layer, weights in enumerate(module.attention(batch)):
-            rows, prefix = query_rows(weights, asked_query(module, self.query)), f"attention/{name}/layer{layer}/"
+            rows, prefix = query_rows(weights, module, self.query), f"layer{layer}/"
             count = concentration.visible(rows)
-            found |= {prefix + "entropy": concentration.entropy(rows).mean(), prefix + "entropy_null": count.log()}
+            numbers |= {prefix + "entropy": concentration.entropy(rows).mean(), prefix + "entropy_null": count.log()}
             ks = self._below(rows.shape[-1])
             for k, mass in zip(ks, concentration.top_mass(rows, ks).mean((0, 1)), strict=True) if ks else ():
-                found |= {f"{prefix}top{k}": mass, f"{prefix}top{k}_null": (k / count).clamp_max(1.0)}
-        return {key: value.double() for key, value in found.items()}
+                numbers |= {f"{prefix}top{k}": mass, f"{prefix}top{k}_null": (k / count).clamp_max(1.0)}
+        return numbers
 
-    def _answers(self, name: str, batch: Any, module: LightningModule) -> dict[str, Tensor]:
+    def _answers(self, batch: Any, module: LightningModule) -> dict[str, Tensor]:
         """Accuracy with all attention, and with little."""
         if not isinstance(module, ChangesItsAttention):
             return {}
         assert isinstance(module, ShowsItsAttention)
-        prefix, device = f"attention/{name}/", module.device
-        found = {prefix + "accuracy": module.accuracy_through(batch, lambda weights: weights)}
-        generator = torch.Generator(device).manual_seed(self.seed)  # the same positions at every step
+        numbers = {"accuracy": module.accuracy_through(batch, lambda weights: weights)}
+        generator = torch.Generator(module.device).manual_seed(self.seed)  # the same positions at every step
         for k in self._below(module.attention(batch)[0].shape[-1]):
-            found[f"{prefix}accuracy_top{k}"] = module.accuracy_through(batch, concentration.keep_top(k))
+            numbers[f"accuracy_top{k}"] = module.accuracy_through(batch, concentration.keep_top(k))
             by_chance = concentration.keep_random(k, generator)
-            found[f"{prefix}accuracy_top{k}_null"] = module.accuracy_through(batch, by_chance)
-        return {key: value.double() for key, value in found.items()}
+            numbers[f"accuracy_top{k}_null"] = module.accuracy_through(batch, by_chance)
+        return numbers
 
     def _below(self, length: int) -> list[int]:
         return [k for k in self.ks if k < length]
-
-    @override
-    def _take_rows(self) -> Iterable[Row]:
-        return self._deferred.take()
 
 
 def require_attention(module: LightningModule, asking: str) -> None:
@@ -149,45 +128,35 @@ def require_attention(module: LightningModule, asking: str) -> None:
 
 
 def fixed_batches(trainer: Trainer, module: LightningModule, seed: int, size: int, asking: str) -> dict[str, Any]:
-    """Batches that stay the same for a run, on the module's device: one of each kind that the data knows, else `drawn`.
-
-    Args:
-        trainer: Knows the data module.
-        module: Perhaps it draws batches.
-        seed: Of the draws.
-        size: Examples in each.
-        asking: Who asks, for the error.
+    """Draw batches that stay the same for a run: one of each kind that the module or its data know, else `drawn`.
 
     Raises:
         UserError: Neither the module nor the data module draws batches.
     """
-    sources = (module, getattr(trainer, "datamodule", None))
     generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, 0xA77E], dtype=np.uint64)))
-    for source in sources:
+    for source in (module, getattr(trainer, "datamodule", None)):
         if isinstance(source, DrawsKinds):
-            found = dict(source.draw_kinds(generator, size))
+            batches = dict(source.draw_kinds(generator, size))
             break
         if isinstance(source, DrawsBatches):
-            found = {"drawn": source.draw_batch(generator, size)}
+            batches = {"drawn": source.draw_batch(generator, size)}
             break
     else:
         raise UserError(
             f"{asking} measures on batches that stay the same: give the data module a draw_batch(generator, size)"
         )
-    return {name: trainer.strategy.batch_to_device(batch, module.device) for name, batch in found.items()}
+    return {name: trainer.strategy.batch_to_device(batch, module.device) for name, batch in batches.items()}
 
 
-def asked_query(module: LightningModule, query: int | None) -> int:
-    """The position that is asked for, else the one that the module's answer is read at, else the last."""
-    return int(getattr(module, "query_position", -1)) if query is None else query
-
-
-def query_rows(weights: Float[Tensor, "B nh Q T"], query: int) -> Float[Tensor, "B nh T"]:
-    """Rows of one query position.
+def query_rows(
+    weights: Float[Tensor, "B nh Q T"], module: LightningModule, query: int | None
+) -> Float[Tensor, "B nh T"]:
+    """Rows of one query position; that of the module's `query_position` for None, else of the last.
 
     Raises:
         UserError: There is no such position.
     """
+    query = int(getattr(module, "query_position", -1)) if query is None else query
     if not -weights.shape[2] <= query < weights.shape[2]:
         raise UserError(f"query {query}: the attention has {weights.shape[2]} positions; -1 is the last")
     return weights[:, :, query].float()

@@ -23,7 +23,6 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
     if not moved.any():
         return {}
     grams = grams[moved]
-    labels = [label for label, has in zip((name, *trajectory.groups), moved.tolist(), strict=True) if has]
     groups = [group for group, has in zip((None, *trajectory.groups), moved.tolist(), strict=True) if has]
     if trajectory.rates is None:
         walks = nulls.decaying_walk(grams, trajectory.survival)
@@ -35,24 +34,24 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
     updates = torch.where(known, pca.latest_update_alignment(both), torch.nan).tolist()
     calibrated = quantities("backbone/{group}/{quantity}_null")
     metrics: dict[str, float] = {}
-    for own, (label, group) in enumerate(zip(labels, groups, strict=True)):
-        null = own + len(labels)
-        found = {key: (values[own], values[null]) for key, values in columns.items()}
+    for own, group in enumerate(groups):
+        label, null = name if group is None else group, own + len(groups)
+        pairs = {key: (values[own], values[null]) for key, values in columns.items()}
         if trajectory.rates is not None:  # what is corrected for decay needs the one rate of its weights
-            pair = torch.stack([grams[own], walks[own]])
-            corrected = nulls.corrected(pair, trajectory.survival_of(group))
-            found |= {key: (float(values[0]), float(values[1])) for key, values in corrected.items()}
-        for key, (value, chance) in found.items():
-            numbers = _beside(key, value, chance) if key in calibrated else {key: value}
-            metrics |= {f"backbone/{label}/{part}": number for part, number in numbers.items() if number == number}
+            corrected = nulls.corrected(torch.stack([grams[own], walks[own]]), trajectory.survival_of(group))
+            pairs |= {key: (float(values[0]), float(values[1])) for key, values in corrected.items()}
+        for key, (value, chance) in pairs.items():
+            metrics[f"backbone/{label}/{key}"] = value
+            if key in calibrated:
+                metrics |= _beside_null(f"backbone/{label}/{key}", value, chance)
         if updates[own] == updates[own]:  # the first increment has no past to be aligned with
-            beside = _beside("update", updates[own], updates[null])
-            metrics |= {f"alignment/{label}/{key}": number for key, number in beside.items() if number == number}
-    return metrics
+            metrics[f"alignment/{label}/update"] = updates[own]
+            metrics |= _beside_null(f"alignment/{label}/update", updates[own], updates[null])
+    return {key: value for key, value in metrics.items() if value == value}
 
 
-def _beside(name: str, value: float, null: float) -> dict[str, float]:
-    return {name: value, f"{name}_null": null, f"{name}_excess": value - null}
+def _beside_null(name: str, value: float, null: float) -> dict[str, float]:
+    return {f"{name}_null": null, f"{name}_excess": value - null}
 
 
 def backbone_coefficients(trajectory: Trajectory) -> tuple[Float[Tensor, "G n"], Float[Tensor, "G n"]]:
@@ -60,6 +59,6 @@ def backbone_coefficients(trajectory: Trajectory) -> tuple[Float[Tensor, "G n"],
 
     Zero for weights that have not moved (frozen, or before the first step).
     """
-    found = pca.spectra(torch.stack([*trajectory.grams, trajectory.gram()]), pca.drifts(len(trajectory))[1:])
-    backbones = torch.where((found.moved > 0)[:, None], found.directions[:, 0], 0.0)
+    spectra = pca.spectra(torch.stack([*trajectory.grams, trajectory.gram()]), pca.drifts(len(trajectory))[1:])
+    backbones = torch.where((spectra.moved > 0)[:, None], spectra.directions[:, 0], 0.0)
     return backbones[:-1], backbones[-1:].expand(len(trajectory.groups), -1)

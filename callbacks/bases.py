@@ -21,7 +21,6 @@ from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 
-_SEED = "seed"
 _NAMED = re.compile(r"\{(\w+)\}")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.+=-]+")
 # Lightning's seed_everything leaves the seed there, for workers.
@@ -82,31 +81,25 @@ class BasisSource:
         """
         device = next(module.parameters()).device
         folder = None if self.run is None else _folder(self.run, module)
-        selection = self._selection(module, folder)
+        selection = (
+            ParameterSelection.of(module, self.pattern or "")
+            if folder is None
+            else recorded_selection(folder / SNAPSHOT_FOLDER)
+        )
         selection.parameters(module)  # raises where the module does not have them
-        return self._directions(selection, folder, device).to(device, torch.float32)
-
-    def _selection(self, module: nn.Module, folder: Path | None) -> ParameterSelection:
-        if folder is None:
-            return ParameterSelection.of(module, self.pattern or "")
-        return recorded_selection(folder / SNAPSHOT_FOLDER)
-
-    def _directions(self, selection: ParameterSelection, folder: Path | None, device: torch.device) -> Basis:
-        if folder is not None and self.kind in _OF_A_RUN:
-            files = SnapshotFolder(folder / SNAPSHOT_FOLDER, selection)
-            if self.kind == "theta0":
-                return subspace.own_directions(files.read(0))
-            path = Trajectory.load(folder / TRAJECTORY_FILE)
-            path = path if self.until is None else path.until(self.until)
-            found = subspace.of_run(files, path, self.k, device, centred=self.centred)
-            return found if self.kind == "path" else subspace.random_like(found, self._generator)
-        make = subspace.rank_one if self.kind == "rank_one" else subspace.isotropic
-        return make(selection, self.k, self._generator)
-
-    @property
-    def _generator(self) -> torch.Generator:
         # On the host, so that a GPU has the same directions.
-        return torch.Generator().manual_seed(draw_seed(self.seed))
+        generator = torch.Generator().manual_seed(draw_seed(self.seed))
+        if folder is None or self.kind not in _OF_A_RUN:
+            make = subspace.rank_one if self.kind == "rank_one" else subspace.isotropic
+            return make(selection, self.k, generator).to(device, torch.float32)
+        files = SnapshotFolder(folder / SNAPSHOT_FOLDER, selection)
+        if self.kind == "theta0":
+            return subspace.own_directions(files.read(0)).to(device, torch.float32)
+        path = Trajectory.load(folder / TRAJECTORY_FILE)
+        path = path if self.until is None else path.until(self.until)
+        basis = subspace.of_run(files, path, self.k, device, centred=self.centred)
+        basis = basis if self.kind == "path" else subspace.random_like(basis, generator)
+        return basis.to(device, torch.float32)
 
 
 def _folder(run: str, module: nn.Module) -> Path:
@@ -114,17 +107,16 @@ def _folder(run: str, module: nn.Module) -> Path:
     data = getattr(getattr(module, "_trainer", None), "datamodule", None)
 
     def value(name: re.Match[str]) -> str:
-        found = os.environ.get(_GLOBAL_SEED) if name[1] == _SEED else getattr(data, name[1], None)
-        if found is None:
-            known = "call seed_everything" if name[1] == _SEED else "its data have none of that name"
-            raise UserError(f"the basis of {run} asks for a {name[1]}: {known}, or name the folder itself")
-        return _NOT_IN_NAMES.sub("-", str(found))
+        attribute = os.environ.get(_GLOBAL_SEED) if name[1] == "seed" else getattr(data, name[1], None)
+        if attribute is None:
+            remedy = "call seed_everything" if name[1] == "seed" else "its data have none of that name"
+            raise UserError(f"the basis of {run} asks for a {name[1]}: {remedy}, or name the folder itself")
+        return _NOT_IN_NAMES.sub("-", str(attribute))
 
     return Path(_NAMED.sub(value, run))
 
 
 def draw_seed(*numbers: int) -> int:
     """Seed for a generator of random directions, from some numbers and the run's `seed_everything`."""
-    known = int(os.environ.get(_GLOBAL_SEED, 0))
-    entropy = [number % 2**64 for number in (*numbers, known)]
+    entropy = [number % 2**64 for number in (*numbers, int(os.environ.get(_GLOBAL_SEED, 0)))]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,16 +12,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.last_gradient import loss_scale
 from mini_gpt_pl.callbacks.measuring import measuring
-from mini_gpt_pl.callbacks.probe import Deferred, Estimate, Row, StepProbe
+from mini_gpt_pl.callbacks.probe import Estimate
+from mini_gpt_pl.callbacks.recorded import StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.state_keys import state_key
-from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import surrogates
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
@@ -39,7 +38,7 @@ class View:
     """What a probe sees of one optimizer step. Directions and the trajectory know nothing of the step itself.
 
     Args:
-        step: The step, counted from 1.
+        step: Counted from 1.
         past: Gram matrices of the snapshots before it, as they were recorded.
         selection: The recorded weights, their order and groups.
         module: As it is after the step, in evaluation mode; for a forward pass of its own, `training_loss(module,
@@ -47,9 +46,9 @@ class View:
         batch: The step's last micro-batch.
         decay: Share of the weights that weight decay takes in this step, such as lr x weight decay: a number, NaN where
             it is not known; one for each weight of the selection where they differ.
-        given: What the probe needs, by name.
+        given: The vectors that the probe needs, by name.
         original: The view that this one stands in for; None for what training did.
-        asked: Holds `module` once that has been asked for.
+        asked: Holds `module` once that has been read.
     """
 
     step: int
@@ -170,11 +169,8 @@ class CalibratedProbe(StepProbe):
         self.draws = draws
         self.seed = seed
         self.memory: dict[str, Vector | Tensor | float] = {}
-        self._numbers = Deferred()
-        self._recorder: TrajectoryRecorder | None = None
-        self._seen: Callable[[Any], View] | None = None
+        self._complete: Callable[[Any], View] | None = None
         self._restored: dict[str, tuple[str, Any]] = {}
-        self._unknown = False
         self._batch: Any = None
 
     # ---------------------------------------------------------------------------------------- to be written
@@ -184,9 +180,6 @@ class CalibratedProbe(StepProbe):
 
         It is called again on stand-ins of the step, so it must depend on its argument and on `memory` alone, and change
         neither.
-
-        Args:
-            seen: The step.
 
         Returns:
             By name: a scalar, for the whole selection; G values, one per group; or G + 1, the last for the whole. An
@@ -208,24 +201,26 @@ class CalibratedProbe(StepProbe):
     def state_key(self) -> str:
         return state_key(self, family=self._family)
 
+    @property
+    def _family(self) -> str:
+        return self.family or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @override
+    def _reset(self) -> None:
+        self._complete, self.memory, self._restored = None, {}, {}
+
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
         vectors = len({"gradient"} & set(self.needs)) + 2 * len({"update"} & set(self.needs))
         return Estimate(type(self).__name__, bytes=4.0 * dim * (2 * vectors + 1), passes=0.0)
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._trainer, self._recorder = trainer, find_recorder(trainer, type(self).__name__)
-            self._seen, self.memory, self._restored = None, {}, {}
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored, self._restored = self._restored, {}
         for name, (kind, value) in restored.items():
-            kept = value.to(pl_module.device) if isinstance(value, Tensor) else value
-            self.memory[name] = Vector(kept, self._selection) if kind == "vector" else kept
-        self._need_recorder().attach(self)
+            value = value.to(pl_module.device) if isinstance(value, Tensor) else value
+            self.memory[name] = Vector(value, self.recorder.selection) if kind == "vector" else value
+        super().on_train_start(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -234,15 +229,15 @@ class CalibratedProbe(StepProbe):
     @override
     def before_step(self, step: Step) -> None:
         """Keep what the step is about to change, if it is due."""
-        self._seen = None
+        self._complete = None
         if self.due(step.count):
             with self.watch.running():
-                self._seen = self._look(step)
+                self._complete = self._look(step)
 
     @override
     def after_step(self, step: Step) -> None:
         """Measure what the step did."""
-        complete, self._seen = self._seen, None
+        complete, self._complete = self._complete, None
         if complete is not None:
             assert self._trainer is not None
             with self.watch.running(), measuring(self._trainer, self._trainer.lightning_module), torch.no_grad():
@@ -257,40 +252,43 @@ class CalibratedProbe(StepProbe):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._flush()
-        kept = {name: value for name, value in self.memory.items() if not self._is_part(value)}
-        plain = {name: value.values if isinstance(value, Vector) else value for name, value in kept.items()}
-        kinds = {name: "vector" if isinstance(value, Vector) else "plain" for name, value in kept.items()}
-        return {"memory": {name: (kinds[name], _on_host(value)) for name, value in plain.items()}}
+        memory: dict[str, tuple[str, Any]] = {}
+        for name, value in self.memory.items():
+            if isinstance(value, Vector) and value.selection.shards is not None:
+                # This rank holds a share of it, and a checkpoint is written by rank zero.
+                self._once(f"{type(self).__name__}: vectors of a sharded run are not kept in checkpoints")
+                continue
+            kind, plain = ("vector", value.values) if isinstance(value, Vector) else ("plain", value)
+            memory[name] = kind, plain.detach().to("cpu", copy=True) if isinstance(plain, Tensor) else plain
+        return {**super().state_dict(), "memory": memory}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = {name: (kind, value) for name, (kind, value) in state_dict["memory"].items()}
+        self._restored = dict(state_dict["memory"])
 
     # -------------------------------------------------------------------------------------------- measuring
 
     def _look(self, step: Step) -> Callable[[Any], View] | None:
         """Keep what the step is about to change; the result makes the view of it once the step is done."""
-        recorder, selection = self._need_recorder(), self._selection
+        recorder, selection = self.recorder, self.recorder.selection
         assert self._trainer is not None and recorder.trajectory is not None
         module = self._trainer.lightning_module
-        before: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         if "backbone" in self.needs:
             if (directions := recorder.backbone()) is None:
                 return None
-            before["backbone"] = directions
+            given["backbone"] = directions
         if "gradient" in self.needs:
             if recorder.gradient.lost:
                 return None
             scale = loss_scale(self._trainer, step.optimizer)
             gradient = recorder.gradient.of(module, scale)
-            before["gradient"] = gradient if scale == 1.0 else Vector(gradient.values / scale, selection)
+            given["gradient"] = gradient if scale == 1.0 else Vector(gradient.values / scale, selection)
         if "update" in self.needs:
-            before["weights"] = selection.weights(module)
+            given["weights"] = selection.weights(module)
         past = recorder.trajectory.until(step.number - 1)
 
         def complete(batch: Any) -> View:
-            given = dict(before)
             if "update" in self.needs:
                 given["update"] = selection.weights(module) - given["weights"]
             return View(step.number, past, selection, module, batch, recorder.decayed, given)
@@ -298,43 +296,38 @@ class CalibratedProbe(StepProbe):
         return complete
 
     def _measure(self, seen: View) -> None:
-        found = self._checked(self.measure(seen))
-        if found:
-            chance, spread = self._chance(seen, found, of_module="module" in seen.asked)
-            for name, value in found.items():
-                self._numbers.add(seen.step, self._names(name, value), value)
-                if not chance:
-                    continue
-                self._numbers.add(seen.step, self._names(f"{name}_null", value), chance[name])
-                self._numbers.add(seen.step, self._names(f"{name}_excess", value), value - chance[name])
-                if name in spread:
-                    self._numbers.add(seen.step, self._names(f"{name}_null_sd", value), spread[name])
+        measured = self._checked(self.measure(seen))
+        if measured:
+            chance, spread = self._chance(seen, measured, of_module="module" in seen.asked)
+            numbers: dict[str, Tensor | float] = dict(measured)
+            for name, null in chance.items():
+                numbers |= {f"{name}_null": null, f"{name}_excess": measured[name] - null}
+            self._keep(seen.step, self._family, numbers | {f"{name}_null_sd": sd for name, sd in spread.items()})
         self.remember(seen)
 
     def _chance(
-        self, seen: View, found: Mapping[str, Tensor], *, of_module: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self, seen: View, measured: Mapping[str, Tensor], *, of_module: bool
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Mean and spread of the null by quantity; nothing where it is unknown."""
-        if (known := self.null(seen)) is not None:
-            return self._like(found, self._checked(known)), {}
-        if of_module and ("update" not in self.needs or self._selection.shards is not None):
-            if not self._unknown:
-                rank_zero_info(
-                    f"{type(self).__name__} measures the module: without 'update' in its `needs` (and where ranks "
-                    "share the weights) its null is unknown, and no excess is logged"
-                )
-            self._unknown = True
+        if (closed := self.null(seen)) is not None:
+            return self._checked(closed, measured), {}
+        if of_module and ("update" not in self.needs or seen.selection.shards is not None):
+            self._once(
+                f"{type(self).__name__} measures the module: without 'update' in its `needs` (and where ranks share "
+                "the weights) its null is unknown, and no excess is logged"
+            )
             return {}, {}
-        if not {"gradient", "update"} & set(self.needs):  # the walk that is left has a Gram matrix in closed form
-            return self._like(found, self._checked(self.measure(seen.by_chance(self._generator(seen, 0))))), {}
-        views = (seen.by_chance(self._generator(seen, draw)) for draw in range(self.draws))
+        # What is neither of a gradient nor of an update has the walk's own Gram matrix, in closed form.
+        draws = self.draws if {"gradient", "update"} & set(self.needs) else 1
         drawn = []
-        for view in views:
+        for draw in range(draws):
+            view = seen.by_chance(self._generator(seen, draw))
             with _stepped(view) if of_module else nullcontext():
-                drawn.append(self._like(found, self._checked(self.measure(view))))
-        stacked = {name: torch.stack([values[name] for values in drawn]) for name in found}
-        spread = {name: values.std(0) for name, values in stacked.items()} if self.draws > 1 else {}
-        return {name: values.mean(0) for name, values in stacked.items()}, spread
+                drawn.append(self._checked(self.measure(view), measured))
+        if draws == 1:
+            return drawn[0], {}
+        stacked = {name: torch.stack([values[name] for values in drawn]) for name in measured}
+        return {name: v.mean(0) for name, v in stacked.items()}, {name: v.std(0) for name, v in stacked.items()}
 
     def _generator(self, seen: View, draw: int) -> torch.Generator:
         shards = seen.selection.shards
@@ -342,68 +335,27 @@ class CalibratedProbe(StepProbe):
         key = np.random.SeedSequence((self.seed, seen.step, draw, rank)).generate_state(1, np.uint64)[0]
         return torch.Generator(seen.module.device).manual_seed(int(key >> np.uint64(1)))
 
-    def _checked(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-        groups = len(self._selection.groups)
-        checked = {}
+    def _checked(
+        self, values: Mapping[str, Tensor | float], like: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Take values that were measured as float64; those of a null must be `like` what they are beside."""
+        assert self._trainer is not None
+        groups, checked = len(self.recorder.selection.groups), dict[str, Tensor]()
         for name, value in values.items():
-            tensor = torch.as_tensor(value, dtype=torch.float64, device=self._device).detach()
+            tensor = torch.as_tensor(value, dtype=torch.float64, device=self._trainer.strategy.root_device).detach()
             if tensor.shape not in {(), (groups,), (groups + 1,)}:
                 raise UserError(
                     f"{type(self).__name__} measured {name!r} in the shape {tuple(tensor.shape)}: give a number, "
                     f"{groups} values (one per group) or {groups + 1} (the last for the whole selection)"
                 )
             checked[name] = tensor
-        return checked
-
-    def _like(self, found: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, value in found.items():
-            if name not in null or null[name].shape != value.shape:
+        for name, value in (like or {}).items():
+            if name not in checked or checked[name].shape != value.shape:
                 raise UserError(
                     f"{type(self).__name__}: the null of {name!r} is missing or of another shape: "
                     "let `measure` return the same names on every view, and `null` the same as `measure`"
                 )
-        return {name: null[name] for name in found}
-
-    # ---------------------------------------------------------------------------------------------- logging
-
-    def _names(self, quantity: str, value: Tensor) -> list[str]:
-        whole = self._need_recorder().name
-        labels = [whole] if value.ndim == 0 else [*self._selection.groups, whole][: len(value)]
-        return [f"{self._family}/{label}/{quantity}" for label in labels]
-
-    @override
-    def _take_rows(self) -> Iterable[Row]:
-        for step, numbers in self._numbers.take():
-            yield step, {name: value for name, value in numbers.items() if value == value}
-
-    @property
-    def _family(self) -> str:
-        return self.family or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
-
-    @property
-    def _selection(self) -> ParameterSelection:
-        return self._need_recorder().selection
-
-    @property
-    def _device(self) -> torch.device:
-        assert self._trainer is not None
-        return self._trainer.strategy.root_device
-
-    def _need_recorder(self) -> TrajectoryRecorder:
-        if self._recorder is None:
-            raise RuntimeError("the probe is used before Trainer.fit has set it up")
-        return self._recorder
-
-    def _is_part(self, value: Vector | Tensor | float) -> bool:
-        """Whether this rank holds only a share of a vector, which a checkpoint written by rank zero would lose."""
-        part = isinstance(value, Vector) and value.selection.shards is not None
-        if part:
-            rank_zero_info(f"{type(self).__name__}: vectors of a sharded run are not kept in checkpoints")
-        return part
-
-
-def _on_host(value: Tensor | float) -> Tensor | float:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        return checked if like is None else {name: checked[name] for name in like}
 
 
 @contextmanager
@@ -411,11 +363,11 @@ def _stepped(view: View) -> Iterator[None]:
     """Put the module at the weights to which a view's update leads; its own are exchanged, not written."""
     parameters = view.selection.parameters(view.module)
     after = view.selection.unflatten(Vector(view.weights.values + view.update.values, view.selection))
-    kept = [(parameter, parameter.data) for parameter in parameters]
+    own = [parameter.data for parameter in parameters]
     try:
         for parameter, values in zip(parameters, after.values(), strict=True):
             parameter.data = values.to(parameter.dtype)
         yield
     finally:
-        for parameter, data in kept:
+        for parameter, data in zip(parameters, own, strict=True):
             parameter.data = data

@@ -20,7 +20,7 @@ from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import commutator
 from mini_gpt_pl.geometry.directions.steering import Steering
-from mini_gpt_pl.geometry.vectors.free_weights import FreeWeights, Loss
+from mini_gpt_pl.geometry.vectors.free_weights import FreeWeights
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 from mini_gpt_pl.runs.logs import log_now
 
@@ -37,7 +37,7 @@ class Kick(Callback):
     float64; those of training, and the optimizer's state, stay as they are. A kick counts to no step: a recorder sees
     it in its next snapshot. Where the commutator vanishes, so does the kick.
 
-    Logged under `intervention/<name>/` at each kick: length, and relative, the length over |theta|.
+    Logged under `intervention/<name>/` at each kick: its length, also relative to |theta|.
 
     Args:
         direction: What u is made from.
@@ -100,14 +100,12 @@ class Kick(Callback):
         self._selection: ParameterSelection | None = None
         self._pairs: BatchPairs | None = None
         self._done = -1
-        self._found: tuple[int, dict[str, Tensor]] | None = None
+        self._kicked: tuple[int, dict[str, Tensor]] | None = None
 
     @property
     @override
     def state_key(self) -> str:
         return state_key(self, name=self.name)
-
-    # ------------------------------------------------------------------------------------------------ hooks
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -127,7 +125,9 @@ class Kick(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self._done or not self._due(step):
+        past = step - self.start
+        due = past == 0 or (past > 0 and self.every is not None and past % self.every == 0)
+        if not due or step == self._done:
             return
         assert self._selection is not None
         self._done = step  # once per optimizer step, before its first micro-batch
@@ -137,33 +137,30 @@ class Kick(Callback):
             for parameter, part in zip(self._selection.parameters(pl_module), kick.values(), strict=True):
                 parameter.add_(part.to(parameter.dtype))
 
-    def _due(self, step: int) -> bool:
-        past = step - self.start
-        return past == 0 or (past > 0 and self.every is not None and past % self.every == 0)
-
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._found is not None:
-            (step, found), self._found = self._found, None
-            log_now(trainer, {f"intervention/{self.name}/{key}": value for key, value in found.items()}, step)
-
-    # ---------------------------------------------------------------------------------------------- the kick
+        if self._kicked is not None:
+            (step, numbers), self._kicked = self._kicked, None
+            log_now(trainer, {f"intervention/{self.name}/{key}": value for key, value in numbers.items()}, step)
 
     def _kick(self, module: LightningModule, batch: Any, step: int) -> dict[str, Tensor]:
         assert self._selection is not None
         selection = self._selection
         free = FreeWeights(module, selection)
         theta = free.weights.values
-        norm, bracket = self._measure(free, module, batch, step)
-        direction = self._gaussian(theta, step) if bracket is None else bracket
+        norm, direction = self._measure(free, module, batch, step)
+        if direction is None:
+            # On the host, so that a GPU has the same.
+            generator = torch.Generator().manual_seed(draw_seed(self.seed, step))
+            direction = torch.randn(len(theta), generator=generator, dtype=theta.dtype).to(theta.device)
         if self._steering is not None:
             self._steering.apply_(selection.unflatten(Vector(direction, selection)))
         size = torch.linalg.vector_norm(direction)
         length = torch.where(size > 0, norm, 0.0)
         kick = direction * (length / size.clamp_min(torch.finfo(torch.float64).tiny))
-        self._found = (step, {"length": length, "relative": length / torch.linalg.vector_norm(theta)})
+        self._kicked = (step, {"length": length, "relative": length / torch.linalg.vector_norm(theta)})
         return selection.unflatten(Vector(kick, selection))
 
     def _measure(
@@ -177,25 +174,18 @@ class Kick(Callback):
             return fixed, None
         for sample in range(self.samples):
             losses = [free.loss(partial(training_loss, module, part)) for part in self._pairs(step, sample, batch)]
-            gradient, bracket = self._sample(losses, theta)
+            if self.direction == "gaussian":
+                gradient = commutator.gradient(losses[0], theta)
+            else:
+                try:
+                    pair = commutator.by_hessian(losses[0], losses[1], theta)
+                except commutator.NotTwiceError as error:
+                    raise UserError(f"Kick: {error}: kick in direction gaussian") from None
+                gradient = pair.grad_a
+                brackets.append(pair.bracket)
             norms.append(torch.linalg.vector_norm(gradient))
-            brackets += [] if bracket is None else [bracket]
         length = fixed if fixed is not None else (self.multiple or 0.0) * self.eta * middle(norms)
         return length, middle(brackets) if brackets else None
-
-    def _sample(self, losses: Sequence[Loss], theta: Float[Tensor, " D"]) -> tuple[Tensor, Tensor | None]:
-        if self.direction == "gaussian":
-            return commutator.gradient(losses[0], theta), None
-        try:
-            found = commutator.by_hessian(losses[0], losses[1], theta)
-        except commutator.NotTwiceError as error:
-            raise UserError(f"Kick: {error}: kick in direction gaussian") from None
-        return found.grad_a, found.bracket
-
-    def _gaussian(self, theta: Float[Tensor, " D"], step: int) -> Float[Tensor, " D"]:
-        # On the host, so that a GPU has the same.
-        generator = torch.Generator().manual_seed(draw_seed(self.seed, step))
-        return torch.randn(len(theta), generator=generator, dtype=theta.dtype).to(theta.device)
 
 
 def middle(values: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:

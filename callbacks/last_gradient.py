@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Trainer
@@ -29,57 +27,45 @@ class LastGradient:
 
     def __init__(self, selection: ParameterSelection) -> None:
         self.selection = selection
-        self._held: Vector | None = None
-        self._vector: Vector | None = None
         self.forget()
 
     def hold(self, module: nn.Module, scale: float) -> None:
-        """Keep the gradient as it is, unscaled, as the one of the step that is being prepared, until `forget`.
-
-        Args:
-            module: Whose.
-            scale: Factor that a loss scaler has on it now.
-        """
+        """Keep the gradient as it is, without a loss scaler's factor, as that of the coming step, until `forget`."""
         self.forget()
-        found = self.selection.gradients(module)
-        self._held = found if scale == 1.0 else Vector(found.values / scale, self.selection)
+        gradient = self.selection.gradients(module)
+        self._held = gradient if scale == 1.0 else Vector(gradient.values / scale, self.selection)
 
     def leave(self) -> bool:
-        """Say that `.grad` belongs to other weights now: what is held is the gradient; whether anything is."""
+        """Say that `.grad` belongs to other weights now, so that only what is held counts; whether anything is held."""
         self._vector, self.lost = self._held, self._held is None
         return not self.lost
 
     def forget(self) -> None:
         """Give the memory back; to be called before each batch and each backward pass."""
-        self._held = None
+        self._held: Vector | None = None
+        self._vector: Vector | None = None
         self.lost = False
         """Whether the gradient of the weights that the step began from is no longer at hand."""
         self._scale = 1.0
         self._seen: list[tuple[Tensor | None, int]] = []
-        self._vector = None
         self._met: tuple[Axes, tuple[Tensor, Tensor]] | None = None
 
     def of(self, module: nn.Module, scale: float = 1.0) -> Vector:
-        """Flatten the gradients as they are, in float32; to be read only.
-
-        Args:
-            module: Whose.
-            scale: Factor that a loss scaler has on them now.
-        """
+        """Flatten the gradients as they are, with a loss scaler's factor on them, in float32; to be read only."""
         if self._held is not None and self._vector is self._held:
             return self._held  # already unscaled
-        gradients = [parameter.grad for parameter in self.selection.parameters(module)]
-        if self._vector is None or self.selection.shards is not None or not self._is_of(gradients, scale):
+        # The tensors themselves, not what they are called by: another one may lie where a freed one lay.
+        seen = [(g, 0 if g is None else g._version) for g in (p.grad for p in self.selection.parameters(module))]
+        if (
+            self._vector is None
+            or self.selection.shards is not None
+            or scale != self._scale
+            or any(a is not b or v != w for (a, v), (b, w) in zip(seen, self._seen, strict=True))
+        ):
             self.forget()
-            # The tensors themselves, not what they are called by: another one may lie where a freed one lay.
-            self._seen, self._scale = [(g, 0 if g is None else g._version) for g in gradients], scale
+            self._seen, self._scale = seen, scale
             self._vector = self.selection.gradients(module)
         return self._vector
-
-    def _is_of(self, gradients: Sequence[Tensor | None], scale: float) -> bool:
-        """Whether the vector is that of these gradients as they are now."""
-        pairs = zip(gradients, self._seen, strict=True)
-        return scale == self._scale and all(g is s and (g is None or g._version == v) for g, (s, v) in pairs)
 
     def meet(
         self, module: nn.Module, axes: Axes, scale: float = 1.0

@@ -17,26 +17,22 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image  # what matplotlib writes its files with
 from typing_extensions import override
 
-from mini_gpt_pl.callbacks.probe import Probe
+from mini_gpt_pl.callbacks.recorded import RecordedProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.figures.trajectory_figures import draw_files
 from mini_gpt_pl.geometry.path import nulls, pca
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 
 COMPONENTS = 20
 """Rows of the spectrum's table."""
-Row = tuple[int, float, float, float]
 
 
-class GeometryPictures(Probe):
+class GeometryPictures(RecordedProbe):
     r"""Draw the trajectory so far beside its nulls, and log it to W&B as images.
 
-    Logged as `pictures/spectrum` (shares of the principal components, whole and groups, raw and unit rows, beside both
-    walks), `pictures/path` (the drift on PC1 and PC2, beside the decaying walk) and `pictures/blocks` (excess over the
-    decaying walk of PC1 and of the update's alignment, by group and step), and the spectrum as the table
-    `pictures/spectrum_table`. All of it follows from the recorder's Gram matrices and, while training goes on, from the
-    snapshots so far. The whole run is drawn once more at its end.
+    Logged as `pictures/spectrum`, `pictures/path` and `pictures/blocks`, the figures of `figures.trajectory_figures`
+    from the snapshots so far, and the spectrum as the table `pictures/spectrum_table`. The whole run is drawn once more
+    at its end.
 
     Training does not wait for them: a process of low priority draws from a copy of the trajectory, and the pictures are
     logged, with the step that they show, once it is done. If it is still drawing at the next due step, that one is
@@ -63,13 +59,11 @@ class GeometryPictures(Probe):
         super().__init__(schedule)
         self.background = background
         self._artist: Artist | None = None
-        self._recorder: TrajectoryRecorder | None = None
         self._drawn = 0
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._recorder, self._drawn = find_recorder(trainer, type(self).__name__), 0
+    def _reset(self) -> None:
+        self._drawn = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,14 +82,13 @@ class GeometryPictures(Probe):
             elif self.background:
                 self._collect(trainer)
                 if due and self._artist is None and (trajectory := self._new()) is not None:
-                    assert self._recorder is not None
-                    self._artist = Artist(trajectory, self._recorder.name, trainer.global_step)
+                    self._artist = Artist(trajectory, self.recorder.name, trainer.global_step)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not on_train_end: the recorder takes its last snapshot there, and may come after this callback.
         if self._artist is not None:
-            self._artist.wait()
+            self._artist.process.wait()
             self._collect(trainer)
         if _wandb_loggers(trainer):
             self._show(trainer)
@@ -108,7 +101,7 @@ class GeometryPictures(Probe):
 
     def _new(self) -> Trajectory | None:
         """Return the trajectory if it has a snapshot that no picture shows yet."""
-        trajectory = None if self._recorder is None else self._recorder.trajectory
+        trajectory = self.recorder.trajectory
         if trajectory is None or len(trajectory) in (1, self._drawn):
             return None
         self._drawn = len(trajectory)
@@ -117,40 +110,42 @@ class GeometryPictures(Probe):
     def _show(self, trainer: Trainer) -> None:
         """Draw and log what is new, here and now."""
         if (trajectory := self._new()) is not None:
-            assert self._recorder is not None
-            self._log(trainer, draw_files(trajectory, self._recorder.name), trajectory, trainer.global_step)
+            _log(trainer, draw_files(trajectory, self.recorder.name), trajectory, trainer.global_step)
 
     def _collect(self, trainer: Trainer) -> None:
         """Log what the other process has finished."""
-        if self._artist is not None and self._artist.done:
+        if self._artist is not None and self._artist.process.poll() is not None:
             artist, self._artist = self._artist, None
-            self._log(trainer, artist.pictures(), artist.trajectory, artist.step)
+            _log(trainer, artist.pictures(), artist.trajectory, artist.step)
             artist.close()
 
-    def _log(self, trainer: Trainer, pictures: dict[str, bytes], trajectory: Trajectory, step: int) -> None:
-        import wandb  # there is a WandbLogger, and so there is wandb
 
-        found: dict[str, Any] = {}
-        caption = f"snapshots up to step {trajectory.steps[-1]:,}"
-        for name, data in pictures.items():
-            with Image.open(io.BytesIO(data)) as image:
-                found[f"pictures/{name}"] = wandb.Image(image.convert("RGB"), caption=caption)
-        if found:
-            columns = ["component", "measured", "walk", "decaying walk"]
-            rows = [list(row) for row in spectrum_rows(trajectory)]
-            found["pictures/spectrum_table"] = wandb.Table(columns=columns, data=rows)
-        for logger in _wandb_loggers(trainer) if found else []:
-            logger.log_metrics(found, step)
+def _log(trainer: Trainer, pictures: dict[str, bytes], trajectory: Trajectory, step: int) -> None:
+    """Log PNG files as images, and the spectrum as a table; nothing where there are none."""
+    import wandb  # there is a WandbLogger, and so there is wandb
+
+    if not pictures:
+        return
+    media: dict[str, Any] = {}
+    caption = f"snapshots up to step {trajectory.steps[-1]:,}"
+    for name, data in pictures.items():
+        with Image.open(io.BytesIO(data)) as image:
+            media[f"pictures/{name}"] = wandb.Image(image.convert("RGB"), caption=caption)
+    columns = ["component", "measured", "walk", "decaying walk"]
+    rows = [list(row) for row in spectrum_rows(trajectory)]
+    media["pictures/spectrum_table"] = wandb.Table(columns=columns, data=rows)
+    for logger in _wandb_loggers(trainer):
+        logger.log_metrics(media, step)
 
 
 class Artist:
-    """A process that draws one trajectory.
+    """A process that draws a copy of a trajectory, which may grow meanwhile.
 
     A command of its own rather than a fork (which would copy a process that holds a GPU) or a spawned worker (which
     would run the reader's script once more).
 
     Args:
-        trajectory: A copy is drawn; the original may grow meanwhile.
+        trajectory: What is drawn.
         whole: Name of the whole selection.
         step: Optimizer step that the pictures belong to.
     """
@@ -158,41 +153,32 @@ class Artist:
     def __init__(self, trajectory: Trajectory, whole: str, step: int) -> None:
         self.trajectory = trajectory.until(trajectory.steps[-1])
         self.step = step
-        self._folder = Path(tempfile.mkdtemp(prefix="pictures-"))
-        file = self._folder / "trajectory.safetensors"
+        self.folder = Path(tempfile.mkdtemp(prefix="pictures-"))
+        file = self.folder / "trajectory.safetensors"
         self.trajectory.save(file)
         command = [sys.executable, "-m", "mini_gpt_pl.figures.trajectory_figures", str(file)]
-        options = ["--whole", whole, "--out", str(self._folder), "--nice", "10"]
+        options = ["--whole", whole, "--out", str(self.folder), "--nice", "10"]
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [*command, *options], env={**os.environ, **paths}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
 
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, one way or the other."""
-        return self._process.poll() is not None
-
-    def wait(self) -> None:
-        """Wait until it has ended."""
-        self._process.wait()
-
     def pictures(self) -> dict[str, bytes]:
-        """Read the PNG files by name; none, and one line that says so, where it failed."""
-        assert self._process.stderr is not None
-        if self._process.returncode != 0:
-            told = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-            rank_zero_info(f"step {self.step}: no pictures: {told[-1] if told else 'the process was ended'}")
-        return {file.stem: file.read_bytes() for file in sorted(self._folder.glob("*.png"))}
+        """Read the PNG files by name once the process has ended; none, and one line that says so, where it failed."""
+        assert self.process.stderr is not None
+        if self.process.returncode != 0:
+            lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+            rank_zero_info(f"step {self.step}: no pictures: {lines[-1] if lines else 'the process was ended'}")
+        return {file.stem: file.read_bytes() for file in sorted(self.folder.glob("*.png"))}
 
     def close(self) -> None:
         """End the process and remove its files."""
-        self._process.kill()
-        self._process.communicate()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.process.kill()
+        self.process.communicate()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def spectrum_rows(trajectory: Trajectory) -> list[Row]:
+def spectrum_rows(trajectory: Trajectory) -> list[tuple[int, float, float, float]]:
     """Shares of the leading components of the whole selection's drift, beside both walks.
 
     Args:
@@ -209,6 +195,4 @@ def spectrum_rows(trajectory: Trajectory) -> list[Row]:
 
 def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
     """The W&B loggers; none on ranks other than zero."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias
@@ -13,11 +13,11 @@ from typing import Any, Generic, TypeAlias
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import TypeVar, override
 
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.observation.steps import Step
 from mini_gpt_pl.runs.logs import log_now, logging_due
 
 
@@ -68,10 +68,11 @@ class Deferred(Generic[Name]):
     def take(self) -> list[tuple[int, dict[Name, float]]]:
         """Move everything to the host at once and forget it."""
         pending, self._pending = self._pending, []
-        if not pending:
-            return []
-        flat = iter(torch.cat([values for _, _, values in pending]).tolist())
-        return [(step, {name: next(flat) for name in names}) for step, names, _ in pending]
+        places = {values.device for *_, values in pending}
+        flat = {
+            at: iter(torch.cat([values for *_, values in pending if values.device == at]).tolist()) for at in places
+        }
+        return [(step, {name: next(flat[values.device]) for name in names}) for step, names, values in pending]
 
 
 class Stopwatch:
@@ -130,6 +131,21 @@ class Probe(Callback):
         self._waits: dict[str, int] = {}
         self._last_step = 0
         self._asked_at = -1
+        self._said: set[str] = set()
+
+    def _once(self, text: str, say: Callable[[str], None] = rank_zero_info) -> None:
+        """Say why a number is missing, or not what it seems, once."""
+        if text not in self._said:
+            self._said.add(text)
+            say(text)
+
+    def _reset(self) -> None:
+        """Forget the fit before this one; called when a fit is set up, before a checkpoint is loaded."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._reset()
 
     def stepped(self, trainer: Trainer) -> bool:
         """Whether the optimizer has stepped since the last call; a micro-batch of an accumulation alone is no step."""
@@ -186,12 +202,27 @@ class DeferringProbe(Probe):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(schedule)
         self._trainer: Trainer | None = None
+        self._deferred: Deferred[Any] = Deferred()
         self._outbox: deque[Row] = deque()
         self._share = 0
 
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._trainer, self._deferred = trainer, Deferred()
+        super().setup(trainer, pl_module, stage)
+
     def _take_rows(self) -> Iterable[Row]:
-        """Move to the host whatever has been measured since the last time: step and metrics."""
-        raise NotImplementedError
+        """Move to the host whatever has been measured since the last time: step and metrics, one row a step."""
+        rows: dict[int, dict[str, float]] = {}
+        for step, numbers in self._deferred.take():
+            rows.setdefault(step, {}).update(numbers)
+        return sorted(rows.items())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._flush()  # a resumed run does not log it again
+        return {}
 
     def _flush(self) -> None:
         """Log whatever has been measured; nothing if there is nothing."""
@@ -228,14 +259,29 @@ class DeferringProbe(Probe):
         self._flush()
 
 
-class StepProbe(DeferringProbe):
-    """A probe that looks at what an optimizer does in a step; the recorder calls it (`TrajectoryRecorder.attach`)."""
+class StateProbe(DeferringProbe):
+    """A probe of the module as it is after the steps of its schedule; 0 is before the first."""
 
-    def before_step(self, step: Step) -> None:
-        """Look at the weights, which have not moved yet, and at their complete, unclipped gradient."""
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        """Keep what the module shows at `trainer.global_step`."""
+        raise NotImplementedError
 
-    def after_step(self, step: Step) -> None:
-        """Look at the weights, which have just moved; `.grad` is still what the step was made of."""
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stepped(trainer)
+        if trainer.global_step == 0 and self.due(0):
+            with self.watch.running():
+                self._measure(trainer, pl_module)
+            self._flush()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.stepped(trainer) and self.due(trainer.global_step):
+            with self.watch.running():
+                self._measure(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 def _on_gpu() -> bool:

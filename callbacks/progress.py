@@ -70,8 +70,6 @@ class LiveNumbers(ProgressBar):
         if self._enabled:
             self._console.print(*args, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------ hooks
-
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
@@ -80,7 +78,13 @@ class LiveNumbers(ProgressBar):
         for line in legend(trainer):
             self._console.print(line, highlight=False, soft_wrap=True)
         if self._console.is_terminal:
-            self._open(trainer)
+            shown = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None, table_column=Column(ratio=1)))
+            self._bar = Progress(*shown, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), expand=True)
+            total = _total_steps(trainer)
+            self._bar.add_task("fit", total=None if math.isinf(total) else total, completed=trainer.global_step)
+            # Drawn by hand: a thread that redraws would take the interpreter from training at its own times.
+            self._live = Live(self._bar, console=self._console, auto_refresh=False)
+            self._live.start()
 
     @override
     def on_train_batch_end(
@@ -96,36 +100,25 @@ class LiveNumbers(ProgressBar):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._read(trainer)
-            self._draw(trainer)
+            self._draw(trainer, read=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and self._live is not None:
-            self._read(trainer)
-            self._draw(trainer)
+            self._draw(trainer, read=True)
         self._close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
-    # ---------------------------------------------------------------------------------------------- drawing
-
-    def _open(self, trainer: Trainer) -> None:
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None, table_column=Column(ratio=1)))
-        self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), expand=True)
-        total = _total_steps(trainer)
-        self._bar.add_task("fit", total=None if math.isinf(total) else total, completed=trainer.global_step)
-        # Drawn by hand: a thread that redraws would take the interpreter from training at its own times.
-        self._live = Live(self._bar, console=self._console, auto_refresh=False)
-        self._live.start()
-
     def _read(self, trainer: Trainer) -> None:
         module = {_short(name): f"{value:.3f}" for name, value in trainer.progress_bar_metrics.items()}
         self._shown = {**module, **columns(trainer)}
 
-    def _draw(self, trainer: Trainer) -> None:
+    def _draw(self, trainer: Trainer, read: bool = False) -> None:
+        if read:
+            self._read(trainer)
         self._drawn = time.monotonic()
         numbers = "  ".join(f"{name} {value}" for name, value in self._shown.items())
         if self._live is None or self._bar is None:
@@ -149,10 +142,9 @@ def _terminal() -> Console:
 
 
 def columns(trainer: Trainer) -> dict[str, str]:
-    """Write the latest values of the metrics that have a column in the terminal, each beside its null.
+    """Write the latest values of the metrics that have a column in the terminal, each beside its null, by header.
 
-    Returns:
-        By header; what has not been measured is left out, and all of it where nothing is recorded.
+    What has not been measured is left out, and all of it where nothing is recorded.
     """
     logged = trainer.callback_metrics
     shown: dict[str, str] = {}

@@ -9,13 +9,7 @@ from mini_gpt_pl.errors import UserError
 
 @dataclass(frozen=True)
 class StepRange:
-    """Every `every` steps from `start` to `stop`, both inclusive.
-
-    Args:
-        start: First step.
-        stop: Last step.
-        every: Distance between steps.
-    """
+    """Every `every` steps from `start` to `stop`, both inclusive."""
 
     start: int
     stop: int

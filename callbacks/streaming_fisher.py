@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from mini_gpt_pl.callbacks.last_gradient import backward_scale, loss_scale
 from mini_gpt_pl.callbacks.nests import first_length
-from mini_gpt_pl.callbacks.probe import Estimate, Row, StepProbe
+from mini_gpt_pl.callbacks.probe import Estimate, Row
+from mini_gpt_pl.callbacks.recorded import StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.curvature import fisher

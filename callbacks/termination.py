@@ -17,16 +17,13 @@ _CONNECTOR = "_signal_connector"
 
 
 class _Message:
-    """What all ranks were told before one batch, on its way to the host.
+    """Whether any rank was to stop before one batch, on its way to the host.
 
-    Args:
-        told: What this rank was told.
-        device: Where the ranks add it up.
-        aside: Stream of a GPU that waits for the sum, so that the training's own stream does not.
+    A stream of the GPU's own, `aside`, waits for the sum over ranks, so that the stream of training does not.
     """
 
-    def __init__(self, told: bool, device: torch.device, aside: torch.cuda.Stream | None) -> None:
-        self._sum = torch.full((), int(told), dtype=torch.int32, device=device)  # kept until it has been copied
+    def __init__(self, stop: bool, device: torch.device, aside: torch.cuda.Stream | None) -> None:
+        self._sum = torch.full((), int(stop), dtype=torch.int32, device=device)  # kept until it has been copied
         self._work = dist.all_reduce(self._sum, async_op=True)
         self._arrived, self._copied = self._sum, None
         if aside is not None:
@@ -37,7 +34,7 @@ class _Message:
                 self._copied = aside.record_event()
 
     def read(self) -> bool:
-        """Whether any rank was told to stop; waits until that is known."""
+        """Wait for the answer."""
         if self._copied is None:
             self._work.wait()
         else:
@@ -59,7 +56,7 @@ class AgreedTermination(Callback):
     def __init__(self, lag: int = 4) -> None:
         super().__init__()
         self.lag = lag
-        self._told = False
+        self._stop = False
         self._sent: deque[_Message] = deque()
 
     @override
@@ -68,25 +65,25 @@ class AgreedTermination(Callback):
         connector: Any = getattr(trainer, _CONNECTOR, None)
         if stage != "fit" or trainer.world_size == 1 or not (hasattr(loop, _ASK) and hasattr(connector, _NOTICE)):
             return
-        self._told = False
+        self._stop = False
         self._sent.clear()
         device = trainer.strategy.root_device
         aside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+        def notice(*_: Any) -> None:
+            self._stop = True
+
         def agree() -> None:
-            self._sent.append(_Message(self._told, device, aside))
+            self._sent.append(_Message(self._stop, device, aside))
             if len(self._sent) > self.lag and self._sent.popleft().read():
                 connector.received_sigterm = True
                 raise SIGTERMException
 
         setattr(loop, _ASK, agree)
-        setattr(connector, _NOTICE, self._be_told)
+        setattr(connector, _NOTICE, notice)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         vars(trainer.fit_loop.epoch_loop).pop(_ASK, None)  # the classes' own methods are back
         if (connector := getattr(trainer, _CONNECTOR, None)) is not None:
             vars(connector).pop(_NOTICE, None)
-
-    def _be_told(self, *_: Any) -> None:
-        self._told = True

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from mini_gpt_pl.callbacks.backbone import backbone_coefficients, live_metrics
 from mini_gpt_pl.callbacks.last_gradient import LastGradient, backward_scale
-from mini_gpt_pl.callbacks.probe import Estimate, Probe, StepProbe
+from mini_gpt_pl.callbacks.probe import Estimate, Probe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
@@ -30,13 +30,16 @@ from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.path.leading import LeadingFiles
 from mini_gpt_pl.geometry.path.rows import IncrementRows, Place, memory_of
 from mini_gpt_pl.geometry.path.sketch import SketchedRows
-from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder, StoredRow
+from mini_gpt_pl.geometry.path.snapshots import SnapshotFolder
 from mini_gpt_pl.geometry.path.trajectory import Rates, Trajectory
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector, role
 from mini_gpt_pl.observation.decay import DecayShadows
 from mini_gpt_pl.observation.steps import Step, StepObserver, require_observable
 from mini_gpt_pl.runs.logs import log_now
 from mini_gpt_pl.runs.record import record_run
+
+if TYPE_CHECKING:
+    from mini_gpt_pl.callbacks.recorded import StepProbe
 
 TRAJECTORY_FILE = "trajectory.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
@@ -49,19 +52,15 @@ EARLIER = "earlier"
 Rows: TypeAlias = IncrementRows | SketchedRows
 
 _T = TypeVar("_T")
-_EARLY = "the recorder is used before Trainer.fit has set it up"
 
 
 class TrajectoryRecorder(Probe):
     r"""Snapshot selected weights on a schedule and keep the trajectory as Gram matrices.
 
-    A snapshot costs one row of inner products. Everything shown live uses snapshots up to now only. Logged per group
-    and for the whole selection, under `backbone/<group>/`: the numbers of `nulls.statistics` (pc1, pc1_unit with rows
-    scaled to unit length, k95, drift ||x||, cos_theta0 = cos(v_b, theta_0), persistence, autocorrelation of updates,
-    pc1_corrected with the decay of theta_0 taken out, ...), most of them also as `<name>_null`, what a
-    decaying walk with the same step lengths gives, and `<name>_excess`; coordinate a, residual ||r||, fraction
-    a^2/||x||^2; and `alignment/<group>/update`, the cosine of the latest increment with the backbone of the snapshots
-    before it, with `_null` and `_excess` too.
+    A snapshot costs one row of inner products. Everything that is logged uses snapshots up to now only: under
+    `backbone/<group>/`, for each group and for the whole selection, the numbers of `nulls.statistics`, most of them
+    also as `<name>_null`, what a decaying walk with the same step lengths gives, and `<name>_excess`; and under
+    `alignment/<group>/`, update, the cosine of the latest increment with the backbone of the snapshots before it.
 
     Args:
         pattern: Which weights, searched in their names; a group `(?P<group>...)` in it cuts them into blocks.
@@ -81,7 +80,6 @@ class TrajectoryRecorder(Probe):
             place of the rows. Inner products are then estimates, a cosine's error being 1/sqrt(sketch); gradients meet
             directions that are kept beside it (`backbone/<name>/kept` says how well). Such a run can be resumed, not
             replayed, and not reheated against its own basis. `dtype` plays no part.
-
         overwrite: Whether a run that begins anew may replace what another has recorded in the folder. One that goes on
             with other weights, or without a state of this callback, moves the old path into `earlier/` and begins
             another. With Lightning's `fast_dev_run` nothing is written there.
@@ -129,6 +127,11 @@ class TrajectoryRecorder(Probe):
         self.sketch = sketch
         self.overwrite = overwrite
         self._scratch: TemporaryDirectory[str] | None = None
+        self._side: ThreadPoolExecutor | None = None
+        self._reset()
+
+    @override
+    def _reset(self) -> None:
         self.trajectory: Trajectory | None = None
         self._rows: Rows | None = None
         self._leading: LeadingFiles | None = None
@@ -144,9 +147,7 @@ class TrajectoryRecorder(Probe):
         self._decay: DecayShadows | None = None
         self._left: list[list[float]] = []  # per snapshot, the share of each weight that decay alone has left
         self._squares: list[list[float]] = []  # and its squared length in the row, once the weights do not decay alike
-        self._said: set[str] = set()
         self._trainer: Trainer | None = None
-        self._side: ThreadPoolExecutor | None = None
         self._coming: tuple[int, Future[dict[str, float]]] | None = None
 
     @property
@@ -157,20 +158,27 @@ class TrajectoryRecorder(Probe):
     @property
     def selection(self) -> ParameterSelection:
         """The recorded weights and their order; known from `on_fit_start` on."""
-        return self._basis.selection
+        return _need(self._rows).selection
 
     @property
-    def _basis(self) -> Rows:
-        if self._rows is None:
-            raise RuntimeError(_EARLY)
-        return self._rows
+    def labels(self) -> tuple[str, ...]:
+        """Names of the groups, then of the whole selection."""
+        return (*self.selection.groups, self.name)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Number of values in each group, then in the whole selection."""
+        return (*self.selection.dims, self.selection.dim)
 
     @property
     def gradient(self) -> LastGradient:
         """The recorded weights' gradient, shared by the probes that look at it; known from `on_fit_start` on."""
-        if self._gradient is None:
-            raise RuntimeError(_EARLY)
-        return self._gradient
+        return _need(self._gradient)
+
+    @property
+    def steps(self) -> StepObserver:
+        """What sees the steps; known from `on_train_start` on, where the recorder comes before all other callbacks."""
+        return _need(self._steps)
 
     def axes(self) -> Axes | None:
         """Directions of the snapshots so far, as `BACKBONE`: each group's own, and that of the whole selection.
@@ -197,8 +205,8 @@ class TrajectoryRecorder(Probe):
         if isinstance(self._rows, SketchedRows):
             return Estimate(type(self).__name__, bytes=float(self._rows.bytes(snapshots)), passes=0.0)
         size = 4 if self.dtype is None else self.dtype.itemsize
-        found = memory_of(self.keep_on, snapshots, dim, size, self.write_snapshots, self.max_pending)
-        return Estimate(type(self).__name__, bytes=found.device, passes=0.0, host=found.host, disk=found.disk)
+        memory = memory_of(self.keep_on, snapshots, dim, size, self.write_snapshots, self.max_pending)
+        return Estimate(type(self).__name__, bytes=memory.device, passes=0.0, host=memory.host, disk=memory.disk)
 
     @property
     def decayed(self) -> float | tuple[float, ...]:
@@ -211,13 +219,6 @@ class TrajectoryRecorder(Probe):
         self.steps.watchers.append(probe)
         self._probes.append(probe)
 
-    @property
-    def steps(self) -> StepObserver:
-        """What sees the steps; known from `on_train_start` on, where the recorder comes before all other callbacks."""
-        if self._steps is None:
-            raise RuntimeError(_EARLY)
-        return self._steps
-
     def direction(self, coefficients: Float[Tensor, "G n"]) -> Vector:
         """Materialise a direction over the basis (theta_0, d_1, ...), one set of coefficients per group.
 
@@ -227,28 +228,33 @@ class TrajectoryRecorder(Probe):
 
     def directions(self, coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "K D"]:
         """Materialise several directions in one pass over the rows, each as `direction` has it."""
-        return self._basis.combine_all(coefficients).to(self._device)
+        return _need(self._rows).combine_all(coefficients).to(self._device)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-                raise UserError(
-                    f"TrajectoryRecorder: {type(trainer.strategy).__name__} steps flat copies of the weights, which "
-                    "are not recorded: share the weights by FSDP2 (ModelParallelStrategy), or use DDP"
-                )
-            self.trajectory, self._rows, self._folder, self._leading = None, None, None, None
-            self._axes, self._restored, self._coming = None, None, None
-            self._trainer, self._steps, self._probes = trainer, None, []
-            self._require_own_folder(trainer)
-            # First of all, so that at train end it sees the trained weights, not those that an averaging callback puts
-            # in their place. A new list: Lightning is walking through the old one.
-            everyone: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            trainer.callbacks = sorted(  # type: ignore[attr-defined]
-                everyone, key=lambda callback: not isinstance(callback, TrajectoryRecorder)
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise UserError(
+                f"TrajectoryRecorder: {type(trainer.strategy).__name__} steps flat copies of the weights, which "
+                "are not recorded: share the weights by FSDP2 (ModelParallelStrategy), or use DDP"
             )
+        self._trainer, root = trainer, self._root(trainer)
+        everyone: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in everyone:
+            if isinstance(other, TrajectoryRecorder) and other is not self and other._root(trainer) == root:
+                raise UserError(
+                    f"TrajectoryRecorder: {self.name!r} and {other.name!r} would write to one folder: let one pattern, "
+                    "with a group for each, select both, or give one of them a dirpath"
+                )
+        # First of all, so that at train end it sees the trained weights, not those that an averaging callback puts in
+        # their place. A new list: Lightning is walking through the old one.
+        trainer.callbacks = sorted(  # type: ignore[attr-defined]
+            everyone, key=lambda callback: not isinstance(callback, TrajectoryRecorder)
+        )
 
     def _root(self, trainer: Trainer) -> Path:
         root = Path(self.dirpath or trainer.default_root_dir)
@@ -291,15 +297,6 @@ class TrajectoryRecorder(Probe):
         for path in there:
             path.rename(place / path.name)
         self._say(f"the path that {root} holds is not one that this run goes on with: it is kept in {place}")
-
-    def _require_own_folder(self, trainer: Trainer) -> None:
-        mine = self._root(trainer)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, TrajectoryRecorder) and other is not self and other._root(trainer) == mine:
-                raise UserError(
-                    f"TrajectoryRecorder: {self.name!r} and {other.name!r} would write to one folder: let one pattern, "
-                    "with a group for each, select both, or give one of them a dirpath"
-                )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -415,10 +412,10 @@ class TrajectoryRecorder(Probe):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        taken, now = _need(self.trajectory).steps, self.steps.number
+        recorded, now = _need(self.trajectory).steps, self.steps.number
         if self.steps.replaced:
             self._say("other weights are in place of the trained ones (averages?): the end of the path is not recorded")
-        elif not taken or now > taken[-1]:
+        elif not recorded or now > recorded[-1]:
             self._record(now)
         self.gradient.forget()
         self._close()
@@ -435,10 +432,7 @@ class TrajectoryRecorder(Probe):
             self._scratch = None
 
     def _say(self, text: str) -> None:
-        """Give a reason why a number is missing or not what it seems, once."""
-        if text not in self._said:
-            self._said.add(text)
-            rank_zero_warn(f"TrajectoryRecorder: {text}")
+        self._once(f"TrajectoryRecorder: {text}", rank_zero_warn)
 
     def _close(self) -> None:
         """Log what is still being computed, write what is still to be written, look at no further step."""
@@ -455,7 +449,7 @@ class TrajectoryRecorder(Probe):
     def state_dict(self) -> dict[str, Any]:
         if self.trajectory is None or not len(self.trajectory):  # of a search for a learning rate before training
             return {}
-        self._tell()  # a resumed run does not say it again
+        self._tell()  # a resumed run does not log it again
         if self._folder is not None:
             # A checkpoint must not point at snapshots that are not on disk yet. It is a file itself, so that whoever
             # writes one waits for the disk anyway.
@@ -481,7 +475,7 @@ class TrajectoryRecorder(Probe):
             self._snapshot(_need(self._trainer), step)
 
     def _snapshot(self, trainer: Trainer, step: int) -> None:
-        trajectory, rows = _need(self.trajectory), self._basis
+        trajectory, rows = _need(self.trajectory), _need(self._rows)
         row = rows.increment(rows.selection.weights(trainer.lightning_module))
         products = rows.dots(row).cpu()
         if not torch.isfinite(products).all():
@@ -490,8 +484,18 @@ class TrajectoryRecorder(Probe):
         trajectory.append(step, products)
         self._weigh(trajectory, row)
         self._keep(trainer, step, row)
-        if len(trajectory) > 1:
-            self._describe(trainer, step)
+        if len(trajectory) < 2:
+            return
+        # The numbers are computed beside training, which goes on, and logged once they are there.
+        self._tell()
+        if self._side is None:
+            self._side = ThreadPoolExecutor(1, thread_name_prefix="backbone")
+        copy, kept = Trajectory.from_state(trajectory.state_dict()), dict[str, float]()
+        if isinstance(rows, SketchedRows):  # how well the backbone is kept beside them
+            kept = {f"backbone/{self.name}/kept": rows.kept(backbone_coefficients(trajectory)[1])}
+        self._coming = (step, self._side.submit(lambda: live_metrics(copy, self.name) | kept))
+        if any(getattr(callback, "monitor", None) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._tell()  # a checkpoint of this very step may go by them
 
     def _weigh(self, trajectory: Trajectory, row: Vector) -> None:
         """Put down what decay alone has left, by rate where the weights do not all decay alike."""
@@ -521,38 +525,20 @@ class TrajectoryRecorder(Probe):
         trajectory.rates = Rates(torch.from_numpy(curves[[keys.index(rate) for rate in rates]]), found)
         trajectory.survival = trajectory.rates.survival
 
-    def _describe(self, trainer: Trainer, step: int) -> None:
-        """Compute the numbers of a snapshot beside training, which goes on; they are logged once they are there."""
-        self._tell()
-        if self._side is None:
-            self._side = ThreadPoolExecutor(1, thread_name_prefix="backbone")
-        taken, kept = Trajectory.from_state(_need(self.trajectory).state_dict()), self._kept()
-        self._coming = (step, self._side.submit(lambda: live_metrics(taken, self.name) | kept))
-        if any(getattr(callback, "monitor", None) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            self._tell()  # a checkpoint of this very step may go by them
-
     def _tell(self) -> None:
         """Log the numbers of the last snapshot, once; wait for them."""
         if self._coming is not None and self._trainer is not None:
-            (step, found), self._coming = self._coming, None
-            log_now(self._trainer, found.result(), step)
-
-    def _kept(self) -> dict[str, float]:
-        """How well the backbone is kept beside sketches."""
-        rows, trajectory = self._rows, _need(self.trajectory)
-        if not isinstance(rows, SketchedRows):
-            return {}
-        return {f"backbone/{self.name}/kept": rows.kept(backbone_coefficients(trajectory)[1])}
+            (step, numbers), self._coming = self._coming, None
+            log_now(self._trainer, numbers.result(), step)
 
     def _keep(self, trainer: Trainer, step: int, row: Vector) -> None:
         """Hand a row to the side thread, and the trajectory's file behind it, and keep what later rows need."""
-        folder = _need(self._folder)
+        folder, trajectory = _need(self._folder), _need(self.trajectory)
         waited = folder.waited
         if self.write_snapshots and self._writes:
-            known = _need(self.trajectory).rates is None
-            folder.write(step, row, _need(self.trajectory).survival[-1] if known else math.nan)
+            folder.write(step, row, trajectory.survival[-1] if trajectory.rates is None else math.nan)
         if trainer.is_global_zero:
-            folder.write_trajectory(_need(self._file), _need(self.trajectory))
+            folder.write_trajectory(_need(self._file), trajectory)
         if folder.waited > waited:
             rank_zero_warn(
                 f"step {step}: training waited {folder.waited - waited:.1f} s for the disk of {folder.path}, "
@@ -561,26 +547,24 @@ class TrajectoryRecorder(Probe):
         if self.keep_on == "disk" and trainer.world_size > 1:
             folder.flush()  # ranks that hold copies of the weights read the file of the one that writes
             trainer.strategy.barrier()
-        self._push(row, folder.stored(step) if self.keep_on == "disk" else None)
+        self._push(row, step)
 
-    def _push(self, row: Vector, stored: StoredRow | None) -> None:
-        if stored is None:
-            self._basis.push(row)
+    def _push(self, row: Vector, step: int) -> None:
+        if isinstance(rows := _need(self._rows), SketchedRows):
+            rows.push(row)
         else:
-            assert isinstance(self._rows, IncrementRows), "sketches stay in memory"
-            self._rows.push(row, stored)
+            rows.push(row, _need(self._folder).stored(step) if self.keep_on == "disk" else None)
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of the interrupted run from its snapshot files."""
-        state, rows, folder = _need(self._restored), self._basis, _need(self._folder)
+        state, rows, folder = _need(self._restored), _need(self._rows), _need(self._folder)
         self._restored = None
         trajectory = Trajectory.from_state(state["trajectory"])
         rows.selection.require(trajectory.fingerprint)
         device = torch.device("cpu") if self.keep_on == "cpu" else self.selection.parameters(pl_module)[0].device
         for step in trajectory.steps:
             row = folder.read(step)
-            kept = folder.stored(step) if self.keep_on == "disk" else None
-            self._push(Vector(row.values.to(device), row.selection), kept)
+            self._push(Vector(row.values.to(device), row.selection), step)
         if isinstance(rows, SketchedRows):
             rows.leading.coefficients = state["leading"].clone()
             _need(self._leading).load(trajectory.steps[-1], rows.leading, device)
@@ -611,5 +595,5 @@ def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:
 
 def _need(value: _T | None) -> _T:
     if value is None:
-        raise RuntimeError(_EARLY)
+        raise RuntimeError("the recorder is used before Trainer.fit has set it up")
     return value

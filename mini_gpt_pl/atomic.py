@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -45,6 +48,20 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     """Write a text file in UTF-8 as `replacing` does; line ends are written as they are."""
     write_bytes(path, text.encode("utf-8"), sync=sync)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all; NaN and infinities as null."""
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def finite(content: Any) -> Any:
+    """Copy nested lists and dictionaries with None in place of every number that is not finite."""
+    if isinstance(content, dict):
+        return {key: finite(item) for key, item in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(item) for item in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:

@@ -37,6 +37,7 @@ from mini_gpt_pl.training.optimizers import ClippedCosine
 CONTEXT = 64
 SIZE = GPTSize(n_layer=2, n_head=2, d_model=32, d_ff=64, context=CONTEXT)
 GROUPS = ("blocks.0", "blocks.1")
+LABELS = (*GROUPS, "trunk")
 PEAK, DECAY = 1e-2, 0.1
 SCHEDULE = ClippedCosine(warmup=3, total=12, floor=0.2)
 WEIGHT = ProbeWeight(2.0, 4.0, switch_step=3)
@@ -153,6 +154,16 @@ def same(a: Any, b: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------- spies
 
 
+class Clock:
+    """A clock that only the test's own model, data and probes move, whatever this machine is busy with."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
 class Spy(Callback):
     """Copies what training had in its hands: batches, models, raw gradients and weights, by optimizer step.
 
@@ -235,6 +246,12 @@ def first_direction(rows: Array) -> Array:
     """v_b by SVD, its sign such that the last row's coordinate is positive."""
     v: Array = np.linalg.svd(rows, full_matrices=False)[2][0]
     return v if rows[-1] @ v >= 0 else -v
+
+
+def past_backbone(folder: Path, group: str, step: int) -> Array | None:
+    """The backbone that is known when optimizer step `step` is prepared; None before a second snapshot."""
+    _, basis = read_path(folder, group, until=step - 1)
+    return first_direction(drifts(basis)) if len(basis) > 1 else None
 
 
 def cosine(a: Array, b: Array) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,12 +10,12 @@ from typing_extensions import override
 
 from mini_gpt_pl.arithmetic import fourier
 from mini_gpt_pl.arithmetic.fourier import AXES, Axis
-from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Row
+from mini_gpt_pl.callbacks.probe import Row, StateProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.errors import UserError
 
 
-class FourierProbe(DeferringProbe):
+class FourierProbe(StateProbe):
     """Frequencies of the embedding, of E W_Q' and E W_V' W_O' of each block, and of the head, over the residues.
 
     Logged under `fourier/<axis>/<table>/`: largest, the share of the frequency that has most, with `_null` (its median
@@ -42,50 +41,30 @@ class FourierProbe(DeferringProbe):
     ) -> None:
         super().__init__(schedule)
         self.axes = tuple(axes)
-        self._deferred = Deferred[tuple[Axis, str, int]]()
         self._residues = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         encoder = getattr(pl_module, "encoder", None)
         if not isinstance(encoder, fourier.Encoder):
             raise UserError(f"FourierProbe: {type(pl_module).__name__} has no encoder of residues: leave the probe out")
-        self._trainer, self._deferred = trainer, Deferred()
         self._residues = encoder.embedding.num_embeddings
         fourier.tables(encoder, _tasks(pl_module))
         for axis in self.axes:
             fourier.residues(self._residues, axis)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.stepped(trainer)
-        if trainer.global_step == 0 and self.due(0):
-            self._measure(pl_module, 0)
-            self._flush()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.stepped(trainer) and self.due(trainer.global_step):
-            self._measure(pl_module, trainer.global_step)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        self._flush()  # a resumed run does not say it again
-        return {}
-
-    def _measure(self, module: LightningModule, step: int) -> None:
-        with self.watch.running(), torch.no_grad():
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        with torch.no_grad():
             encoder = module.encoder
             assert isinstance(encoder, fourier.Encoder)
             for name, table in fourier.tables(encoder, _tasks(module)).items():
                 for axis in self.axes:
                     numbers = fourier.moments(table, axis)
-                    self._deferred.add(step, [(axis, name, k) for k in range(len(numbers))], numbers)
+                    self._deferred.add(trainer.global_step, [(axis, name, k) for k in range(len(numbers))], numbers)
 
     @override
     def _take_rows(self) -> Iterable[Row]:

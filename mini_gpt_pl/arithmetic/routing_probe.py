@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from mini_gpt_pl.arithmetic.routing import chosen_groups, joint_directions
-from mini_gpt_pl.callbacks.attention import asked_query, fixed_batches, query_rows, require_attention
+from mini_gpt_pl.callbacks.attention import fixed_batches, query_rows, require_attention
 from mini_gpt_pl.callbacks.measuring import ShowsItsAttention, measuring
-from mini_gpt_pl.callbacks.probe import Deferred, DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate
+from mini_gpt_pl.callbacks.recorded import RecordedProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry import concentration
 from mini_gpt_pl.geometry.path.surrogates import isotropic
@@ -25,7 +24,7 @@ from mini_gpt_pl.geometry.vectors.free_weights import FreeWeights
 from mini_gpt_pl.geometry.vectors.selection import Vector
 
 
-class RoutingProbe(DeferringProbe):
+class RoutingProbe(RecordedProbe, DeferringProbe):
     r"""Entropy of attention at weights moved by a fixed length along +-v, for directions of the path so far.
 
     The directions v are the first centred principal directions of the chosen groups' path, snapshots up to now, and
@@ -79,9 +78,7 @@ class RoutingProbe(DeferringProbe):
         self.size = size
         self.query = query
         self.seed = seed
-        self._recorder: TrajectoryRecorder | None = None
         self._batches: dict[str, Any] = {}
-        self._deferred = Deferred()
 
     @override
     def estimate(self, steps: int, dim: int) -> Estimate:
@@ -91,20 +88,19 @@ class RoutingProbe(DeferringProbe):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        require_attention(pl_module, type(self).__name__)
-        self._trainer, self._batches, self._deferred, self._asked_at = trainer, {}, Deferred(), -1
-        self._recorder = find_recorder(trainer, type(self).__name__)
-        if self._recorder.sketch is not None:
+        if stage == "fit":
+            require_attention(pl_module, type(self).__name__)
+            self._asked_at = -1
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.recorder.sketch is not None:
             raise UserError("RoutingProbe: directions cannot be rebuilt from sketches: give the recorder sketch null")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._recorder is not None and self._recorder.trajectory is not None
-        if self._recorder.selection.shards is not None:
+        assert self.recorder.trajectory is not None
+        if self.recorder.selection.shards is not None:
             raise UserError("RoutingProbe: the ranks share the weights (FSDP2): measure on one device or under DDP")
-        chosen_groups(self._recorder.trajectory, self.groups)
+        chosen_groups(self.recorder.trajectory, self.groups)
         self._batches = fixed_batches(trainer, pl_module, self.seed, self.size, type(self).__name__)
 
     @override
@@ -116,11 +112,6 @@ class RoutingProbe(DeferringProbe):
         self._measure_if_due(trainer, pl_module)
         super().on_train_end(trainer, pl_module)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        self._flush()  # a resumed run does not say it again
-        return {}
-
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
         if not self.due_once(step):
@@ -131,7 +122,7 @@ class RoutingProbe(DeferringProbe):
             self._deferred.add(step, list(metrics), torch.stack(list(metrics.values())))
 
     def _measure(self, module: LightningModule, step: int) -> dict[str, Tensor]:
-        free = FreeWeights(module, self._known.selection, torch.float32)
+        free = FreeWeights(module, self.recorder.selection, torch.float32)
         at = free.value(lambda: self._entropies(module))
         theta = free.weights
         still = at(theta.values)
@@ -146,7 +137,7 @@ class RoutingProbe(DeferringProbe):
 
     def _directions(self, theta: Vector) -> dict[str, Vector]:
         """Unit vectors by name: those of the path, once it has any, and the weights' own."""
-        recorder, selection = self._known, self._known.selection
+        recorder, selection = self.recorder, self.recorder.selection
         assert recorder.trajectory is not None
         named: dict[str, Tensor] = {}
         if coefficients := joint_directions(recorder.trajectory, self.groups, self.directions):
@@ -170,18 +161,9 @@ class RoutingProbe(DeferringProbe):
         assert isinstance(module, ShowsItsAttention)
         entropies = []
         for batch in self._batches.values():
-            rows = [query_rows(weights, asked_query(module, self.query)) for weights in module.attention(batch)]
+            rows = [query_rows(weights, module, self.query) for weights in module.attention(batch)]
             entropies.append(torch.stack([concentration.entropy(row).double().mean() for row in rows]))
         return torch.stack(entropies).mean(0)
-
-    @property
-    def _known(self) -> TrajectoryRecorder:
-        assert self._recorder is not None, "the probe is used before Trainer.fit has set it up"
-        return self._recorder
-
-    @override
-    def _take_rows(self) -> Iterable[Row]:
-        return self._deferred.take()
 
 
 def _named(prefix: str, odd: Float[Tensor, "N L"], even: Float[Tensor, "N L"]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from conftest import one_line_error
 from helpers import (
     DECAY,
-    GROUPS,
+    LABELS,
     PEAK,
     SCHEDULE,
     Spy,
@@ -26,6 +26,7 @@ from helpers import (
     first_direction,
     flat,
     metrics,
+    past_backbone,
     quiet_trainer,
     read_path,
     recorder,
@@ -43,7 +44,6 @@ from mini_gpt_pl.geometry.optimizer.predictions import averaging
 from mini_gpt_pl.geometry.vectors.alignment import noise_floor
 from mini_gpt_pl.training.optimizers import SGDW
 
-LABELS = (*GROUPS, "trunk")
 STEPS, INTERVAL, CLIP = 9, 3, 0.5
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 
@@ -91,11 +91,6 @@ class Recorded:
     def weights(self, step: int, group: str) -> Array:
         return flat(self.spy.weights[step], group)
 
-    def past(self, group: str, step: int) -> Array | None:
-        """The backbone that is known when a step is prepared."""
-        _, basis = read_path(self.folder, group, until=step - 1)
-        return first_direction(drifts(basis)) if len(basis) > 1 else None
-
     def moments(self, step: int, group: str, beta2: float = BETA2) -> tuple[Array, Array]:
         """m_hat and v_hat by eqs. 13 and 14."""
         m = v = np.zeros_like(self.weights(0, group))
@@ -121,7 +116,7 @@ def _run() -> Recorded:
 def test_each_rung_beside_the_backbone_of_the_past(label: str) -> None:
     run = _run()
     for step in range(1, STEPS + 1):
-        row, direction = run.rows[step], run.past(label, step)
+        row, direction = run.rows[step], past_backbone(run.folder, label, step)
         if direction is None:
             assert step <= INTERVAL and f"anatomy/{label}/cos_update" not in row
             continue
@@ -148,7 +143,7 @@ def test_the_formula_explains_the_update_although_the_rate_changes() -> None:
 def test_other_beta2_from_the_same_gradients(label: str) -> None:
     run = _run()
     for step in range(INTERVAL + 1, STEPS + 1):
-        row, direction = run.rows[step], run.past(label, step)
+        row, direction = run.rows[step], past_backbone(run.folder, label, step)
         assert direction is not None
         m, v = run.moments(step, label, 0.5)
         u = -m / (np.sqrt(v) + EPS)
@@ -214,7 +209,7 @@ def row_fraction(run: Recorded, step: int) -> float:
 def test_the_split_of_an_interval(label: str) -> None:
     run = _run()
     for end in range(2 * INTERVAL, STEPS + 1, INTERVAL):
-        row, direction = run.rows[end], run.past(label, end)
+        row, direction = run.rows[end], past_backbone(run.folder, label, end)
         assert direction is not None
         parts = {name: np.zeros_like(direction) for name in ("gradient", "decay", "clipping")}
         raw = np.zeros_like(direction)

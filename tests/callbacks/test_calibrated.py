@@ -16,12 +16,13 @@ from conftest import SMALL, normal, one_line_error
 from helpers import (
     DECAY,
     GROUPS,
+    LABELS,
     Spy,
     checkpoints,
     cosine,
-    first_direction,
     flat,
     metrics,
+    past_backbone,
     quiet_trainer,
     read_path,
     recorder,
@@ -39,7 +40,6 @@ from mini_gpt_pl.geometry.vectors.alignment import cosines
 from mini_gpt_pl.geometry.vectors.selection import Vector
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "write-a-probe.md"
-LABELS = (*GROUPS, "trunk")
 
 
 @cache
@@ -172,8 +172,8 @@ def test_an_updates_null_has_its_length_and_the_pull_of_decay() -> None:
     folder, spy = run()
     rows = metrics(folder)
     for step in (4, 6):
-        _, basis = read_path(folder, "trunk", until=step - 1)
-        backbone = first_direction(np.cumsum(basis[1:], axis=0))
+        backbone = past_backbone(folder, "trunk", step)
+        assert backbone is not None
         before, after = (flat(spy.weights[s], "trunk") for s in (step - 1, step))
         update, row = after - before, rows[step]
         assert row["update_alignment/trunk/cosine"] == pytest.approx(cosine(update, backbone), abs=1e-5)
@@ -210,8 +210,8 @@ def test_a_null_on_paper_replaces_the_draws() -> None:
     row = metrics(folder)[6]
     assert row["along/trunk/cosine_null"] == 0.25
     assert "along/trunk/cosine_null_sd" not in row
-    _, basis = read_path(folder, "trunk", until=5)
-    backbone = first_direction(np.cumsum(basis[1:], axis=0))
+    backbone = past_backbone(folder, "trunk", 6)
+    assert backbone is not None
     assert row["along/trunk/cosine"] == pytest.approx(cosine(flat(spy.gradients[6], "trunk"), backbone), abs=1e-6)
 
 

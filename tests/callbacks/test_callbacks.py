@@ -17,7 +17,7 @@ import torch
 from conftest import one_line_error
 from helpers import (
     DECAY,
-    GROUPS,
+    LABELS,
     PEAK,
     SCHEDULE,
     SIZE,
@@ -31,6 +31,7 @@ from helpers import (
     flat,
     metrics,
     part_losses,
+    past_backbone,
     probes,
     quiet_trainer,
     read_path,
@@ -49,7 +50,6 @@ from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.gpt import TRUNK_PATTERN, GPTSize
 
-LABELS = (*GROUPS, "trunk")
 UNEVEN = Schedule(every=4, ranges=[StepRange(5, 9, 2)], doubling_until=2)
 STEPS = [0, 1, 2, 4, 5, 7, 8, 9, 11]  # the last one although the schedule does not name it
 
@@ -64,12 +64,8 @@ class Recorded:
     rows: dict[int, dict[str, float]]
 
 
-def _run(accumulate: int = 1) -> Recorded:
-    return _recorded(accumulate)
-
-
 @cache
-def _recorded(accumulate: int) -> Recorded:
+def _run(accumulate: int) -> Recorded:
     folder = Path(cache_dir()) / f"recorded-{accumulate}"
     follow, spy = TrajectoryRecorder(TRUNK_PATTERN, UNEVEN), Spy()
     callbacks = [spy, follow, GradientAlignment(Schedule(every=1), Schedule(every=3))]
@@ -77,12 +73,6 @@ def _recorded(accumulate: int) -> Recorded:
     trainer.fit(tiny_gpt(), datamodule=tiny_stories())
     assert follow.trajectory is not None
     return Recorded(folder, follow.trajectory, spy, metrics(folder))
-
-
-def _past(run: Recorded, group: str, step: int) -> np.ndarray[Any, Any] | None:
-    """The backbone that is known when optimizer step `step` is prepared."""
-    _, basis = read_path(run.folder, group, until=step - 1)
-    return first_direction(drifts(basis)) if len(basis) > 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------- recorder
@@ -97,7 +87,7 @@ def test_steps_follow_the_schedule(accumulate: int) -> None:
 
 
 def test_the_first_snapshot_is_the_initialisation() -> None:
-    first = load_file(_run().folder / "snapshots/step_000000000.safetensors")
+    first = load_file(_run(1).folder / "snapshots/step_000000000.safetensors")
     state = tiny_gpt().state_dict()
     assert same(first, {name: state[name] for name in first})
     assert len(first) == 8
@@ -105,7 +95,7 @@ def test_the_first_snapshot_is_the_initialisation() -> None:
 
 @pytest.mark.parametrize("group", LABELS)
 def test_files_rebuild_the_weights(group: str) -> None:
-    run = _run()
+    run = _run(1)
     steps, basis = read_path(run.folder, group)
     for step, weights in zip(steps, np.cumsum(basis, axis=0), strict=True):
         np.testing.assert_allclose(weights, flat(run.spy.weights[step], group), atol=1e-7)
@@ -113,7 +103,7 @@ def test_files_rebuild_the_weights(group: str) -> None:
 
 @pytest.mark.parametrize("group", LABELS)
 def test_gram_equals_brute_force(group: str) -> None:
-    run = _run()
+    run = _run(1)
     basis = read_path(run.folder, group)[1]
     gram = run.trajectory.gram(None if group == "trunk" else group).numpy()
     np.testing.assert_allclose(gram, basis @ basis.T, rtol=1e-12, atol=1e-13)
@@ -121,7 +111,7 @@ def test_gram_equals_brute_force(group: str) -> None:
 
 def test_survival_is_what_decay_alone_would_leave() -> None:
     left = [math.prod(1 - PEAK * SCHEDULE(t) * DECAY for t in range(1, step + 1)) for step in STEPS]
-    assert _run().trajectory.survival == pytest.approx(left, rel=1e-12)
+    assert _run(1).trajectory.survival == pytest.approx(left, rel=1e-12)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -228,7 +218,7 @@ def test_everything_is_on_disk_after_an_exception(tmp_path: Path, monkeypatch: p
 
 
 def test_a_run_gives_its_trajectory_from_its_snapshots(tmp_path: Path) -> None:
-    run = _run()
+    run = _run(1)
     found = Run(run.folder).rebuild_trajectory()
     assert found.survival == run.trajectory.survival and found.fingerprint == run.trajectory.fingerprint
     torch.testing.assert_close(found.grams, run.trajectory.grams, rtol=1e-12, atol=1e-12)
@@ -402,7 +392,7 @@ def test_the_combined_gradient_is_the_accumulated_unclipped_one(group: str, accu
     run = _run(accumulate)
     total = 0.0
     for step, row in run.rows.items():
-        v = _past(run, group, step)
+        v = past_backbone(run.folder, group, step)
         if v is None:
             assert not any(key.startswith(f"alignment/{group}/") for key in row)
             continue
@@ -435,7 +425,7 @@ def test_split_gradients_are_those_of_the_first_micro_batch(group: str, accumula
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, weights, retain_graph=True)
                 vectors[part] = flat(dict(zip(names, grads, strict=True)), group)
-        v = _past(run, group, step)
+        v = past_backbone(run.folder, group, step)
         assert v is not None
         expected = {part: cosine(g, v) for part, g in vectors.items()}
         expected |= {f"{part}_z": abs(c) / math.sqrt(2 / (math.pi * len(v))) for part, c in expected.items()}
@@ -464,7 +454,7 @@ def test_numbers_wait_for_the_trainer_to_log_and_keep_their_steps(tmp_path: Path
     trainer = quiet_trainer(tmp_path, callbacks, max_steps=11, log_every_n_steps=3)
     trainer.fit(tiny_gpt(), datamodule=tiny_stories())
     here = metrics(tmp_path)
-    for step, row in _run().rows.items():
+    for step, row in _run(1).rows.items():
         expected = {name: value for name, value in row.items() if not name.startswith("train/")}
         assert {name: value for name, value in here[step].items() if not name.startswith("train/")} == expected
         assert ("train/loss" in here[step]) == (step % 3 == 0 or step == 1)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from helpers import Clock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,16 +22,6 @@ from mini_gpt_pl.runs.logs import MetricsCSV
 
 STEP, PROBE = 0.004, 0.004
 QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
-
-
-class Clock:
-    """A clock that the test's own model and probe move, whatever this machine is busy with."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
 
 
 CLOCK = Clock()

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from helpers import Clock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
@@ -18,16 +19,6 @@ from mini_gpt_pl.callbacks import DataWait
 from mini_gpt_pl.runs.logs import MetricsCSV
 
 STEP, FETCH, EVALUATION = 0.03, 0.01, 5.0
-
-
-class Clock:
-    """A clock that only the test's own data, model and evaluation move."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
 
 
 CLOCK = Clock()
@@ -86,7 +77,8 @@ def fit(folder: Path, *more: Callback, profiler: Any = None) -> Trainer:
 
 @pytest.fixture(autouse=True)
 def _virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mini_gpt_pl.callbacks.data_wait.time", CLOCK)
+    for module in ("cost", "data_wait"):
+        monkeypatch.setattr(f"mini_gpt_pl.callbacks.{module}.time", CLOCK)
 
 
 def test_share_of_fetches_without_evaluations(tmp_path: Path) -> None:

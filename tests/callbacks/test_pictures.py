@@ -201,11 +201,11 @@ def test_an_artist_that_fails_says_so_and_leaves_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr("mini_gpt_pl.callbacks.pictures.rank_zero_info", told.append)
     monkeypatch.setattr("sys.executable", "/bin/false")
     artist = Artist(trajectory, "trunk", 7)
-    artist.wait()
-    assert artist.done and artist.pictures() == {}
+    artist.process.wait()
+    assert artist.pictures() == {}
     assert len(told) == 1 and told[0].startswith("step 7: no pictures")
     artist.close()
-    assert not artist._folder.exists()
+    assert not artist.folder.exists()
 
 
 def test_an_interrupted_run_ends_its_artist(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_an_interrupted_run_ends_its_artist(tmp_path: Path) -> None:
     pictures = GeometryPictures()
     pictures._artist = artist = Artist(trajectory, "trunk", 7)
     pictures.on_exception(quiet_trainer(tmp_path), LightningModule(), KeyboardInterrupt())
-    assert artist.done and not artist._folder.exists()
+    assert artist.process.poll() is not None and not artist.folder.exists()
 
 
 def test_training_is_bit_for_bit_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from wandb.proto import wandb_internal_pb2
 
 from mini_gpt_pl.callbacks import WandbSegments
-from mini_gpt_pl.callbacks.wandb_artifacts import TYPE, basis_tensors, use_parent
+from mini_gpt_pl.callbacks.wandb_run import TYPE, basis_tensors, use_parent
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.runs.logs import MetricsCSV, log_now

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SMALL, bent_path, normal, one_line_error, record
 from helpers import (
-    GROUPS,
+    LABELS,
     WEIGHT,
     Array,
     Spy,
@@ -52,7 +52,6 @@ from mini_gpt_pl.stories.data.datamodule import Batch
 from mini_gpt_pl.stories.gpt import GPTSize
 
 M = 7
-LABELS = (*GROUPS, "trunk")
 
 
 def _spans(selection: ParameterSelection) -> list[slice]:

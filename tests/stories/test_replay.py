@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import SMALL, basis_of, bent_path, normal, one_line_error
-from helpers import GROUPS, Array, drifts, first_direction, flat, part_losses, read_path
+from helpers import Array, drifts, first_direction, flat, part_losses, read_path
 from torch import Tensor
 
 from mini_gpt_pl import main as cli
@@ -57,7 +57,6 @@ trainer:
 SERIES = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.1, 10: 0.2}
 SETTINGS = Settings(batches=5, fisher_batches=7)
 FEW = ("--batches", "5", "--fisher_batches", "7", "--accelerator", "cpu")
-LABELS = (*GROUPS, "trunk")
 CLOSE: dict[str, Any] = {"rel": 2e-4, "abs": 1e-7}
 
 

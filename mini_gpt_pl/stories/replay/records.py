@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mini_gpt_pl.atomic import write_text
+from mini_gpt_pl.atomic import finite, write_text
 from mini_gpt_pl.errors import UserError
 
 TABLE = "replay.csv"
@@ -85,7 +85,7 @@ class Records:
 
     def write(self, record: Record) -> None:
         """Write a record, NaN as null, so that a reader sees all of it or nothing."""
-        _write(self.file(record["step"]), json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+        _write(self.file(record["step"]), json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
 
     def write_table(self, lines: Iterable[tuple[Any, ...]], heads: Iterable[str]) -> None:
         """Write numbers as a CSV file."""
@@ -101,14 +101,6 @@ def _write(file: Path, text: str) -> None:
         write_text(file, text)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}): choose another folder with --out") from None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------------------------- table of a replay
@@ -149,7 +141,7 @@ def lines(records: dict[int, Record]) -> Iterator[Line]:
         for label, (value, spread) in record["bias"].items():
             yield Line(step, "bias", label, value, spread, 0.0)
             sums[label] = sums.get(label, 0.0) + (math.nan if value is None else value)
-            yield Line(step, "bias_sum_of_replayed", label, _finite(sums[label]), None, 0.0)
+            yield Line(step, "bias_sum_of_replayed", label, finite(sums[label]), None, 0.0)
         for label, (value, spread) in record["interference"].items():
             yield Line(step, "interference", label, value, spread, 0.0)
         for label, shown in record["fisher"].items():
