@@ -16,9 +16,9 @@ from mini_gpt_pl.callbacks.fixed_gradients import FixedGradients, Kind, count_of
 from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, Mode, NamesItsLosses, SamplesItsLabels, evaluating
 from mini_gpt_pl.callbacks.nests import digest_of, filled, first_length, map_tensors, packed, unpacked
 from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.recorded import RecordedProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
 from mini_gpt_pl.callbacks.state_keys import state_key
-from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import fisher
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes, Axis, RandomDirections, path_coefficients
@@ -30,7 +30,7 @@ from mini_gpt_pl.geometry.vectors.selection import ParameterSelection
 Rule = Callable[[Trajectory], Float[Tensor, "G1 n"] | None]
 
 
-class FisherProbe(DeferringProbe):
+class FisherProbe(RecordedProbe, DeferringProbe):
     r"""Rayleigh quotients, anisotropy and leading modes of the Fisher, from M gradients on fixed batches.
 
     The batches are copies of the first M micro-batches that pass, on rank zero, so any module and loader will do and
@@ -107,18 +107,15 @@ class FisherProbe(DeferringProbe):
         self.segments = dict(segments or {})
         self.seed = seed
         self.mode = mode
-        self.sha256 = ""
         self._rules: dict[str, Rule] = {}
         self._reset()
 
+    @override
     def _reset(self) -> None:
         self._fixed: list[Any] = []
         self._saved: list[Any] = []
         self._complete = False
-        self._asked_at = -1
         self._pending: list[tuple[int, Kind, fisher.Survey]] = []
-        self._trainer: Trainer | None = None
-        self._recorder: TrajectoryRecorder | None = None
         self.sha256 = ""
 
     def add_direction(self, name: str, rule: Rule) -> None:
@@ -145,10 +142,9 @@ class FisherProbe(DeferringProbe):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._reset()
-        self._trainer, self._recorder = trainer, find_recorder(trainer, type(self).__name__)
         kind = type(pl_module).__name__
         if set(self.kinds) - {"monte_carlo"} and not isinstance(pl_module, KnowsItsLoss | NamesItsLosses):
             raise UserError(f"FisherProbe: {kind} has no batch_loss(batch), the training loss of one batch: add it")
@@ -159,7 +155,7 @@ class FisherProbe(DeferringProbe):
             )
         for name, ends in self.segments.items():
             for step in ends:
-                if step and not self._recorder.schedule.due(step):
+                if step and not self.recorder.schedule.due(step):
                     raise UserError(f"FisherProbe: segment {name} ends at step {step}, where no snapshot is taken")
 
     @override
@@ -177,9 +173,8 @@ class FisherProbe(DeferringProbe):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._flush()
         fixed = self._saved or [{"nest": packed(batch)} for batch in self._fixed]
-        return {"batches": fixed, "complete": self._complete}
+        return {**super().state_dict(), "batches": fixed, "complete": self._complete}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -225,8 +220,7 @@ class FisherProbe(DeferringProbe):
     # -------------------------------------------------------------------------------------------- measuring
 
     def _measure_if_due(self, trainer: Trainer, module: LightningModule) -> None:
-        assert self._recorder is not None
-        steps = self._recorder.steps
+        steps = self.recorder.steps
         if not self._fixed or not self._complete or not self.due_once(steps.next - 1):
             return
         with self.watch.running():
@@ -235,21 +229,20 @@ class FisherProbe(DeferringProbe):
                 self._pending.append((steps.now, kind, self._survey(trainer, module, kind, axes)))
 
     def _axes(self) -> Axes:
-        assert self._recorder is not None and self._recorder.trajectory is not None
-        trajectory = self._recorder.trajectory
+        trajectory = self.recorder.trajectory
+        assert trajectory is not None
         found = path_coefficients(trajectory, self.segments)
         for name, rule in self._rules.items():
             if (coefficients := rule(trajectory)) is not None:
                 found[name] = coefficients
-        return Axes.along(found, self._recorder.directions, self._recorder.selection)
+        return Axes.along(found, self.recorder.directions, self.recorder.selection)
 
     def _survey(self, trainer: Trainer, module: LightningModule, kind: Kind, axes: Mapping[str, Axis]) -> fisher.Survey:
-        assert self._recorder is not None
         random = None
         if self.random_directions and BACKBONE in axes:
             random = RandomDirections(axes[BACKBONE], self.random_directions, self.seed)
         gradients = FixedGradients(
-            trainer, module, self._recorder.selection, self._fixed, kind, self.samples_per_batch, self.seed, self.mode
+            trainer, module, self.recorder.selection, self._fixed, kind, self.samples_per_batch, self.seed, self.mode
         )
         with evaluating(module, self.mode):  # once for all gradients
             return fisher.survey(gradients, len(gradients), axes, block=self.block, gram=self.spectrum, random=random)
@@ -257,15 +250,13 @@ class FisherProbe(DeferringProbe):
     # ---------------------------------------------------------------------------------------------- logging
 
     def _take_rows(self) -> Iterable[Row]:
-        if self._recorder is None:
-            return
         pending, self._pending = self._pending, []
         for step, kind, device in pending:
             found = device.cpu()
             if not torch.isfinite(found.squares).all():
                 rank_zero_info(f"step {step}: a gradient is not finite, no Fisher is reported")
                 continue
-            yield step, fisher_metrics(found, self._recorder.selection, self._recorder.name, kind, self.eigenvalues)
+            yield step, fisher_metrics(found, self.recorder.selection, self.recorder.name, kind, self.eigenvalues)
 
 
 def fisher_metrics(

@@ -145,6 +145,7 @@ class Probe(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._asked_at = -1
             self._reset()
 
     def stepped(self, trainer: Trainer) -> bool:

@@ -16,7 +16,6 @@ from mini_gpt_pl.callbacks.nests import first_length
 from mini_gpt_pl.callbacks.probe import Estimate, Row
 from mini_gpt_pl.callbacks.recorded import StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.trajectory import TrajectoryRecorder, find_recorder
 from mini_gpt_pl.geometry.curvature import fisher
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
@@ -71,9 +70,8 @@ class StreamingFisher(StepProbe):
         super().__init__(schedule)
         self._reset()
 
+    @override
     def _reset(self) -> None:
-        self._trainer: Trainer | None = None
-        self._recorder: TrajectoryRecorder | None = None
         self._pending: list[_Window] = []
         # The open window: number of snapshots behind its direction, batch sizes, steps.
         self._snapshots, self._sizes, self._measured = 0, (0, 0), -1
@@ -92,15 +90,9 @@ class StreamingFisher(StepProbe):
     # ------------------------------------------------------------------------------------------------ hooks
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._reset()
-            self._trainer, self._recorder = trainer, find_recorder(trainer, type(self).__name__)
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rows = [row.to(pl_module.device) for row in self._rows]
-        self.recorder.attach(self)
+        super().on_train_start(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -146,9 +138,9 @@ class StreamingFisher(StepProbe):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._flush()
-        rows = torch.stack(self._rows).cpu() if self._rows else None
-        return {"rows": rows, "snapshots": self._snapshots, "sizes": list(self._sizes), "measured": self._measured}
+        state, rows = super().state_dict(), torch.stack(self._rows).cpu() if self._rows else None
+        state |= {"rows": rows, "snapshots": self._snapshots, "sizes": list(self._sizes), "measured": self._measured}
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -158,13 +150,6 @@ class StreamingFisher(StepProbe):
         self._sizes = (state_dict["sizes"][0], state_dict["sizes"][1])
 
     # -------------------------------------------------------------------------------------------- measuring
-
-    @property
-    def recorder(self) -> TrajectoryRecorder:
-        """The callback that owns the backbone."""
-        if self._recorder is None:
-            raise RuntimeError("the probe is used before Trainer.fit has set it up")
-        return self._recorder
 
     def _begin(self, trainer: Trainer, batch: Any) -> None:
         """Start an optimizer step: decide whether to look at it, and along which direction."""
@@ -199,18 +184,15 @@ class StreamingFisher(StepProbe):
             self._pending.append(_Window(self._measured, torch.stack(self._rows), self._sizes))
         self._rows = []
 
+    @override
     def _take_rows(self) -> Iterable[Row]:
-        if self._recorder is None:
-            return
         pending, self._pending = self._pending, []
         for window in pending:
             rows = window.rows.cpu()
             rows = rows[torch.isfinite(rows).all(-1).all(-1)]  # fp16 skips steps whose gradients overflow
             if len(rows):
-                yield (
-                    window.step,
-                    streaming_metrics(rows, window.sizes, self._recorder.selection, self._recorder.name),
-                )
+                metrics = streaming_metrics(rows, window.sizes, self.recorder.selection, self.recorder.name)
+                yield window.step, metrics
 
 
 def _squares(

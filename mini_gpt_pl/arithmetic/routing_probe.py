@@ -90,7 +90,6 @@ class RoutingProbe(RecordedProbe, DeferringProbe):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_attention(pl_module, type(self).__name__)
-            self._asked_at = -1
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.recorder.sketch is not None:
             raise UserError("RoutingProbe: directions cannot be rebuilt from sketches: give the recorder sketch null")
