@@ -17,10 +17,9 @@ from typing_extensions import override
 
 from mini_gpt_pl.callbacks.last_gradient import loss_scale
 from mini_gpt_pl.callbacks.measuring import measuring
-from mini_gpt_pl.callbacks.probe import Estimate
+from mini_gpt_pl.callbacks.probe import Estimate, state_key
 from mini_gpt_pl.callbacks.recorded import StepProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import surrogates
 from mini_gpt_pl.geometry.path.trajectory import Trajectory

@@ -24,9 +24,8 @@ from mini_gpt_pl.callbacks.measuring import (
     training_loss,
 )
 from mini_gpt_pl.callbacks.pairs import BatchPairs
-from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row, state_key
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.callbacks.trajectory import SNAPSHOT_FOLDER, TRAJECTORY_FILE, TrajectoryRecorder
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import commutator

@@ -15,10 +15,9 @@ from typing_extensions import override
 from mini_gpt_pl.callbacks.fixed_gradients import FixedGradients, Kind, count_of
 from mini_gpt_pl.callbacks.measuring import KnowsItsLoss, Mode, NamesItsLosses, SamplesItsLabels, evaluating
 from mini_gpt_pl.callbacks.nests import digest_of, filled, first_length, map_tensors, packed, unpacked
-from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row
+from mini_gpt_pl.callbacks.probe import DeferringProbe, Estimate, Row, state_key
 from mini_gpt_pl.callbacks.recorded import RecordedProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import fisher
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes, Axis, RandomDirections, path_coefficients

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from mini_gpt_pl.callbacks.bases import BasisSource
-from mini_gpt_pl.callbacks.state_keys import state_key
+from mini_gpt_pl.callbacks.probe import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.steering import Steering
 from mini_gpt_pl.geometry.optimizer.moments import Settings, rule_of

@@ -16,7 +16,7 @@ from mini_gpt_pl.callbacks.bases import BasisSource, draw_seed
 from mini_gpt_pl.callbacks.commutator import trained
 from mini_gpt_pl.callbacks.measuring import measuring, training_loss
 from mini_gpt_pl.callbacks.pairs import BatchPairs
-from mini_gpt_pl.callbacks.state_keys import state_key
+from mini_gpt_pl.callbacks.probe import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.curvature import commutator
 from mini_gpt_pl.geometry.directions.steering import Steering

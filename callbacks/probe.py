@@ -285,5 +285,15 @@ class StateProbe(DeferringProbe):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
+def state_key(callback: Callback, **settings: Any) -> str:
+    """Name a callback's state in checkpoints by its class and the settings that tell it from others of the class.
+
+    Example:
+        >>> state_key(Callback(), name="trunk")
+        "Callback{'name': 'trunk'}"
+    """
+    return f"{type(callback).__qualname__}{settings!r}"
+
+
 def _on_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()

@@ -17,10 +17,9 @@ from typing_extensions import override
 
 from mini_gpt_pl.atomic import write_json
 from mini_gpt_pl.callbacks.fisher import FisherProbe
-from mini_gpt_pl.callbacks.probe import Estimate
+from mini_gpt_pl.callbacks.probe import Estimate, state_key
 from mini_gpt_pl.callbacks.recorded import RecordedProbe
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import switching
 from mini_gpt_pl.geometry.path.switching import Axes, Event, Interval, Switch, SwitchReport

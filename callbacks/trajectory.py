@@ -22,9 +22,8 @@ from typing_extensions import override
 
 from mini_gpt_pl.callbacks.backbone import backbone_coefficients, live_metrics
 from mini_gpt_pl.callbacks.last_gradient import LastGradient, backward_scale
-from mini_gpt_pl.callbacks.probe import Estimate, Probe
+from mini_gpt_pl.callbacks.probe import Estimate, Probe, state_key
 from mini_gpt_pl.callbacks.schedule import Schedule
-from mini_gpt_pl.callbacks.state_keys import state_key
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.directions.axes import BACKBONE, Axes
 from mini_gpt_pl.geometry.path.leading import LeadingFiles
