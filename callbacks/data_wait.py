@@ -76,5 +76,6 @@ class DataWait(TrainingClock):
 
     def _leave(self) -> None:
         if self._own is not None:
-            profiler, profiler.start, profiler.stop = self._own
+            profiler, start, stop = self._own
+            profiler.start, profiler.stop = start, stop
             self._own = None

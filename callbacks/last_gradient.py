@@ -27,6 +27,8 @@ class LastGradient:
 
     def __init__(self, selection: ParameterSelection) -> None:
         self.selection = selection
+        self._held: Vector | None = None
+        self._vector: Vector | None = None
         self.forget()
 
     def hold(self, module: nn.Module, scale: float) -> None:
@@ -42,8 +44,7 @@ class LastGradient:
 
     def forget(self) -> None:
         """Give the memory back; to be called before each batch and each backward pass."""
-        self._held: Vector | None = None
-        self._vector: Vector | None = None
+        self._held = self._vector = None
         self.lost = False
         """Whether the gradient of the weights that the step began from is no longer at hand."""
         self._scale = 1.0

@@ -243,7 +243,7 @@ class SwitchingProbe(RecordedProbe):
                 for key, value in numbers.items():
                     if not math.isnan(value):
                         collected.setdefault(f"switching/{label}/run_{key}", []).append(value)
-        pairs = {
+        pairs: dict[str, Any] = {
             "cosines": switching.pairwise_cosines(gram, stretches).tolist(),
             "mean": switching.mean_cosine(gram, stretches),
             "control_mean": switching.control_mean_cosine(trajectory, stretches, self.controls),

@@ -51,6 +51,7 @@ EARLIER = "earlier"
 Rows: TypeAlias = IncrementRows | SketchedRows
 
 _T = TypeVar("_T")
+_EARLY = "the recorder is used before Trainer.fit has set it up"
 
 
 class TrajectoryRecorder(Probe):
@@ -157,7 +158,13 @@ class TrajectoryRecorder(Probe):
     @property
     def selection(self) -> ParameterSelection:
         """The recorded weights and their order; known from `on_fit_start` on."""
-        return _need(self._rows).selection
+        return self._basis.selection
+
+    @property
+    def _basis(self) -> Rows:
+        if self._rows is None:
+            raise RuntimeError(_EARLY)
+        return self._rows
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -227,7 +234,7 @@ class TrajectoryRecorder(Probe):
 
     def directions(self, coefficients: Sequence[Float[Tensor, "G n"]]) -> Float[Tensor, "K D"]:
         """Materialise several directions in one pass over the rows, each as `direction` has it."""
-        return _need(self._rows).combine_all(coefficients).to(self._device)
+        return self._basis.combine_all(coefficients).to(self._device)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -474,7 +481,7 @@ class TrajectoryRecorder(Probe):
             self._snapshot(_need(self._trainer), step)
 
     def _snapshot(self, trainer: Trainer, step: int) -> None:
-        trajectory, rows = _need(self.trajectory), _need(self._rows)
+        trajectory, rows = _need(self.trajectory), self._basis
         row = rows.increment(rows.selection.weights(trainer.lightning_module))
         products = rows.dots(row).cpu()
         if not torch.isfinite(products).all():
@@ -549,14 +556,14 @@ class TrajectoryRecorder(Probe):
         self._push(row, step)
 
     def _push(self, row: Vector, step: int) -> None:
-        if isinstance(rows := _need(self._rows), SketchedRows):
+        if isinstance(rows := self._basis, SketchedRows):
             rows.push(row)
         else:
             rows.push(row, _need(self._folder).stored(step) if self.keep_on == "disk" else None)
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the rows of the interrupted run from its snapshot files."""
-        state, rows, folder = _need(self._restored), _need(self._rows), _need(self._folder)
+        state, rows, folder = _need(self._restored), self._basis, _need(self._folder)
         self._restored = None
         trajectory = Trajectory.from_state(state["trajectory"])
         rows.selection.require(trajectory.fingerprint)
@@ -594,5 +601,5 @@ def find_recorder(trainer: Trainer, asking: str) -> TrajectoryRecorder:
 
 def _need(value: _T | None) -> _T:
     if value is None:
-        raise RuntimeError("the recorder is used before Trainer.fit has set it up")
+        raise RuntimeError(_EARLY)
     return value

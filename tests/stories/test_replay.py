@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import SMALL, basis_of, bent_path, normal, one_line_error
-from helpers import Array, drifts, first_direction, flat, part_losses, read_path
+from helpers import LABELS, Array, drifts, first_direction, flat, part_losses, read_path
 from torch import Tensor
 
 from mini_gpt_pl import main as cli
