@@ -236,7 +236,15 @@ class GPT(nn.Module):
         tokens = prompt
         for _ in range(max_new_tokens):
             logits = self(tokens[:, -self.size.context :])[:, -1]  # (B, V)
-            tokens = torch.cat([tokens, _draw(logits, temperature, top_k, generator)], dim=1)
+            if temperature == 0:
+                new = logits.argmax(dim=-1, keepdim=True)
+            else:
+                # topk rather than a threshold: exactly k candidates, also when the k-th has ties.
+                k = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+                best, ids = logits.float().topk(k, dim=-1)
+                choice = torch.multinomial((best / temperature).softmax(dim=-1), num_samples=1, generator=generator)
+                new = ids.gather(-1, choice)
+            tokens = torch.cat([tokens, new], dim=1)
         return tokens
 
 
@@ -244,15 +252,3 @@ def _init_weights(module: nn.Module) -> None:
     """N(0, 0.02^2) for tables and matrices; LayerNorm keeps PyTorch's own gain 1 and bias 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, mean=0.0, std=INIT_STD)
-
-
-def _draw(
-    logits: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> Int[Tensor, "B 1"]:
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    k = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
-    # topk rather than a threshold: exactly k candidates, also when the k-th has ties.
-    best, ids = logits.float().topk(k, dim=-1)
-    choice = torch.multinomial((best / temperature).softmax(dim=-1), num_samples=1, generator=generator)
-    return ids.gather(-1, choice)

@@ -38,7 +38,7 @@ class Scores(NamedTuple):
     hit: Bool[Tensor, "*positions"]
 
 
-# Overwrites logits (N, Vp) with softmax - one-hot, if asked to, and returns losses and hits.
+# Overwrites logits (N, Vp) with softmax - one-hot, if that is wanted, and returns losses and hits.
 Kernel = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
 
 

@@ -81,9 +81,10 @@ class StoryTrainer(Trainer):
         model.load_state_dict(checkpoint["state_dict"])
         parent, offset = Run.of_checkpoint(ckpt_path), int(checkpoint["global_step"])
         if parent is not None and is_reheated(parent) and (factor is not None or probe_weight is None):
-            asked = ("schedule", "--lr") if factor is not None else ("probe weight", "--probe_weight")
-            missing = f"{asked[0]} is not configured: give {asked[1]}"
-            raise UserError(f"reheat: the parent is itself a reheated run, whose {missing}")
+            what, option = ("schedule", "--lr") if factor is not None else ("probe weight", "--probe_weight")
+            raise UserError(
+                f"reheat: the parent is itself a reheated run, whose {what} is not configured: give {option}"
+            )
         frozen = self._frozen_basis(model, ckpt_path, basis, offset)
         start = None if frozen is None else frozen.theta0.selection.weights(model)
         p0 = float("nan") if resume else self._probe_accuracy(model, datamodule)

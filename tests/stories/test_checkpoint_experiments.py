@@ -34,10 +34,9 @@ from mini_gpt_pl.stories.module import ProbedGPT
 from mini_gpt_pl.stories.objective import IGNORE
 from mini_gpt_pl.stories.stored import StoredRun
 from mini_gpt_pl.stories.study.contents import RUN_FIGURES, run_tables
-from mini_gpt_pl.stories.study.switch_noise import Judged, judged, switches_by_noise
 from mini_gpt_pl.stories.study.switch_series import dimensions
 from mini_gpt_pl.stories.study.theory_tables import correlation_times, restoring_force
-from mini_gpt_pl.stories.switches import Rules, events_of
+from mini_gpt_pl.stories.switches import Judged, Rules, events_of, judged, switches_by_noise
 from mini_gpt_pl.training import cli as trainer_cli
 
 TINY = str(Path(cli.__file__).resolve().parents[1] / "tests" / "tiny.yaml")

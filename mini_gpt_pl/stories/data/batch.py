@@ -102,12 +102,5 @@ class Arrived:
         size = self.shape[0] * self.shape[1]
         lm_count, probe_count, tokens, targets, rows = ids.split([1, 1, size, size, len(ids) - 2 - 2 * size])
         offsets, mask = rest.split([len(rest) - size, size])
-        return Batch(
-            tokens=tokens.view(self.shape),
-            targets=targets.view(self.shape),
-            probe_mask=mask.view(torch.bool).view(self.shape),
-            lm_count=lm_count.view(()),
-            probe_count=probe_count.view(()),
-            rows=rows,
-            offsets=offsets.view(torch.int32),
-        )
+        columns = (tokens.view(self.shape), targets.view(self.shape), mask.view(torch.bool).view(self.shape))
+        return Batch(*columns, lm_count.view(()), probe_count.view(()), rows, offsets.view(torch.int32))

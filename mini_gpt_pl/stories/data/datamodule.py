@@ -192,11 +192,9 @@ class ProbedStories(LightningDataModule):
 
     def _build_evaluation(self, stories: TokenizedStories) -> dict[str, FixedExamples]:
         probe, config = self.probe, self.probe.config
-        lm = [
-            probe.lm_example(stories[i], sample_rng(self.seed, Stream.VAL_LM, 0, i))
-            for i in range(min(len(stories), self.val_batches * self.batch_size))
-        ]
-        sets = {"lm": lm}
+        count = min(len(stories), self.val_batches * self.batch_size)
+        rngs = (sample_rng(self.seed, Stream.VAL_LM, 0, i) for i in range(count))
+        sets = {"lm": [probe.lm_example(stories[i], rng) for i, rng in enumerate(rngs)]}
         for name, stream, gaps in (
             ("probe_in", Stream.PROBE_IN, probe.train_gap),
             ("probe_ood", Stream.PROBE_OOD, probe.ood_gap),

@@ -300,10 +300,8 @@ def _encode_sentences(
     keys, queries = [], []
     for word in codewords:
         answer = encoding.encode_ordinary(f" {word}")
-        pairs = [
-            tuple(np.array(encoding.encode_ordinary(half.replace("X", word)), dtype=np.int64) for half in pair)
-            for pair in TEMPLATES
-        ]
+        texts = [[half.replace("X", word) for half in pair] for pair in TEMPLATES]
+        pairs = [[np.array(encoding.encode_ordinary(half), dtype=np.int64) for half in pair] for pair in texts]
         if len(answer) != 1 or any(query[-1] != answer[0] or answer[0] not in key for key, query in pairs):
             raise UserError(f"codeword {word!r} is not one token in key and query; choose another with this tokenizer")
         keys.append([key for key, _ in pairs])

@@ -21,20 +21,11 @@ from mini_gpt_pl.report.subject import Backdrop, Subject
 from mini_gpt_pl.runs.folder import Run, require_reportable
 from mini_gpt_pl.stories.experiments.figures import EXPERIMENT_FIGURES
 from mini_gpt_pl.stories.experiments.tables import experiment_tables
-from mini_gpt_pl.stories.study import (
-    beta2,
-    learning,
-    optimizers,
-    overlays,
-    reheats,
-    replayed,
-    switch_noise,
-    switch_series,
-    switching,
-    theory_tables,
-)
+from mini_gpt_pl.stories.study import beta2, learning, optimizers, overlays, reheats, replayed, switching
 from mini_gpt_pl.stories.study.learning import LOSS, P_IN
 from mini_gpt_pl.stories.study.runs import BOOK, OF_OPTIMIZER, lambda_change, main_run, one_beta2, story_facts
+from mini_gpt_pl.stories.study.switch_series import switch_series
+from mini_gpt_pl.stories.study.theory_tables import theory_tables
 from mini_gpt_pl.stories.study.words import words
 from mini_gpt_pl.stories.switches import P_OOD
 
@@ -56,10 +47,8 @@ def run_tables(run: Run) -> list[Table]:
     if subject.moved and subject.has_metrics:
         of_replay = replayed.tables(subject, beside)
         tables = [table for table in tables if table.name not in {other.name for other in of_replay}] + of_replay
-        tables += switching.tables(subject, beside) + switch_noise.significance(subject)
-        tables += (
-            switch_series.switch_series(subject) + theory_tables.theory_tables(subject) + experiment_tables(subject)
-        )
+        tables += switching.tables(subject, beside) + switching.significance(subject)
+        tables += switch_series(subject) + theory_tables(subject) + experiment_tables(subject)
     return tables + reheats.table([subject])
 
 
@@ -127,7 +116,7 @@ RUN_FIGURES: Mapping[str, Callable[[Run], Figure]] = {
     "learning": learning.figure,
     "signed_bias": replayed.signed_bias_figure,
     "switching": switching.figure,
-    "significance": switch_noise.figure,
+    "significance": switching.significance_figure,
     "logit_lens": replayed.logit_lens_figure,
     "reheating": lambda run: reheats.figure([run]),
     **EXPERIMENT_FIGURES,

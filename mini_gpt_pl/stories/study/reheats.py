@@ -13,19 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.figures.plotting import (
-    BACKBONE,
-    CHANGE,
-    GREY,
-    NULL,
-    PC2,
-    RESIDUAL,
-    SWITCH,
-    WIDTH,
-    legend_below,
-    line,
-    palette,
-)
+from mini_gpt_pl.figures import plotting
+from mini_gpt_pl.figures.plotting import CHANGE, GREY, NULL, WIDTH, legend_below, line, palette
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.comparison import steps_cell
 from mini_gpt_pl.report.families import names
@@ -36,7 +25,7 @@ from mini_gpt_pl.stories.study.runs import reheat_beside
 from mini_gpt_pl.stories.study.words import PublishedColumns, laid_out, numbers, words
 from mini_gpt_pl.stories.switches import P_OOD
 
-_WARM = (RESIDUAL, SWITCH, PC2, BACKBONE, "#7d3c98")
+_WARM = (plotting.RESIDUAL, plotting.SWITCH, plotting.PC2, plotting.BACKBONE, "#7d3c98")
 
 
 def reheated(runs: Sequence[Run]) -> list[tuple[Run, Mapping[str, Any]]]:

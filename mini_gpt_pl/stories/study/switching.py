@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.figures.plotting import BACKBONE, PC2, PROBE, RESIDUAL, SWITCH, WIDTH, legend_below
+from mini_gpt_pl.figures.plotting import BACKBONE, NULL, PC2, PROBE, RESIDUAL, SWITCH, WIDTH, legend_below
 from mini_gpt_pl.geometry.path import nulls
 from mini_gpt_pl.geometry.path import switching as measures
 from mini_gpt_pl.geometry.path.switching import Axes, Interval, SwitchReport
@@ -19,8 +19,9 @@ from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, word
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories.evaluation import binomial_error
 from mini_gpt_pl.stories.study.words import laid_out, words
-from mini_gpt_pl.stories.switches import switches_of
+from mini_gpt_pl.stories.switches import P_OOD, Rules, judged, questions_of, switches_by_noise, switches_of, tier
 
 _FILE = "switching.json"
 
@@ -120,4 +121,55 @@ def figure(run: Run) -> Figure:
     Subject.of(run).mark(top, bottom)
     legend_below(top, 3, drop=8.0)
     legend_below(bottom, 4)
+    return drawn
+
+
+# ------------------------------------------------------------------------------------- beside the evaluation's error
+
+
+def significance(run: Run) -> list[Table]:
+    """Each switch in units of its error, its tier, and how many switches noise alone would make."""
+    switches = judged(run)
+    if not switches:
+        return []
+    rows: list[Row] = [
+        {
+            "peak": number(float(one.switch.peak.step), "{:,.0f}"),
+            "trough": number(float(one.switch.trough.step), "{:,.0f}"),
+            "from": number(one.switch.peak.value),
+            "to": number(one.switch.trough.value),
+            "height": number(one.height, "{:.3f}", one.error, "se"),
+            "/ error": number(one.height / one.error if one.error else math.nan, "{:.1f}"),
+            "tier": word(one.tier),
+            "tier by the last error": word(tier(one.height, one.last_error)),
+        }
+        for one in switches
+    ]
+    count = questions_of(run)
+    mean, spread = switches_by_noise(run.series(P_OOD).tolist(), count, Rules.of(run))
+    return laid_out("switching_significance", rows, count=count, mean=mean, spread=spread, switches=len(switches))
+
+
+def significance_figure(run: Run) -> Figure:
+    """p_ood with its error at every evaluation, and each switch in units of its error.
+
+    Raises:
+        UserError: p_ood has no switch.
+    """
+    switches, series, count = judged(run), run.series(P_OOD), questions_of(run)
+    if not switches:
+        raise UserError(f"p_ood of {run.path} has no switch")
+    drawn = Figure(figsize=(WIDTH, 4.6))
+    top, bottom = drawn.subplots(2, 1, sharex=True)
+    errors = [binomial_error(value, count) for value in series]
+    top.errorbar(series.index.to_numpy(), series.to_numpy(), errors, fmt="-", lw=1, elinewidth=0.8, color=PROBE)
+    top.set(ylabel="$p_{ood}$", title=f"error of {count:,} answers")
+    middles = [(one.switch.peak.step + one.switch.trough.step) / 2 for one in switches]
+    heights = [one.height / one.error if one.error else np.nan for one in switches]
+    bottom.plot(middles, heights, "o", ms=5, color=RESIDUAL)
+    for level, name in ((3, "A"), (2, "B")):
+        bottom.axhline(level, color=NULL, lw=0.9, ls=":")
+        place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        bottom.annotate(name, (1.0, level), xytext=(3, 0), **place)
+    bottom.set(xlabel="step", ylabel="height / error", yscale="log")
     return drawn
