@@ -55,10 +55,15 @@ class ReheatProbe(Callback):
         metric: str = "probe/p_ood",
     ) -> None:
         super().__init__()
-        self.p0, self.parent_best, self.threshold, self.metric = p0, parent_best, threshold, metric
-        self.basis, self._start, self._moments = basis, start, moments
+        self.p0 = p0
+        self.basis = basis
+        self.parent_best = parent_best
+        self.threshold = threshold
+        self.metric = metric
         self.lineage = dict(lineage or {})
         self.summary: dict[str, float] = {}
+        self._start = start
+        self._moments = moments
         self._accuracy: dict[int, float] = {}
         self._first: Placement | None = None
 

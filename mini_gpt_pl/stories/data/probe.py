@@ -218,8 +218,7 @@ class Probe:
         Draws codeword, template, gap and prefix, in this order. Where the story is too short to fill the gap, end
         of text does, and is no target there. The mask covers the answer's one token (``original_mask``: see
         ``ProbeConfig``). A prefix of 2 to max(3, budget / 3) tokens is drawn, budget being what key, gap and query
-        leave; with less than ten left the story becomes an LM example. Gaps are clamped to ``longest_gap``, so
-        this happens only to callers who set other gaps on the object.
+        leave; with less than ten left, for which gaps must exceed ``longest_gap``, the story becomes an LM example.
         """
         word, template, gap = self._draw(rng, self.train_gap)
         key, query = self.keys[word][template], self.queries[word][template]

@@ -161,8 +161,11 @@ class _StorySampler(Sampler[_Key]):
     """One rank's batches, without end, from the micro-batch ``first`` of ``epoch`` on."""
 
     def __init__(self, stories: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self.stories, self.batch_size, self.seed = stories, batch_size, seed
-        self.global_batch, self.offset = batch_size * world_size, batch_size * rank
+        self.stories = stories
+        self.batch_size = batch_size
+        self.global_batch = batch_size * world_size
+        self.offset = batch_size * rank
+        self.seed = seed
         self.epoch = self.first = 0
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 from rich.table import Table
 
 from mini_gpt_pl.command_line import CommandParser
@@ -87,17 +87,10 @@ def main(args: Sequence[str]) -> None:
     if todo:
         replay.prepare()
     records.make(empty=options.overwrite)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("replay", total=len(todo))
-        for step in todo:
-            bar.update(task, description=f"step {step}")
-            start = time.monotonic()
-            records.write(replay.measure(step))
-            bar.advance(task)
-            if not console.is_terminal:
-                console.print(f"step {step}: {time.monotonic() - start:.1f} s", highlight=False)
+    for step in track(todo, "replay", console=console, disable=not console.is_terminal):
+        start = time.monotonic()
+        records.write(replay.measure(step))
+        console.print(f"step {step}: {time.monotonic() - start:.1f} s", highlight=False)
     measured = records.read()  # as they are written
     records.write_table(lines(measured), Line._fields)
     table = Table(title=f"{run.path}: gradients against v_b of the whole run, {run.trunk}", title_justify="left")

@@ -101,13 +101,8 @@ def beta2_beside(run: Run) -> Beside | None:
 
 
 def _short(name: str, of_run: Mapping[str, Any], settings: Mapping[str, Any], *ignored: str) -> Beside:
-    all_settings = words("settings")
-    return Beside(
-        name,
-        tuple(differences(of_run, {**all_settings["paper"], **settings, **all_settings["short"]}, ignored)),
-        SHORT,
-        BOOK,
-    )
+    published = {**words("settings")["paper"], **settings, **words("settings")["short"]}
+    return Beside(name, tuple(differences(of_run, published, ignored)), SHORT, BOOK)
 
 
 def reheat_beside(run: Run, record: Mapping[str, Any]) -> Beside:
