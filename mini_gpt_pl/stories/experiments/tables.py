@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import permutation_test
 
-from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate, word
+from mini_gpt_pl.report.sheet import Cell, Row, Table, number, word
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.evaluation import binomial_error
 from mini_gpt_pl.stories.experiments.records import Records
 from mini_gpt_pl.stories.experiments.relaxation import Answers
+from mini_gpt_pl.stories.study.words import laid_out
 
 REACHED = 0.6
 """Accuracy that recovery is to reach, as published."""
@@ -27,10 +28,10 @@ _DRAWS = 2000
 
 def recovery_tables(run: Run) -> list[Table]:
     """How soon training brings the probe back, from peaks and troughs and from their nulls."""
-    return [table for name in ("recovery", "recovery_original") if (table := _recovery(run, name)) is not None]
+    return [*_recovery(run, "recovery"), *_recovery(run, "recovery_original")]
 
 
-def _recovery(run: Run, name: str) -> Table | None:
+def _recovery(run: Run, name: str) -> list[Table]:
     records = Records(run, name)
     rows: list[Row] = []
     for trial in records.trials.values():
@@ -49,19 +50,7 @@ def _recovery(run: Run, name: str) -> Table | None:
                 "at": number(float(best.step), "{:,.0f}"),
             }
         )
-    if not rows:
-        return None
-    protocol = records.settings["protocol"]
-    notes = [
-        f"A fresh AdamW at the constant rate {protocol['lr']:g}, lambda {protocol['probe_weight']:g}, "
-        f"{protocol['steps']:,} steps; ± is the binomial error of {records.settings['questions']:,} answers.",
-        "Nulls: displaced is the peak moved as far as the trough lies, matrix by matrix, in a random direction; "
-        "initial is weights that nothing was trained on. All starts see the same batches."
-        if name == "recovery"
-        else "As published: LayerNorms are decayed, AdamW's own betas, no null.",
-    ]
-    title = "Recovery of the probe from peaks and troughs" + ("" if name == "recovery" else ", as published")
-    return tabulate(name, title, rows, notes)
+    return laid_out(name, rows, **records.settings)
 
 
 # ---------------------------------------------------------------------------------------------------- depth
@@ -155,15 +144,8 @@ def depth_tables(run: Run) -> list[Table]:
             cells["95 %"] = Cell(f"{_size(low, largest)} to {_size(high, largest)}", None, {"low": low, "high": high})
         cells["trials"] = number(float(len(depth.restored)), "{:.0f}")
         rows.append(cells)
-    protocol = Records(run, "depth").settings["protocol"]
-    notes = [
-        f"p_ood after noise sigma rms(W) N(0, 1) in every matrix W of the trunk and {protocol['steps']:,} steps of "
-        f"training at {protocol['lr']:g}, lambda {protocol['probe_weight']:g}: mean ± standard deviation over trials. "
-        "Sigma 1/2: where it has fallen to half of its value without noise, with a bootstrap over trials; there is "
-        "none where training alone loses half of the checkpoint's accuracy (before).",
-        _peaks_against_troughs(found),
-    ]
-    return [tabulate("depth", "Depth: the noise that the probe survives", rows, notes), *_distances(run, found)]
+    tables = laid_out("depth", rows, [_peaks_against_troughs(found)], **Records(run, "depth").settings)
+    return [*tables, *_distances(run, found)]
 
 
 def _size(sigma: float, largest: float) -> str:
@@ -223,11 +205,7 @@ def _distances(run: Run, found: Sequence[Depth]) -> list[Table]:
                 row["equal stretches"] = number(float(np.mean(controls)), "{:.2f}", float(np.std(controls, ddof=1)))
                 row["rank"] = number(float(np.mean([c < own for c in controls])), "{:.2f}")
             rows.append(row)
-    notes = [
-        "Equal stretches: all others of the path over as many steps, mean ± standard deviation; rank: the share of "
-        "them that is shorter, uniform by chance."
-    ]
-    return [tabulate("depth_distances", "Distances between peaks and troughs", rows, notes)] if rows else []
+    return laid_out("depth_distances", rows)
 
 
 # --------------------------------------------------------------------------------------------------- blocks
@@ -235,10 +213,10 @@ def _distances(run: Run, found: Sequence[Depth]) -> list[Table]:
 
 def blocks_tables(run: Run) -> list[Table]:
     """What the probe loses when one block moves towards the trough, beside moves as long in random directions."""
-    return [table for name in ("blocks", "blocks_original") if (table := _blocks(run, name)) is not None]
+    return [*_blocks(run, "blocks"), *_blocks(run, "blocks_original")]
 
 
-def _blocks(run: Run, name: str) -> Table | None:
+def _blocks(run: Run, name: str) -> list[Table]:
     records = Records(run, name)
     start: dict[float, float] = {}
     moved: dict[tuple[float, float, str], dict[str, float]] = defaultdict(dict)
@@ -253,22 +231,8 @@ def _blocks(run: Run, name: str) -> Table | None:
         for place, values in moved.items()
         if "switch" in values and len(values) > 2
     ]
-    if not rows:
-        return None
-    trained = records.settings["protocol"]["steps"]
-    after = f" after {trained} steps of training" if trained else ""
-    length = (
-        "of the block's way from peak to trough"
-        if name == "blocks"
-        else "times rms(W) along the unit vector away from the trough, as published: a move without power"
-    )
-    notes = [
-        f"p_ood{after} when one block is moved by a share {length}, and by as much in each matrix in random directions "
-        "(mean ± standard deviation of the draws).",
-        "z: the difference over its error, from the draws and the binomial error of both; |z| below 2 is none.",
-    ]
-    title = "One block moved towards the trough" + ("" if name == "blocks" else ", as published")
-    return tabulate(name, title, rows, notes)
+    trained = records.settings["protocol"]["steps"] if rows else 0
+    return laid_out(name, rows, after=f" after {trained} steps of training" if trained else "")
 
 
 def _block_row(

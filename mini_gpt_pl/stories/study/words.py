@@ -36,11 +36,13 @@ def laid_out(table: str, rows: Sequence[Row], more: Sequence[str | None] = (), *
         more: Further footnotes.
         values: To be filled in. A footnote with `when` is left out where that value is missing, empty or false.
     """
+    if not rows:
+        return []
     entry, values = words("tables")[table], {"nulls": NULLS, **values}
     notes = [{"said": note} if isinstance(note, str) else note for note in entry["notes"]]
     shown = [note["said"].format(**values) for note in notes if "when" not in note or values.get(note["when"])]
     title = entry["title"].format(**values)
-    return [tabulate(entry.get("name", table), title, rows, [*shown, *more])] if rows else []
+    return [tabulate(entry.get("name", table), title, rows, [*shown, *more])]
 
 
 @dataclass
