@@ -71,10 +71,10 @@ def trained(folder: Path, begin: Sequence[str]) -> list[str] | None:
 
 
 def _last(folder: Path) -> Path:
-    found = Run(folder).checkpoints
-    if not found:
+    checkpoints = Run(folder).checkpoints
+    if not checkpoints:
         raise UserError(f"{folder} has no checkpoint to go on from: train it with a ModelCheckpoint")
-    return found[max(found)]
+    return checkpoints[max(checkpoints)]
 
 
 def main(args: Sequence[str]) -> None:

@@ -119,7 +119,17 @@ def load_texts(config: CorpusConfig, split: Split, cache_dir: str | None = None)
         texts = _builtin(config, split, cache_dir)
     else:
         texts, column = _own_files(config, split, cache_dir)
-    return _clean(texts, column, config.num_proc)
+    if len(texts) == 0:
+        return datasets.Dataset.from_dict({"text": []})
+    return texts.map(
+        partial(_long_enough, column=column),
+        batched=True,
+        num_proc=_processes(config.num_proc, texts),
+        remove_columns=texts.column_names,
+        features=datasets.Features({"text": datasets.Value("string")}),
+        new_fingerprint=_derived(texts, "clean", column, str(MIN_CHARACTERS)),
+        desc="Dropping short rows",
+    )
 
 
 def require_rows(rows: Sized, minimum: int, what: str) -> None:
@@ -192,20 +202,6 @@ def _encode(table: pa.Table, encoding: tiktoken.Encoding, dtype: np.dtype, threa
     tokens = np.concatenate([tokens for tokens, _ in parts]).astype(dtype)
     column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(tokens))
     return pa.table({"tokens": column})
-
-
-def _clean(texts: datasets.Dataset, column: str, num_proc: int | None) -> datasets.Dataset:
-    if len(texts) == 0:
-        return datasets.Dataset.from_dict({"text": []})
-    return texts.map(
-        partial(_long_enough, column=column),
-        batched=True,
-        num_proc=_processes(num_proc, texts),
-        remove_columns=texts.column_names,
-        features=datasets.Features({"text": datasets.Value("string")}),
-        new_fingerprint=_derived(texts, "clean", column, str(MIN_CHARACTERS)),
-        desc="Dropping short rows",
-    )
 
 
 def _long_enough(batch: dict[str, list[str | None]], column: str) -> dict[str, list[str]]:

@@ -111,13 +111,6 @@ def story_encoder(encoding: tiktoken.Encoding) -> StoryEncoder:
 
 
 def _from_ranks(path: Path) -> tiktoken.Encoding:
-    ranks = _read_ranks(path)
-    return tiktoken.Encoding(
-        name=path.stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-    )
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
     # A damaged table would make tiktoken panic, or silently encode to other ids: look at every line.
     try:
         lines = path.read_bytes().splitlines()
@@ -139,7 +132,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise _damaged(path, len(lines), f"the file ends without the single byte 0x{missing[0]:02x}")
-    return ranks
+    return tiktoken.Encoding(
+        name=path.stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
 
 
 def _read_line(path: Path, number: int, line: bytes) -> tuple[bytes, int]:

@@ -35,8 +35,8 @@ class Records:
         self.trials: dict[str, dict[str, Any]] = {}
         if self.file.is_file():
             try:
-                found = json.loads(self.file.read_text())
-                self.settings, self.trials = dict(found["settings"]), dict(found["trials"])
+                recorded = json.loads(self.file.read_text())
+                self.settings, self.trials = dict(recorded["settings"]), dict(recorded["trials"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.file} is damaged ({error}): delete it, or give --overwrite") from None
 
