@@ -14,10 +14,10 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.stories.data.tokenizer import (
     _SEPARATOR,
     GPT2_PATTERN,
-    StoryEncoder,
     eos_id,
     fingerprint,
     load_tokenizer,
+    story_encoder,
 )
 
 # 256 bytes, then merges: "th", "the", " the"
@@ -148,7 +148,7 @@ def test_names_that_tiktoken_cannot_serve(monkeypatch: pytest.MonkeyPatch, error
     assert "--data.tokenizer=/path/to/gpt2.tiktoken" in message and "--data.tokenizer=builtin" in message
 
 
-together = cache(lambda: StoryEncoder(builtin()))
+together = cache(lambda: story_encoder(builtin()))
 # Ends and beginnings at which a neighbour could change a split, and all that could pass for a border.
 pieces = st.sampled_from(
     ["a cat", " ", "  ", "\n", "'", "s", "é", "🙂", "<|endoftext|>", _SEPARATOR, _SEPARATOR[:5], "<", ">"]

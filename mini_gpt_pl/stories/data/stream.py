@@ -196,7 +196,8 @@ class TrainingBatches(Dataset[Batch]):
     def __init__(self, stories: TokenizedStories, probe: Probe, seed: int) -> None:
         self.stories = stories
         self.probe = probe
-        self._generator = SampleGenerator(seed, Stream.TRAIN)
+        self._generator = sample_rng(seed, Stream.TRAIN, 0, 0)
+        self._state = self._generator.bit_generator.state
 
     def __getitem__(self, key: _Key) -> Batch:
         epoch, stories = key
@@ -205,7 +206,7 @@ class TrainingBatches(Dataset[Batch]):
         ends = np.zeros(len(stories), dtype=np.int64)
         probed: dict[int, Example] = {}
         for row, index in enumerate(stories.tolist()):
-            story, rng = self.stories[index], self._generator.at(epoch, index)
+            story, rng = self.stories[index], self._rng(epoch, index)
             if probe.asks(rng):
                 probed[row] = probe.inject(story, rng)
                 continue
@@ -213,6 +214,12 @@ class TrainingBatches(Dataset[Batch]):
             ends[row] = end = min(len(story) - start, length)
             sequences[row, :end] = story[start : start + end]
         return self._join(sequences, ends, probed)
+
+    def _rng(self, epoch: int, index: int) -> np.random.Generator:
+        """The generator of one sample at its beginning: one object is put to each, which ends the sample before."""
+        self._state["state"]["counter"][1:3] = index, epoch
+        self._generator.bit_generator.state = self._state
+        return self._generator
 
     def _join(self, sequences: np.ndarray, ends: np.ndarray, probed: dict[int, Example]) -> Batch:
         """Cut rows of T + 1 tokens, end of text from ``ends`` on, into inputs and targets; put in the examples."""
@@ -222,17 +229,3 @@ class TrainingBatches(Dataset[Batch]):
         for row, example in probed.items():
             tokens[row], targets[row], mask[row] = example
         return Batch.of(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(mask))
-
-
-class SampleGenerator:
-    """The generators of ``sample_rng`` for one seed and stream, without making one each: one object is put to each."""
-
-    def __init__(self, seed: int, stream: int) -> None:
-        self._generator = sample_rng(seed, stream, 0, 0)
-        self._state = self._generator.bit_generator.state
-
-    def at(self, epoch: int, index: int) -> np.random.Generator:
-        """The generator of one sample at its beginning; it ends that of the sample before."""
-        self._state["state"]["counter"][1:3] = index, epoch
-        self._generator.bit_generator.state = self._state
-        return self._generator

@@ -9,7 +9,7 @@ import base64
 import binascii
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import resources
 from itertools import chain
@@ -30,6 +30,7 @@ GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|
 
 # It must not begin with an end of itself: a text before it could then complete one too early.
 _SEPARATOR = "<|end of one story of a batch|>"
+StoryEncoder = Callable[[Sequence[str]], tuple[Int[np.ndarray, " n"], Int[np.ndarray, " k"]]]
 
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
@@ -73,41 +74,32 @@ def fingerprint(encoding: tiktoken.Encoding) -> str:
     return digest.hexdigest()
 
 
-class StoryEncoder:
-    """Encodes many texts in one call, which holds no interpreter's lock: threads can encode side by side.
+@lru_cache(maxsize=2)  # its tables take a while to build
+def story_encoder(encoding: tiktoken.Encoding) -> StoryEncoder:
+    """Make a function that encodes k texts in one call: all tokens end to end, and the number of each text's.
 
-    The texts are joined by a special token of our own, at which tiktoken cuts before anything else, so that each is
-    encoded as if it were alone.
+    A call holds no interpreter's lock, so that threads can encode side by side. The texts are joined by a special token
+    of our own, at which tiktoken cuts before anything else, so that each is encoded as if it were alone. Special tokens
+    are text like any other, and none is added.
     """
+    separator = encoding.n_vocab
+    separated = tiktoken.Encoding(
+        name=f"{encoding.name}, separated",
+        pat_str=encoding._pat_str,
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens={_SEPARATOR: separator},
+    )
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self._plain = encoding
-        self._separator = encoding.n_vocab
-        self._separated = tiktoken.Encoding(
-            name=f"{encoding.name}, separated",
-            pat_str=encoding._pat_str,
-            mergeable_ranks=encoding._mergeable_ranks,
-            special_tokens={_SEPARATOR: self._separator},
-        )
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " k"]]:
-        """Give all tokens of k texts end to end, and the number of each text's.
-
-        Special tokens are text like any other, and none is added.
-        """
+    def encode(texts: Sequence[str]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " k"]]:
         joined = "".join(text + _SEPARATOR for text in texts)
-        ids = self._separated.encode_to_numpy(joined, allowed_special={_SEPARATOR}, disallowed_special=())
-        ends = np.flatnonzero(ids == self._separator)
+        ids = separated.encode_to_numpy(joined, allowed_special={_SEPARATOR}, disallowed_special=())
+        ends = np.flatnonzero(ids == separator)
         if len(ends) != len(texts):  # a text holds the separator
-            alone = [self._plain.encode_ordinary(text) for text in texts]
+            alone = [encoding.encode_ordinary(text) for text in texts]
             return np.array([*chain(*alone)], dtype=ids.dtype), np.array([len(ids) for ids in alone])
         return np.delete(ids, ends), np.diff(ends, prepend=-1) - 1
 
-
-@lru_cache(maxsize=2)
-def story_encoder(encoding: tiktoken.Encoding) -> StoryEncoder:
-    """Give the encoding's ``StoryEncoder``, whose tables take a while to build: once is enough."""
-    return StoryEncoder(encoding)
+    return encode
 
 
 def _from_ranks(path: Path) -> tiktoken.Encoding:
