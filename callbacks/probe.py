@@ -176,12 +176,13 @@ class Probe(Callback):
         return True
 
     def due_once(self, step: int) -> bool:
-        """Whether to measure at this step, asked by each of its micro-batches: only the first one is answered.
+        """Whether to measure at this step, or at one since the last question, where a batch takes several steps.
 
-        A stretched schedule then counts steps, as it does without accumulation.
+        Of the micro-batches of one step only the first one is answered, so that a stretched schedule counts steps.
         """
-        first, self._asked_at = step != self._asked_at, step
-        return first and self.due(step)
+        last, self._asked_at = self._asked_at, step
+        passed = range(step, last if 0 <= last <= step else step - 1, -1)
+        return any(self.schedule.due(s) for s in passed) and self.due(next(s for s in passed if self.schedule.due(s)))
 
     def estimate(self, steps: int, dim: int) -> Estimate:
         """Say what the probe will take.
