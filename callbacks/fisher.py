@@ -188,10 +188,8 @@ class FisherProbe(RecordedProbe, DeferringProbe):
         kept = map_tensors(batch, lambda leaf: leaf.detach().to("cpu", copy=True))
         packed(kept)  # raises where no checkpoint could hold it
         self._fixed.append(kept)
-        if len(self._fixed) == self.batches:
-            self._seal()
-
-    def _seal(self) -> None:
+        if len(self._fixed) < self.batches:
+            return
         assert self._trainer is not None
         if self._trainer.world_size > 1:
             self._fixed = self._trainer.strategy.broadcast(self._fixed)

@@ -302,18 +302,12 @@ class Ladder:
                 found["denominator"] = parts.denominator.expand_as(ratio)
             for name, tensors in rungs.items():
                 tensors.append(found[name] if name in found else torch.zeros_like(found["difference"]))
-        flat = {name: flatten(selection, rungs.pop(name)) for name in _RUNGS}
-        known, adaptive = rule != "other", rule == "adam"
-        return cls(
-            gradient=flat["gradient"],
-            momentum=flat["momentum"] if known else None,
-            normalised=flat["normalised"] if adaptive else None,
-            decay=flat["decay"] if known else None,
-            update=flat["update"] if known else flat["difference"],
-            difference=flat["difference"],
-            denominator=flat["denominator"] if adaptive else None,
-            settings=first,
-        )
+        flat: dict[str, Any] = {name: flatten(selection, rungs.pop(name)) for name in _RUNGS}
+        if rule != "adam":
+            flat |= {"normalised": None, "denominator": None}
+        if rule == "other":
+            flat |= {"momentum": None, "decay": None, "update": flat["difference"]}
+        return cls(**flat, settings=first)
 
     def rungs(self) -> dict[str, Vector]:
         """Name the vectors that this optimizer has."""
