@@ -37,7 +37,7 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.presets import with_presets
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
-from mini_gpt_pl.runs.checkpoints import read_checkpoint
+from mini_gpt_pl.runs.checkpoints import read_checkpoint, write_whole
 from mini_gpt_pl.runs.folder import CHECKPOINTS, CONFIG, FIGURES, METRICS, OUTCOME, PRODUCTS, Outcome, Run
 from mini_gpt_pl.runs.logs import MetricsCSV
 from mini_gpt_pl.tasks import TRAINING, commands, task_named, tasks, training_commands
@@ -176,6 +176,7 @@ class ProbedCLI(LightningCLI):
             config.trainer.callbacks = None
             return
         branch = self.subcommand if self.subcommand != "fit" else None
+        _end_if_finished(run, config)
         self._replaces = _claim(run, config, branch)
         _direct_wandb(config, run, branch, self.checkpoint)
 
@@ -205,6 +206,7 @@ class ProbedCLI(LightningCLI):
         """Give every training run what it must have, whatever its configuration lists."""
         root = Path(trainer.default_root_dir)
         trainer.loggers = [MetricsCSV(root / METRICS), *trainer.loggers]
+        write_whole(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root / CHECKPOINTS)
@@ -275,6 +277,32 @@ def _fixed_seed(seed: bool | int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ run folders
+
+
+# Options of the trainer that say how long a run lasts.
+_LENGTHS = ("max_steps", "max_epochs", "max_time")
+
+
+def _end_if_finished(run: Run, config: Any) -> None:
+    """Leave a run alone that has reached its end and is resumed without being told to last longer.
+
+    Raises:
+        SystemExit: With status 0; nothing has been changed.
+    """
+    path = config.get("resume") or config.get("ckpt_path")
+    origin = Run.of_checkpoint(path) if path else None
+    if origin is None or origin.path.resolve() != run.path.resolve() or config.overwrite:
+        return
+    before, outcome = origin.settings.get("trainer") or {}, origin.outcome
+    if outcome is None or outcome.state != "finished":
+        return
+    if any(str(before.get(name)) != str(config.trainer.get(name)) for name in _LENGTHS):
+        return
+    print(
+        f"{origin.path} is finished, at step {outcome.step}: nothing was changed. To train it longer, give "
+        "--trainer.max_steps a higher number; to go on from an earlier checkpoint, copy the folder and resume there."
+    )
+    raise SystemExit(0)
 
 
 def _claim(run: Run, config: Any, branch: str | None) -> bool:
