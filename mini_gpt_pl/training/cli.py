@@ -176,7 +176,7 @@ class ProbedCLI(LightningCLI):
             config.trainer.callbacks = None
             return
         branch = self.subcommand if self.subcommand != "fit" else None
-        _end_if_finished(run, config)
+        _end_if_finished(run, config, self.checkpoint)
         self._replaces = _claim(run, config, branch)
         _direct_wandb(config, run, branch, self.checkpoint)
 
@@ -283,24 +283,24 @@ def _fixed_seed(seed: bool | int) -> int:
 _LENGTHS = ("max_steps", "max_epochs", "max_time")
 
 
-def _end_if_finished(run: Run, config: Any) -> None:
-    """Leave a run alone that has reached its end and is resumed without being told to last longer.
+def _end_if_finished(run: Run, config: Any, checkpoint: dict[str, Any] | None) -> None:
+    """Leave a run alone that has reached its end and is resumed there without being told to last longer.
 
     Raises:
         SystemExit: With status 0; nothing has been changed.
     """
     path = config.get("resume") or config.get("ckpt_path")
     origin = Run.of_checkpoint(path) if path else None
-    if origin is None or origin.path.resolve() != run.path.resolve() or config.overwrite:
+    if checkpoint is None or origin is None or origin.path.resolve() != run.path.resolve() or config.overwrite:
         return
     before, outcome = origin.settings.get("trainer") or {}, origin.outcome
-    if outcome is None or outcome.state != "finished":
+    if outcome is None or outcome.state != "finished" or checkpoint["global_step"] < outcome.step:
         return
     if any(str(before.get(name)) != str(config.trainer.get(name)) for name in _LENGTHS):
         return
     print(
         f"{origin.path} is finished, at step {outcome.step}: nothing was changed. To train it longer, give "
-        "--trainer.max_steps a higher number; to go on from an earlier checkpoint, copy the folder and resume there."
+        "--trainer.max_steps a higher number."
     )
     raise SystemExit(0)
 

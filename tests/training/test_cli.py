@@ -304,6 +304,19 @@ def test_the_command_line_wins_over_the_checkpoint(parent: Run, command: Command
     assert run.config["trainer"]["max_steps"] == 5
 
 
+def test_a_finished_run_is_left_alone_and_says_so(
+    parent: Run, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("fit", "--ckpt_path", checkpoint(parent))
+    before = files(parent.path)
+    with pytest.raises(SystemExit) as ended:
+        command("fit", "--ckpt_path", checkpoint(parent, 6))
+    assert ended.value.code == 0 and "is finished, at step 6: nothing was changed" in capsys.readouterr().out
+    assert files(parent.path) == before
+    command("fit", "--ckpt_path", checkpoint(parent, 6), "--trainer.max_steps", "7")
+    assert Run(parent.path).outcome == Outcome("finished", 7)
+
+
 def test_a_refused_resume_leaves_the_run_as_it_was(parent: Run, mistake: Command) -> None:
     (parent.snapshot_folder / "step_000000002.safetensors").unlink()
     before = files(parent.path)

@@ -74,7 +74,7 @@ def _write(
             file.write(part)
 
 
-def _digest(meta: Mapping[str, str], header: Mapping[str, Any]) -> hashlib._Hash:
+def _digest(meta: Mapping[str, str], header: Mapping[str, Any]) -> Any:
     """The digest of all but the values, which follow: the metadata, then what the header says of each tensor."""
     plain = {key: value for key, value in meta.items() if key != _CHECKSUM}
     return hashlib.sha256(json.dumps([plain, header], sort_keys=True).encode())
