@@ -4,7 +4,7 @@ The studies of grokking (arXiv 2602.16746) subtract the mean over snapshots, whi
 t = 0 .. T, first snapshot included, minus their mean; subtracting theta_0 before changes nothing. In coefficients that
 is the matrix of drifts minus its mean row, so it is algebra on the same Gram matrix H, and explained shares have the
 full trace in their denominator. A free walk of equal steps has a share of 6/pi^2 = 60.8 % on its first centred
-component, pure decay 100 %, and noise around a fixed point about 1/T.
+component (Antognini and Sohl-Dickstein, arXiv 1806.08805), pure decay 100 %, and noise around a fixed point about 1/T.
 """
 
 from __future__ import annotations
