@@ -41,6 +41,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "glossary": ("-m", "mini_gpt_pl.metrics.glossary", "--markdown"),
     "place": ("-m", "docs.tools.place"),
     "same_steps": ("-m", "docs.tools.same_steps"),
+    "two_walks": ("-m", "docs.tools.two_walks"),
     "interventions": ("cli.py", "interventions"),
     "speed": ("-m", "benchmarks.page"),
     "scale": ("-m", "benchmarks.scale", "--show"),
@@ -179,6 +180,24 @@ RECIPES: tuple[Recipe, ...] = (
         folder="docs/replication",
     ),
     Recipe(
+        ("docs/replication/controls/tables/two_walks.*",),
+        "two_walks",
+        ("runs/live", "--out", "controls/tables"),
+        folder="docs/replication",
+    ),
+    Recipe(
+        ("docs/replication/learning/tables/*",),
+        "report",
+        ("runs/optimizers_learning", "runs/optimizers/adamw-wd0", "runs/beta2/0.95", "--out", "learning"),
+        folder="docs/replication",
+    ),
+    Recipe(
+        ("docs/replication/beta2_p20/tables/*",),
+        "report",
+        ("runs/beta2_p20", "--out", "beta2_p20"),
+        folder="docs/replication",
+    ),
+    Recipe(
         ("docs/replication/seed42/tables/*",),
         "report",
         ("runs/seeds/seed42", "--out", "seed42"),
@@ -206,7 +225,7 @@ RECIPES: tuple[Recipe, ...] = (
             "report",
             (f"docs/grokking/runs/grokking_{name}", "--out", f"docs/grokking/{name}"),
         )
-        for name in ("slow", "markers", "multitask")
+        for name in ("slow", "markers", "multitask", "rates")
     ),
     Recipe(
         ("docs/grokking/doses/tables/*",),
@@ -260,7 +279,6 @@ _TRAINS = "the notebook trains a model first, and weights are not the same on ev
 _WORDS = "it is written by hand: words and definitions, which no command prints"
 CANNOT: dict[str, str] = {
     "docs/grokking/paper/tables/grokking_overlaps.*": "it takes the snapshots of the runs, and runs are kept without",
-    "docs/grokking/rates/tables/*": "the runs of configs/sweeps/grokking_rates.yaml are not kept",
     "docs/grokking/seeds/tables/*": "the runs of configs/sweeps/grokking_seeds.yaml are not kept",
     "docs/grokking/interventions/tables/*": "the runs of configs/sweeps/grokking_interventions.yaml are not kept",
     "notebooks/01_*": _TRAINS,

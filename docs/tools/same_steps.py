@@ -64,15 +64,15 @@ def same_steps(columns: Sequence[tuple[str, Sequence[Run]]], step: int, name: st
     learned = {label: [learning(run, step) for run in runs] for label, runs in columns}
     rows: list[Row] = []
     for quantity in learned[columns[0][0]][0]:
-        cells = {label: _cell([found[quantity] for found in learned[label]], "{:.3f}") for label, _ in columns}
+        cells = {label: spread_cell([found[quantity] for found in learned[label]], "{:.3f}") for label, _ in columns}
         rows.append({"quantity": word(quantity), **cells})
     for key, one in statistics().items():
         words, form = one.title, one.format
         row = {"quantity": word(words)}
         for label, _ in columns:
             values = [found[key] for found in paths[label]]
-            row[label] = _cell([value.value for value in values], form)
-            row[f"{label}, excess"] = _cell([value.excess for value in values], form, difference=True)
+            row[label] = spread_cell([value.value for value in values], form)
+            row[f"{label}, excess"] = spread_cell([value.excess for value in values], form, difference=True)
         rows.append(row)
     notes = [
         f"Each path from its start to step {step:,}; the excess is over the decaying walk of the same steps.",
@@ -81,7 +81,14 @@ def same_steps(columns: Sequence[tuple[str, Sequence[Run]]], step: int, name: st
     return tabulate(name, f"To step {step:,}", rows, notes)
 
 
-def _cell(values: Sequence[float], form: str, *, difference: bool = False) -> Cell:
+def spread_cell(values: Sequence[float], form: str, *, difference: bool = False) -> Cell:
+    """One number, or of several seeds their mean with half of its 95 % interval.
+
+    Args:
+        values: One of each run.
+        form: Of a number, for `str.format`.
+        difference: Whether they are gaps to a null, which have a sign and points instead of per cent.
+    """
     write = (lambda value: gap(value, form)) if difference else (lambda value: number(value, form))
     if len(values) == 1:
         return write(values[0])
