@@ -245,6 +245,8 @@ class StepObserver:
         if self.replaced and first is None:
             return  # no backward pass has been made: it moves averages by a gradient of long ago
         self._left, self._moved = self._versions(), False
+        if bool(getattr(optimizer, "found_inf", False)):
+            return  # a fused optimizer has found an overflow and left the step out by itself
         assert step is not None
         if not step.ready:
             self._deaf.append(optimizer)

@@ -263,18 +263,24 @@ def test_lightnings_accumulation_with_clipping(tmp_path: Path) -> None:
     Observed(Plain, tmp_path, accumulate_grad_batches=2, gradient_clip_val=1e6, max_steps=8).check()
 
 
-def test_steps_that_a_scaler_leaves_out_decay_nothing(tmp_path: Path) -> None:
-    """They count, as they do for Lightning, and the weights stay where they are."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_leaves_out_decay_nothing(tmp_path: Path, fused: bool) -> None:
+    """They count, as for Lightning, and the weights stay where they are; a fused optimizer is called for them."""
 
     class Overflowing(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = self.batch_loss(batch)
             return loss * float("inf") if self.global_step in (2, 5) else loss
 
+    def make(module: LightningModule) -> AdamW:
+        return AdamW(trained(module), lr=1e-2, weight_decay=0.1, fused=fused)
+
     recorder = TrajectoryRecorder(Plain.pattern, Schedule(every=1))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
-    _, rows, _ = fit(Overflowing, [recorder, Lengths(Schedule(every=1))], tmp_path, plugins=plugins, max_steps=8)
+    settings: dict[str, Any] = {
+        "plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))],
+        "max_steps": 8,
+    }
+    _, rows, _ = fit(lambda: Overflowing(make), [recorder, Lengths(Schedule(every=1))], tmp_path, **settings)
     trajectory = recorder.trajectory
     assert trajectory is not None and trajectory.steps == list(range(9))
     still = trajectory.gram().diagonal() == 0

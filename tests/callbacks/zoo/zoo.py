@@ -528,9 +528,8 @@ def fit(
     random.seed(0)
     model, log = module(), Remember()
     defaults: dict[str, Any] = {"max_steps": STEPS, "max_epochs": -1, "enable_checkpointing": False, "logger": log}
+    defaults["accelerator"] = "cpu"
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
-    trainer = Trainer(
-        callbacks=list(callbacks), accelerator="cpu", default_root_dir=folder, **quiet, **{**defaults, **settings}
-    )
+    trainer = Trainer(callbacks=list(callbacks), default_root_dir=folder, **quiet, **{**defaults, **settings})
     trainer.fit(model, data())
     return model, log.rows, [torch.get_rng_state(), np.random.get_state(), random.getstate()]
