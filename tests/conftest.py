@@ -15,13 +15,15 @@ from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 # Before anything imports the package: jaxtyping rewrites modules as they load. The model is left out, as the checks
-# break the graph that `torch.compile` makes of it.
-_ARITHMETIC = Path(__file__).parents[1] / "mini_gpt_pl" / "arithmetic"
-_NUMERICS = [f"mini_gpt_pl.arithmetic.{file.stem}" for file in sorted(_ARITHMETIC.glob("[a-z]*"))]
-_NUMERICS = [name for name in _NUMERICS if not name.endswith(".study")]
-# Nor are Triton's kernels, whose compiler reads their source and the names of their module.
-_ROOMS = ("concentration", "curvature", "directions", "optimizer", "path", "vectors")
-_NUMERICS += [f"mini_gpt_pl.geometry.{room}" for room in _ROOMS]
+# break the graph that `torch.compile` makes of it, and so are Triton's kernels, whose compiler reads their source and
+# the names of their module.
+_PACKAGE = Path(__file__).parents[1] / "mini_gpt_pl"
+_NUMERICS = [
+    f"mini_gpt_pl.{room}.{file.stem}"
+    for room in ("arithmetic", "geometry")
+    for file in sorted((_PACKAGE / room).glob("[a-z]*"))
+    if file.stem not in ("study", "kernels")
+]
 install_import_hook(["mini_gpt_pl.stories.objective", *_NUMERICS], "beartype.beartype")
 
 from collections.abc import Callable, Iterator  # noqa: E402
