@@ -30,8 +30,8 @@ def live_metrics(trajectory: Trajectory, name: str) -> dict[str, float]:
         walks = torch.stack([trajectory.decaying_walk(group) for group in groups])
     both = torch.cat([grams, walks])  # one batch of eigenvalue problems
     columns = {key: values.tolist() for key, values in nulls.statistics_of(both, trajectory.survival).items()}
-    known = torch.isfinite(both).all(-1).all(-1)
-    updates = torch.where(known, pca.latest_update_alignment(both), torch.nan).tolist()
+    finite = torch.isfinite(both).all(-1).all(-1)
+    updates = torch.where(finite, pca.latest_update_alignment(both), torch.nan).tolist()
     calibrated = quantities("backbone/{group}/{quantity}_null")
     metrics: dict[str, float] = {}
     for own, group in enumerate(groups):

@@ -91,8 +91,8 @@ class CostControl(TrainingClock):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         expected = trainer.max_steps if trainer.max_steps > 0 else float(trainer.estimated_stepping_batches)
-        known = 0 < expected < math.inf
-        steps = int(expected) if known else _UNKNOWN
+        bounded = 0 < expected < math.inf
+        steps = int(expected) if bounded else _UNKNOWN
         probes = _probes(trainer)
         dim = next((probe.selection.dim for probe in probes if isinstance(probe, TrajectoryRecorder)), 0)
         for probe in probes:
@@ -102,7 +102,7 @@ class CostControl(TrainingClock):
                 share = estimate.passes / trainer.accumulate_grad_batches
                 rank_zero_info(
                     f"{estimate.name}: about {estimate.memory}, and {share:.1%} of the time that a step's forward and "
-                    f"backward passes take{'' if known else f', in the first {steps:,} steps'}"
+                    f"backward passes take{'' if bounded else f', in the first {steps:,} steps'}"
                 )
 
     @override

@@ -42,17 +42,17 @@ class DataWait(TrainingClock):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
-        start, stop, asked = profiler.start, profiler.stop, 0.0
+        start, stop, begun = profiler.start, profiler.stop, 0.0
 
         def started(action_name: str) -> None:
-            nonlocal asked
+            nonlocal begun
             start(action_name)
             if action_name.endswith(_FETCH):
-                asked = time.perf_counter()
+                begun = time.perf_counter()
 
         def stopped(action_name: str) -> None:
             if action_name.endswith(_FETCH):
-                self._waited += time.perf_counter() - asked
+                self._waited += time.perf_counter() - begun
             stop(action_name)
 
         self._own = profiler, start, stop

@@ -78,8 +78,8 @@ class LiveNumbers(ProgressBar):
         for line in legend(trainer):
             self._console.print(line, highlight=False, soft_wrap=True)
         if self._console.is_terminal:
-            shown = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None, table_column=Column(ratio=1)))
-            self._bar = Progress(*shown, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), expand=True)
+            parts = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None, table_column=Column(ratio=1)))
+            self._bar = Progress(*parts, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), expand=True)
             total = _total_steps(trainer)
             self._bar.add_task("fit", total=None if math.isinf(total) else total, completed=trainer.global_step)
             # Drawn by hand: a thread that redraws would take the interpreter from training at its own times.
@@ -147,7 +147,7 @@ def columns(trainer: Trainer) -> dict[str, str]:
     What has not been measured is left out, and all of it where nothing is recorded.
     """
     logged = trainer.callback_metrics
-    shown: dict[str, str] = {}
+    cells: dict[str, str] = {}
     for metric, name in _with_column(trainer):
         other = beside(name, logged, in_column=True)
         entry = None if other is None else find(other)
@@ -158,8 +158,8 @@ def columns(trainer: Trainer) -> dict[str, str]:
         is_difference = entry.unit == "the quantity's"
         text = metric.write_difference(null).removesuffix(" pt") if is_difference else entry.write(null)
         if not math.isnan(value + null):
-            shown[metric.column] = f"{metric.write(value)} ({entry.column.format(text)})"
-    return shown
+            cells[metric.column] = f"{metric.write(value)} ({entry.column.format(text)})"
+    return cells
 
 
 def legend(trainer: Trainer) -> list[str]:

@@ -251,8 +251,8 @@ class SwitchingProbe(RecordedProbe):
         metrics = {name: math.fsum(values) / len(values) for name, values in collected.items()}
         metrics |= {f"{whole}/run_pair_cosine": pairs["mean"], f"{whole}/run_pair_control": pairs["control_mean"]}
         metrics["switching/switches"] = float(len(entries))
-        known = {name: value for name, value in metrics.items() if not math.isnan(value)}
-        return self._series() | {"switches": entries, "pairwise": pairs}, known
+        defined = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        return self._series() | {"switches": entries, "pairwise": pairs}, defined
 
     def _series(self) -> dict[str, Any]:
         """The part of the file that is there from the first evaluation on."""

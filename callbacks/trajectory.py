@@ -217,8 +217,8 @@ class TrajectoryRecorder(Probe):
     @property
     def decayed(self) -> float | tuple[float, ...]:
         """Share of the weights that decay has taken in the latest step; one for each weight where they differ."""
-        taken = _need(self._decay).taken
-        return taken[0] if all(share == taken[0] for share in taken) else tuple(taken)
+        shares = _need(self._decay).taken
+        return shares[0] if all(share == shares[0] for share in shares) else tuple(shares)
 
     def attach(self, probe: StepProbe) -> None:
         """Let a probe see every step of the optimizers that train the recorded weights; to be asked at train start."""
@@ -513,22 +513,22 @@ class TrajectoryRecorder(Probe):
             trajectory.survival = curves[0].tolist()
             return
         owners, groups = self.selection.owners, self.selection.groups
-        found = torch.zeros(len(groups), len(rates), len(left)).double()
+        of_rates = torch.zeros(len(groups), len(rates), len(left)).double()
         if isinstance(self._rows, IncrementRows):
             rows = [*(kept[:] for kept in self._rows.rows[len(self._squares) :]), row.values]
             self._squares += [self.selection.squares(values) for values in rows]
             squares = torch.tensor(self._squares, dtype=torch.float64).T  # (P, n)
             for owner, key, of_weight in zip(owners, keys, squares, strict=True):
-                found[groups.index(owner), rates.index(key)] += of_weight
+                of_rates[groups.index(owner), rates.index(key)] += of_weight
         elif len(pairs := set(zip(owners, keys, strict=True))) == len(groups):
             for owner, key in pairs:
                 own = groups.index(owner)
-                found[own, rates.index(key)] = trajectory.grams[own].diagonal()
+                of_rates[own, rates.index(key)] = trajectory.grams[own].diagonal()
         else:
             self._say("weights of one group decay at several rates, which no sketch tells apart: the null is unknown")
             trajectory.survival[-1], trajectory.rates = math.nan, None
             return
-        trajectory.rates = Rates(torch.from_numpy(curves[[keys.index(rate) for rate in rates]]), found)
+        trajectory.rates = Rates(torch.from_numpy(curves[[keys.index(rate) for rate in rates]]), of_rates)
         trajectory.survival = trajectory.rates.survival
 
     def _tell(self) -> None:
