@@ -18,7 +18,7 @@ from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report import page
 from mini_gpt_pl.sweep.grid import PROGRAM, Sweep, folder_name, read_sweep
-from mini_gpt_pl.sweep.local import Slot, run_all, slots, visible_devices
+from mini_gpt_pl.sweep.local import run_all, slots, visible_devices
 from mini_gpt_pl.sweep.points import Call, PointRun
 from mini_gpt_pl.sweep.progress import Display, counts, table
 from mini_gpt_pl.sweep.remote import create_wandb, run_agent, submit
@@ -103,7 +103,7 @@ def _run_here(
 ) -> None:
     # An agent or a scheduler has already shared out the machine.
     alone = options.point is not None and options.jobs is None
-    places = [Slot()] if alone else slots(options.jobs, visible_devices())
+    places = [{}] if alone else slots(options.jobs, visible_devices())
     try:
         with Display(console, len(todo)) as display:
             failed = run_all(todo, places, display, retry_diverged=options.retry_diverged)

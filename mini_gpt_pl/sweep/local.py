@@ -10,9 +10,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -25,36 +24,14 @@ PATIENCE = 30.0
 """Seconds that a run gets to end in order when the sweep is interrupted."""
 
 _POLL = 0.2
+_DEVICE, _THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 # The line of a log that says what went wrong: an error of this package, or the end of a traceback.
 _COMPLAINT = re.compile(r"^\S+: error: |^[\w.]*(Error|Exception|Interrupt|Killed)\b")
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place for one run at a time.
-
-    Args:
-        device: What the run sees as `CUDA_VISIBLE_DEVICES`; None leaves the environment as it is.
-        threads: `OMP_NUM_THREADS` where it is not set; None leaves the environment as it is.
-    """
-
-    device: str | None = None
-    threads: int | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment of a run in this place."""
-        environment = dict(os.environ)
-        if self.device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.device
-        if self.threads is not None:
-            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
-        return environment
-
-
 def visible_devices() -> list[str]:
     """Return the GPUs that a run may be given, without initialising CUDA in this process."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(_DEVICE)
     if visible is not None and visible.strip() in ("", "-1"):
         return []
     count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
@@ -63,24 +40,24 @@ def visible_devices() -> list[str]:
     return visible.split(",")[:n] if visible is not None else [str(i) for i in range(n)]
 
 
-def slots(jobs: int | None, devices: Sequence[str]) -> list[Slot]:
-    """The places for runs on this machine.
+def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
+    """The places for runs on this machine, each as the environment variables of its runs.
 
     Args:
         jobs: Runs at a time; None for one a GPU, or one where there is none.
-        devices: GPUs; with more runs than GPUs they are dealt out in turn.
+        devices: GPUs; with more runs than GPUs they are dealt out in turn. Without any the runs share the cores.
     """
     if devices:
-        return [Slot(device=devices[i % len(devices)]) for i in range(jobs or len(devices))]
+        return [{_DEVICE: devices[i % len(devices)]} for i in range(jobs or len(devices))]
     jobs = jobs or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [Slot(threads=max(1, cores // jobs)) for _ in range(jobs)]
+    return [{_THREADS: os.environ.get(_THREADS, str(max(1, cores // jobs)))} for _ in range(jobs)]
 
 
 class Execution:
     """A run that this process has started, and that holds the lock of its folder (descriptor `held`) as well."""
 
-    def __init__(self, run: PointRun, slot: Slot, held: int, *, afresh: bool) -> None:
+    def __init__(self, run: PointRun, slot: Mapping[str, str], held: int, *, afresh: bool) -> None:
         self.run = run
         self.slot = slot
         self._held = held
@@ -98,7 +75,7 @@ class Execution:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=slot.environment,
+                env={**os.environ, **slot},
                 pass_fds=(held,),
                 start_new_session=True,
             )
@@ -135,7 +112,7 @@ def _last_complaint(log: Path, start: int) -> str:
 
 
 def run_all(
-    runs: Sequence[PointRun], places: Sequence[Slot], display: Display, *, retry_diverged: bool = False
+    runs: Sequence[PointRun], places: Sequence[Mapping[str, str]], display: Display, *, retry_diverged: bool = False
 ) -> list[PointRun]:
     """Run points until none is left; how each ended is in its folder.
 
@@ -159,7 +136,7 @@ def run_all(
                         continue
                     free.popleft()
                     going.append(execution)
-                    display.begun(run, execution.slot.device, resumed=execution.resumed)
+                    display.begun(run, execution.slot.get(_DEVICE), resumed=execution.resumed)
                 for ended in [execution for execution in going if execution.process.poll() is not None]:
                     going.remove(ended)
                     free.append(ended.slot)
@@ -174,7 +151,7 @@ def run_all(
     return failed
 
 
-def _begin(run: PointRun, slot: Slot, retry_diverged: bool) -> Execution | None:
+def _begin(run: PointRun, slot: Mapping[str, str], retry_diverged: bool) -> Execution | None:
     held = run.lock()
     if held is None:
         return None

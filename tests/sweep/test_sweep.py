@@ -32,7 +32,7 @@ from mini_gpt_pl.runs.folder import Outcome
 from mini_gpt_pl.runs.record import Record as RunRecord
 from mini_gpt_pl.sweep import command, local, main, read_sweep
 from mini_gpt_pl.sweep.grid import Sweep
-from mini_gpt_pl.sweep.local import Execution, Slot, run_all, slots, visible_devices
+from mini_gpt_pl.sweep.local import Execution, run_all, slots, visible_devices
 from mini_gpt_pl.sweep.points import Call, PointRun
 from mini_gpt_pl.sweep.progress import Display, Reading, counts, table
 from mini_gpt_pl.sweep.remote import cluster_settings, create_wandb, submit, wandb_config
@@ -514,16 +514,14 @@ def test_gpus_are_dealt_out_one_a_run(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert slots(None, []) == [Slot(threads=8)]
-    assert slots(3, []) == [Slot(threads=2)] * 3
-    assert [slot.device for slot in slots(None, ["0", "1"])] == ["0", "1"]
-    assert [slot.device for slot in slots(3, ["0", "1"])] == ["0", "1", "0"]
-    assert [slot.device for slot in slots(1, ["0", "1"])] == ["0"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert slots(None, []) == [{"OMP_NUM_THREADS": "8"}]
+    assert slots(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert slots(None, ["0", "1"]) == [{"CUDA_VISIBLE_DEVICES": device} for device in "01"]
+    assert slots(3, ["0", "1"]) == [{"CUDA_VISIBLE_DEVICES": device} for device in "010"]
+    assert slots(1, ["0", "1"]) == [{"CUDA_VISIBLE_DEVICES": "0"}]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert Slot(threads=2).environment["OMP_NUM_THREADS"] == "5"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert Slot(threads=2).environment["OMP_NUM_THREADS"] == "2"
-    assert Slot().environment == dict(os.environ)
+    assert slots(3, []) == [{"OMP_NUM_THREADS": "5"}] * 3
 
 
 @pytest.mark.parametrize(
@@ -555,7 +553,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(monkeypatch: pytes
     runs = point_runs({"behave": {"value": behaviour}, "a": {"values": [1, 2, 3]}})
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_all(runs, [Slot()] * 2, Interrupting(Console(file=io.StringIO()), 3))
+        run_all(runs, [{}] * 2, Interrupting(Console(file=io.StringIO()), 3))
     assert time.monotonic() - started < 20
     assert [run.state for run in runs] == ["broken off", "broken off", "new"]  # no lock is left: none lives on
     assert runs[0].record is not None
@@ -587,11 +585,11 @@ def test_the_run_itself_holds_the_lock() -> None:
     (run,) = behaving("hang")
     held = run.lock()
     assert held is not None
-    execution = Execution(run, Slot(), held, afresh=False)
+    execution = Execution(run, {}, held, afresh=False)
     os.close(held)
     assert run.state == "running"
     display = quiet()
-    run_all([run], [Slot()], display)
+    run_all([run], [{}], display)
     assert "passed over" in display.console.file.getvalue()  # type: ignore[attr-defined]
     execution.process.kill()
     execution.process.wait()
@@ -601,7 +599,7 @@ def test_the_run_itself_holds_the_lock() -> None:
 def test_a_point_that_another_process_finished_meanwhile_is_passed_over() -> None:
     (run,) = behaving("finish")
     begun(run, outcome="finished")
-    run_all([run], [Slot()], quiet())
+    run_all([run], [{}], quiet())
     assert calls() == []
 
 
