@@ -150,7 +150,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _check_extras(sweep: Sweep, extras: Sequence[str]) -> None:
     named = {word.split("=", 1)[0].lstrip("-") for word in extras if word.startswith("-")}
-    own = {"run_dir", "overwrite"} | (set() if "reheat" in sweep.command else {"ckpt_path"})
+    own = {"run_dir", "overwrite"} | ({"ckpt_path"} if "fit" in sweep.command else set())
     for key in sorted(named & own - set(sweep.values)):
         raise UserError(f"-- --{key}: the sweep gives each run its own; choose their folder with --root")
     for key in sorted(named & set(sweep.values) - {"config", "c"}):

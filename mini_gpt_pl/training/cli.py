@@ -153,7 +153,7 @@ class ProbedCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Look into the checkpoint; nothing that it holds overrides the command line."""
         config = self.config[self.config.subcommand]
-        if config.get("moments") and config.ckpt_path:
+        if commands()[self.config.subcommand].option and config.ckpt_path:
             config.ckpt_path = str(Path(config.ckpt_path).resolve())  # recorded: a resume may come from elsewhere
         path = config.get("resume") or config.get("ckpt_path")
         if path:
