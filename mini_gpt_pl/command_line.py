@@ -7,10 +7,9 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from mini_gpt_pl.errors import UserError, missing_package
+from mini_gpt_pl.errors import UserError, did_you_mean, missing_package
 
 
 @contextmanager
@@ -63,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
         """Raise the complaint as a UserError."""
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown.startswith("-"):
-            near = get_close_matches(unknown.split("=")[0], getattr(self, "_option_string_actions", ()), n=1)
-            hint = f"did you mean {near[0]}?" if near else self._elsewhere
+            options = getattr(self, "_option_string_actions", ())
+            hint = did_you_mean(unknown.split("=")[0], options, self._elsewhere)
             message += f"; {hint}" if hint else ""
         raise UserError(f"{message}; see {self.prog} --help")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.metadata import distributions
 
 
@@ -11,6 +13,12 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; a traceback would hide the remedy.
     """
+
+
+def did_you_mean(word: str, choices: Iterable[str], otherwise: str = "") -> str:
+    """Ask `did you mean CHOICE?` with the choice that is nearest to a word; without a near one say something else."""
+    near = get_close_matches(word, list(choices), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 # Distributions whose modules have another name.

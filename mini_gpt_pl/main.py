@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from mini_gpt_pl.command_line import one_line_errors
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.tasks import TRAINING, commands
 
 
@@ -60,8 +59,7 @@ def main() -> None:
             print(f"usage: mini_gpt_pl COMMAND [OPTIONS]\n\n{lines}\n\nmini_gpt_pl COMMAND --help lists its options.")
             return
         if not args[0].startswith("-") and args[0] not in listed:
-            near = get_close_matches(args[0], listed, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(listed)};"
+            hint = did_you_mean(args[0], listed, f"there is {', '.join(listed)};")
             raise UserError(f"no command {args[0]!r}: {hint} see mini_gpt_pl --help")
         module = listed[args[0]].module if args[0] in listed else TRAINING
         load(module).main(args if module == TRAINING else args[1:])

@@ -7,12 +7,11 @@ installed. A file of the reader's own wins over a name, and paths of shipped con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.errors import UserError, did_you_mean
 
 _OPTIONS = ("-c", "--config")
 _SUFFIX = ".yaml"
@@ -69,6 +68,5 @@ def _file(value: str) -> str:
         return str(file)
     if value.endswith((".yaml", ".yml", ".json")):
         return value
-    near = get_close_matches(value, presets(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "give a file, or one of: " + ", ".join(presets())
+    hint = did_you_mean(value, presets(), f"give a file, or one of: {', '.join(presets())}")
     raise UserError(f"-c {value}: there is no such file, and no configuration of that name is shipped; {hint}")

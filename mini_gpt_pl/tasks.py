@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from mini_gpt_pl.command_line import split_options
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.errors import UserError, did_you_mean
 
 TRAINING = "mini_gpt_pl.training.cli"
 
@@ -160,8 +159,7 @@ def task_named(args: Sequence[str]) -> str:
         named = value if option == "--task" else _in_config(value)
         name = name if named is None else str(named)
     if name not in tasks():
-        near = get_close_matches(name, tasks(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(tasks())}"
+        hint = did_you_mean(name, tasks(), f"give {', '.join(tasks())}")
         raise UserError(f"there is no task {name!r}: {hint}")
     return name
 

@@ -8,14 +8,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mini_gpt_pl.command_line import CommandParser
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.report import page
 from mini_gpt_pl.sweep.grid import PROGRAM, Sweep, folder_name, read_sweep
 from mini_gpt_pl.sweep.local import run_all, slots, visible_devices
@@ -169,8 +168,7 @@ def _find(runs: Sequence[PointRun], wanted: str) -> PointRun:
         fitting = [run for run in runs if _same(run.wanted.parameters, parameters)]
     if fitting:
         return fitting[0]
-    near = get_close_matches(wanted, [run.name for run in runs], n=1)
-    hint = f"did you mean {near[0]}?" if near else "list its points with --dry_run"
+    hint = did_you_mean(wanted, [run.name for run in runs], "list its points with --dry_run")
     raise UserError(f"--point {wanted}: {runs[0].call.sweep.path} has no such point: {hint}")
 
 

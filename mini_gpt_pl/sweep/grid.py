@@ -13,14 +13,13 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.presets import preset
 from mini_gpt_pl.tasks import training_commands
 
@@ -182,8 +181,7 @@ def _several(path: Path, where: str, values: Any) -> tuple[Any, ...]:
 def _check_keys(mapping: Mapping[Any, Any], allowed: Sequence[str], path: Path, where: str) -> None:
     for key in mapping:
         if key not in allowed:
-            near = get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(allowed)}"
+            hint = did_you_mean(str(key), allowed, f"the keys are {', '.join(allowed)}")
             raise UserError(f"{path}: unknown key {where}{key}: {hint}")
 
 
@@ -204,9 +202,9 @@ def _command(path: Path, template: Any) -> tuple[str, ...]:
     for piece in command:
         for macro in _ANY_MACRO.findall(piece):
             if macro not in _MACROS or piece != macro:
-                near = ["${args}"] if macro.startswith("${args") else get_close_matches(macro, _MACROS, n=1)
-                hint = f"did you mean {near[0]}, by itself?" if near else f"the macros are {', '.join(_MACROS)}"
-                raise UserError(f"{path}: command: cannot use {piece!r}: {hint}")
+                word = "${args}" if macro.startswith("${args") else macro
+                hint = did_you_mean(word, _MACROS, f"the macros are {', '.join(_MACROS)}")
+                raise UserError(f"{path}: command: cannot use {piece!r}, as a macro stands by itself: {hint}")
     for macro in ("${program}", "${args}"):
         if command.count(macro) != 1:
             raise UserError(f"{path}: command must hold {macro} once: the parameters of a point cannot be passed on")

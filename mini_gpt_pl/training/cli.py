@@ -12,7 +12,6 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from copy import deepcopy
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from mini_gpt_pl.callbacks.settled import SettledObjects
 from mini_gpt_pl.callbacks.termination import AgreedTermination
 from mini_gpt_pl.callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.command_line import split_options
-from mini_gpt_pl.errors import UserError
+from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.presets import with_presets
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
@@ -440,9 +439,8 @@ def _one_line_usage(message: str, command: str | None, options: list[str]) -> st
     telling = [line for line in lines if line and not _NOISE.match(line)]
     text = "; ".join(telling or lines).replace(":;", ":")
     unknown = re.search(r"unrecognized arguments: (--[\w.]+)|not accept option '([\w.]+)'", text)
-    near = get_close_matches(unknown[1] or f"--{unknown[2]}", options, n=1) if unknown else []
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{text}; {hint}see mini_gpt_pl {f'{command} ' if command else ''}--help"
+    hint = did_you_mean(unknown[1] or f"--{unknown[2]}", options) if unknown else ""
+    return f"{text}; {f'{hint} ' if hint else ''}see mini_gpt_pl {f'{command} ' if command else ''}--help"
 
 
 def run_cli(args: Sequence[str]) -> ProbedCLI:
