@@ -118,7 +118,7 @@ def _run_here(
         logs = f"{first.log}" if len(failed) == 1 else f"{call.root}/POINT.log"
         print(
             f"mini_gpt_pl: error: {len(failed)} of {len(todo)} runs failed: {first.name} ({reason}){more}; see "
-            f" {logs}, and repeat the command to try again",
+            f"{logs}, and repeat the command to try again",
             file=sys.stderr,
         )
         raise SystemExit(1)
