@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
-from zoo import Derived, Lion, Lookahead, ScheduleFree, Trusted
 
 from mini_gpt_pl.callbacks import BasisSource, Kick, Schedule, SubspaceIntervention, TrajectoryRecorder
 from mini_gpt_pl.errors import UserError
@@ -253,56 +252,6 @@ def test_decay_in_the_span_is_of_the_parallel_part(tmp_path: Path, source: Basis
         step = flat(frozen.weights[t + 1]) - flat(frozen.weights[t])
         theta = theta - 0.01 * (p @ theta) + step
     assert torch.allclose(flat(diary.weights[4]), theta, atol=1e-6)
-
-
-ERASED: dict[str, tuple[Make, float]] = {
-    "adamw": (lambda p: AdamW(p, lr=0.1, weight_decay=0.5), 0.95),
-    "lion": (lambda p: Lion(p, lr=0.1, weight_decay=0.5), 0.95),
-    "adafactor": (lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.5), 0.95),
-    "schedule-free": (lambda p: ScheduleFree(p, lr=0.1, weight_decay=0.5), 0.95),  # in its first step
-    "adam, L2": (lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.5), 1.0),  # part of the update
-    "nadam, L2": (lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.5), 1.0),
-    "a trust ratio": (lambda p: Trusted(p, lr=0.1, weight_decay=0.5), 1.0),
-    "own, derived from AdamW": (lambda p: Derived(p, lr=0.1, weight_decay=0.25), 0.95),
-}
-
-
-@pytest.mark.parametrize("name", ERASED)
-def test_an_erased_update_leaves_what_decay_leaves(tmp_path: Path, name: str) -> None:
-    make, left = ERASED[name]
-    diary = train(tmp_path, [SubspaceIntervention(0.0, 0.0, space="update")], make, steps=1)
-    assert torch.allclose(flat(diary.weights[1]), left * flat(diary.weights[0]), rtol=1e-5)
-
-
-def test_a_decay_that_is_not_known_or_not_switched_off_is_refused(tmp_path: Path) -> None:
-    class Elsewhere(Lion):
-        def __init__(self, params: Any) -> None:
-            super().__init__(params, 0.1, 0.5)
-            for group in self.param_groups:
-                group["wd"] = group.pop("weight_decay")
-
-        def step(self, closure: Any = None) -> Any:
-            for group in self.param_groups:
-                group["weight_decay"] = group["wd"]
-            return super().step(closure)
-
-    arms = [
-        (SubspaceIntervention(0.0, 0.0, space="update"), lambda p: Lookahead(SGD(p, lr=0.1)), "holds a Tensor"),
-        (SubspaceIntervention(1.0, 1.0, decay="none"), Elsewhere, "decays with a weight_decay of 0"),
-    ]
-    for arm, make, words in arms:
-        with one_line_error(words):
-            train(tmp_path / words[:5], [arm], make, steps=2)
-
-
-def test_a_resumed_intervention_knows_what_decay_takes(tmp_path: Path) -> None:
-    def run(name: str, steps: int, *more: Callback, ckpt: Path | None = None) -> dict[str, Tensor]:
-        arm = SubspaceIntervention(0.5, 0.5, space="update")
-        make = ERASED["schedule-free"][0]
-        return train(tmp_path / name, [arm, *more], make, steps, ckpt).weights[-1]
-
-    run("cut", 8, checkpoints(tmp_path / "cut"))
-    assert same(run("whole", 12), run("rest", 12, ckpt=tmp_path / "cut" / "checkpoints" / "000008.ckpt"))
 
 
 # ------------------------------------------------------------------------------------------------------ kicks
