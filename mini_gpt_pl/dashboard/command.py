@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.dashboard import objects
 from mini_gpt_pl.dashboard.layout import Logged, Section, workspace_sections
-from mini_gpt_pl.dashboard.sweeps import SweepRuns, find_sweep, report_sections
+from mini_gpt_pl.dashboard.sweeps import find_sweep, report_sections
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.page import expand
 from mini_gpt_pl.runs.folder import METRICS, Run
@@ -26,7 +25,12 @@ makes a new view of the project; no run is changed. W&B draws the runs that it h
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(args: Sequence[str]) -> None:
+    """Build a workspace, and a report if a sweep is named; `args` are the command line behind `dashboard`.
+
+    Raises:
+        UserError: An option or a run folder is not as it should be, the extra is missing, or W&B does not take it.
+    """
     parser = CommandParser("dashboard", description="Build a W&B workspace, and a report for a sweep.", epilog=_EPILOG)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folder, or folder of runs: their metrics get panels")
@@ -35,34 +39,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", metavar="NAME_OR_ID", help="also a report: a sweep file, its name in configs/sweeps, or a W&B id")
     add("--name", default=_NAME, help=f"of the workspace view (default: {_NAME})")
     add("--dry_run", "--dry-run", action="store_true", help="print sections, panels and metrics, and send nothing")
-    return parser
-
-
-def main(args: Sequence[str]) -> None:
-    """Build a workspace, and a report if a sweep is named; `args` are the command line behind `dashboard`.
-
-    Raises:
-        UserError: An option or a run folder is not as it should be, the extra is missing, or W&B does not take it.
-    """
-    given = _parser().parse_args(args)
-    runs = find_runs(given.runs)
+    options = parser.parse_args(args)
+    runs = find_runs(options.runs)
     logged = Logged.of(runs) if runs else Logged.standard()
-    project = given.project or _project_of(runs) or os.environ.get("WANDB_PROJECT") or _PROJECT
+    project = options.project or _project_of(runs) or os.environ.get("WANDB_PROJECT") or _PROJECT
     sections = workspace_sections(logged)
-    sweep = find_sweep(given.sweep, runs) if given.sweep else None
+    sweep = find_sweep(options.sweep, runs) if options.sweep else None
     pages = report_sections(logged, sweep) if sweep else []
-    if given.dry_run:
-        print("\n".join(describe(sections, f"workspace {given.name!r} in project {project}")))
+    if options.dry_run:
+        print("\n".join(describe(sections, f"workspace {options.name!r} in project {project}")))
         if sweep:
-            print("\n".join(describe(pages, _report_title(sweep, project))))
+            which = f"W&B sweep {sweep.identifier}" if sweep.identifier else f"runs {', '.join(sweep.names)}"
+            varied = f", grouped by {', '.join(sweep.varied)}" if sweep.varied else ""
+            print("\n".join(describe(pages, f"report {sweep.title!r} in project {project}: {which}{varied}")))
         return
     mode = os.environ.get("WANDB_MODE", "").lower()
     if mode in _OFFLINE:
         raise UserError(f"a dashboard is saved on a W&B server, but WANDB_MODE is {mode}: unset it, or use --dry_run")
-    entity = given.entity or os.environ.get("WANDB_ENTITY") or _ask_entity()
-    print(_save(objects.workspace(sections, given.name, entity, project), "workspace"))
+    entity = options.entity or os.environ.get("WANDB_ENTITY") or _ask_entity()
+    views = {"workspace": objects.workspace(sections, options.name, entity, project)}
     if sweep:
-        print(_save(objects.report(pages, sweep, entity, project), "report"))
+        views["report"] = objects.report(pages, sweep, entity, project)
+    for what, view in views.items():
+        _asking(view.save, f"W&B did not take the {what}")
+        print(f"{what}: {view.url}")
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -88,12 +88,6 @@ def describe(sections: Sequence[Section], title: str) -> list[str]:
     return lines
 
 
-def _report_title(sweep: SweepRuns, project: str) -> str:
-    which = f"W&B sweep {sweep.identifier}" if sweep.identifier else f"runs {', '.join(sweep.names)}"
-    varied = f", grouped by {', '.join(sweep.varied)}" if sweep.varied else ""
-    return f"report {sweep.title!r} in project {project}: {which}{varied}"
-
-
 def _project_of(runs: Sequence[Run]) -> str | None:
     """The project that the first run's own logger names."""
     for run in runs:
@@ -115,12 +109,6 @@ def _ask_entity() -> str:
     if not entity:
         raise UserError("the W&B login has no entity of its own: give --entity")
     return str(entity)
-
-
-def _save(view: Any, what: str) -> str:
-    """Save what was built, and return its address."""
-    _asking(view.save, f"W&B did not take the {what}")
-    return f"{what}: {view.url}"
 
 
 def _asking(action: Callable[[], Any], trouble: str) -> Any:

@@ -60,8 +60,7 @@ class Panel:
 
     def with_level(self) -> Panel:
         """Take over the level of chance that the registry has for all of the values."""
-        entries = [find(name) for name in self.values]
-        levels = {(metric.level, metric.chance) if metric else (None, "") for metric in entries}
+        levels = {(metric.level, metric.chance) if (metric := find(name)) else (None, "") for name in self.values}
         level, chance = levels.pop()
         return self if levels or level is None else replace(self, level=level, chance=chance)
 
@@ -79,12 +78,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A named row of panels.
-
-    Args:
-        name: What it is about.
-        panels: In reading order.
-    """
+    """A named row of panels, in reading order."""
 
     name: str
     panels: tuple[Panel, ...]
@@ -137,15 +131,14 @@ class Logged:
         names = frozenset(str(name) for run in runs for name in run.metrics if run.metrics[name].notna().any())
         labels = {name.split("/")[1] for name in names if re.fullmatch(r"backbone/[^/]+/pc1", name)}
         parts = {group for run in runs if (run.path / TRAJECTORY).is_file() for group in run.trajectory.groups}
-        wholes = sorted(labels - parts)
+        wholes = sorted(labels - parts) or ["trunk"]
         if len(wholes) > 1:
             raise UserError(
                 f"the runs call their recorded weights by different names ({', '.join(wholes)}): "
                 "give runs of one name, a dashboard for each"
             )
-        listed = frozenset(name for run in runs for name in _callbacks(run.settings))
-        whole = wholes[0] if wholes else "trunk"
-        return cls(names, whole, tuple(sorted(labels & parts, key=natural)), listed)
+        probes = frozenset(name for run in runs for name in _callbacks(run.settings))
+        return cls(names, wholes[0], tuple(sorted(labels & parts, key=natural)), probes)
 
     @classmethod
     def standard(cls) -> Logged:
@@ -173,6 +166,11 @@ class Logged:
         nulls = [*self._expand(panel.nulls), *held, *(name for name in endings if name in self.names)]
         shown = tuple(name for name in dict.fromkeys(nulls) if name not in values)
         return replace(panel, values=values, nulls=shown) if values else None
+
+    def fill(self, sections: Iterable[Section]) -> list[Section]:
+        """Fill in sections, without panels that cannot be filled and sections that have none left."""
+        filled = [(part.name, tuple(filter(None, map(self.resolve, part.panels)))) for part in sections]
+        return [Section(name, panels) for name, panels in filled if panels]
 
     def _expand(self, templates: Iterable[str]) -> Iterator[str]:
         for template in templates:
@@ -209,8 +207,7 @@ def _callbacks(settings: dict[str, Any]) -> list[str]:
 
 def workspace_sections(logged: Logged) -> list[Section]:
     """Return the sections that runs can fill, with what the catalogue does not list behind them."""
-    filled = [(part.name, tuple(filter(None, map(logged.resolve, part.panels)))) for part in catalogue()]
-    sections = [Section(name, panels) for name, panels in filled if panels]
+    sections = logged.fill(catalogue())
     return sections + _own(logged, {name for part in sections for panel in part.panels for name in panel.metrics})
 
 

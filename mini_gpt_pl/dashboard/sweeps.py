@@ -55,26 +55,19 @@ def find_sweep(wanted: str, runs: Sequence[Run]) -> SweepRuns:
     Raises:
         UserError: It is none of these.
     """
-    path = _sweep_file(wanted)
-    if path is None and not re.fullmatch(r"[a-z0-9]{6,12}", wanted):
+    if (path := preset(wanted, "sweeps")) is not None:
+        sweep = read_sweep(path)
+        names = tuple(point.name for point in sweep.points)
+        return SweepRuns(f"Sweep {sweep.name}", *_varied(_of_points(sweep)), names=names)
+    if wanted.endswith((".yaml", ".yml")):
+        raise UserError(f"no sweep file {wanted}: give the path of one")
+    if not re.fullmatch(r"[a-z0-9]{6,12}", wanted):
         raise UserError(
             f"--sweep {wanted}: no sweep file, none in configs/sweeps, and no id of a W&B sweep (eight letters and "
             "digits): give one of them"
         )
-    if path is None:
-        settings = [{k: v for k, v in flatten(run.config).items() if not f"{k}.".startswith(_ASIDE)} for run in runs]
-        return SweepRuns(f"Sweep {wanted}", *_varied(settings), identifier=wanted)
-    sweep = read_sweep(path)
-    names = tuple(point.name for point in sweep.points)
-    return SweepRuns(f"Sweep {sweep.name}", *_varied(_of_points(sweep)), names=names)
-
-
-def _sweep_file(wanted: str) -> Path | None:
-    if (path := preset(wanted, "sweeps")) is not None:
-        return path
-    if wanted.endswith((".yaml", ".yml")):
-        raise UserError(f"no sweep file {wanted}: give the path of one")
-    return None
+    settings = [{k: v for k, v in flatten(run.config).items() if not f"{k}.".startswith(_ASIDE)} for run in runs]
+    return SweepRuns(f"Sweep {wanted}", *_varied(settings), identifier=wanted)
 
 
 def _of_points(sweep: Sweep) -> list[dict[str, Any]]:
@@ -107,27 +100,20 @@ def _varied(settings: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tup
     # A setting that only some runs have (another optimizer's) says less than one that all have.
     several.sort(key=lambda key: sum(key not in one for one in settings))
     # Of several that tell the same runs apart, the first.
-    telling = {_partition([repr(one.get(key)) for one in settings]): key for key in reversed(several)}
-    kept = tuple([key for key in several if key in telling.values()][:_MOST])
+    telling: dict[tuple[int, ...], str] = {}
+    for key in several:
+        values = [repr(one.get(key)) for one in settings]
+        telling.setdefault(tuple(map(values.index, values)), key)
+    shown = tuple(telling.values())[:_MOST]
     # The type of True is bool.
-    return kept, tuple(key for key in kept if all(type(one.get(key)) in (int, float) for one in settings))
-
-
-def _partition(values: Sequence[str]) -> tuple[int, ...]:
-    """Say which values are equal: each one's first position."""
-    return tuple(values.index(value) for value in values)
+    return shown, tuple(key for key in shown if all(type(one.get(key)) in (int, float) for one in settings))
 
 
 # ------------------------------------------------------------------------------------------------------- panels
 
 
 def report_sections(logged: Logged, sweep: SweepRuns) -> list[Section]:
-    """Lay out the report of a sweep: curves, last values, and both against what was varied.
-
-    Args:
-        logged: What runs log.
-        sweep: Whose report.
-    """
+    """Lay out the report of a sweep from what its runs log: curves, last values, and both against what was varied."""
     shown = data()["sweep"]
     panels = {panel.values: panel for section in catalogue() for panel in section.panels}
     curves = (
@@ -136,8 +122,7 @@ def report_sections(logged: Logged, sweep: SweepRuns) -> list[Section]:
     last = (Panel(f"{title_of(name)}, at the end", (name,), kind="bars") for name in shown["last"])
     against = _against(sweep, shown["outcomes"])
     sections = {"Over training": curves, "At the end, beside the null": last, "Against what was varied": against}
-    filled = {name: tuple(filter(None, map(logged.resolve, members))) for name, members in sections.items()}
-    return [Section(name, members) for name, members in filled.items() if members]
+    return logged.fill(Section(name, tuple(members)) for name, members in sections.items())
 
 
 def _against(sweep: SweepRuns, outcomes: Sequence[str]) -> Iterator[Panel]:

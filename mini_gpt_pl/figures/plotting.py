@@ -48,11 +48,7 @@ _DWARFED = 15.0
 
 
 def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Write a figure as NAME.FORMAT into a folder, which is made if need be.
-
-    Returns:
-        The files, in the order of the formats.
-    """
+    """Write a figure as NAME.FORMAT into a folder, which is made if need be, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.{kind}" for kind in formats]
     for file in files:
@@ -68,13 +64,9 @@ def lay_out(figure: Figure) -> None:
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """Return a figure's file; without the time of day, so that the same figure is the same file.
+    """Return a figure's png, pdf or svg; without the time of day, so that the same figure is the same file.
 
     The canvas is asked directly: `Figure.savefig` draws everything twice, the first time for a layout that is there.
-
-    Args:
-        figure: It keeps its layout.
-        kind: png, pdf or svg.
     """
     buffer, known = io.BytesIO(), figure.dpi
     figure.dpi = _DPI  # of images inside vector graphics too
@@ -96,28 +88,14 @@ def line(axes: Axes, series: pd.Series[float], label: str, colour: str, **style:
 
 
 def dots(axes: Axes, x: Sequence[float], y: Sequence[float], spread: Sequence[float], **style: Any) -> None:
-    """Draw points with error bars; on a logarithmic axis a bar never reaches zero.
-
-    Args:
-        axes: Where.
-        x: Positions.
-        y: Values.
-        spread: Half lengths of the bars, in the values' units; NaN for none.
-        style: For `Axes.errorbar`.
-    """
+    """Draw points with error bars of half length `spread`, NaN for none; on a log axis a bar never reaches zero."""
     values, bars = np.asarray(y, dtype=float), np.nan_to_num(np.asarray(spread, dtype=float))
     below = np.minimum(bars, 0.9 * np.abs(values)) if axes.get_yscale() == "log" else bars
     axes.errorbar(x, values, yerr=np.stack([below, bars]), **{"ms": 4, "lw": 1, "elinewidth": 0.8, **style})
 
 
 def legend_below(axes: Axes, columns: int = 2, *, drop: float = 34.0) -> None:
-    """Put a legend under the axis labels, where it hides no curve.
-
-    Args:
-        axes: Whose legend.
-        columns: Of the legend.
-        drop: Points between the axes and the legend: room for tick labels and axis label.
-    """
+    """Put a legend under the axis labels, where it hides no curve: `drop` points below the axes."""
     figure = axes.get_figure(root=True)
     if figure is None or not axes.get_legend_handles_labels()[1]:
         return
@@ -134,12 +112,7 @@ def legend_below(axes: Axes, columns: int = 2, *, drop: float = 34.0) -> None:
 
 
 class Change(NamedTuple):
-    """A change of what is trained for within a run.
-
-    Attributes:
-        step: From which the later objective holds.
-        label: What changes; empty for a change that is not drawn.
-    """
+    """The step from which a run trains for something else, and what changes; an empty label is not drawn."""
 
     step: int
     label: str
@@ -177,11 +150,7 @@ def plain_log_steps(axes: Axes, steps: Sequence[int]) -> None:
 
 
 def log_if_dwarfed(axes: Axes) -> bool:
-    """Make the value axis logarithmic where one curve dwarfs the others.
-
-    Returns:
-        Whether it was done.
-    """
+    """Make the value axis logarithmic where one curve dwarfs the others, and return whether one does."""
     curves = [y for part in axes.lines if (y := np.asarray(part.get_ydata(), dtype=float)).size > 1]
     tops = [float(np.nanmax(np.abs(y))) for y in curves if np.isfinite(y).any()]
     if len(tops) < 2 or max(tops) <= _DWARFED * float(np.median(tops)):

@@ -6,6 +6,7 @@ python -m mini_gpt_pl.figures.trajectory_figures runs/mine/trajectory.safetensor
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,12 +33,7 @@ _MOST_COLUMNS = 32
 
 
 def draw(name: str, trajectory: Trajectory, whole: str) -> Figure:
-    """Draw one of `TRAJECTORY_FIGURES`, in the style of all figures.
-
-    Args:
-        name: Of the figure.
-        trajectory: Snapshots so far.
-        whole: What the whole selection is called.
+    """Draw one of `TRAJECTORY_FIGURES`, in the style of all figures, of a selection that is called `whole`.
 
     Raises:
         UserError: Nothing has moved, or there are too few snapshots to say anything.
@@ -57,6 +53,17 @@ def drift_rows(trajectory: Trajectory) -> pca.Rows:
     return pca.drifts(len(trajectory))[1:]
 
 
+def growing(gram: pca.Gram, read: Callable[[pca.Gram], float]) -> list[float]:
+    """Numbers of the path up to each snapshot from the second on; NaN while nothing has moved."""
+    numbers = []
+    for k in range(2, len(gram) + 1):
+        try:
+            numbers.append(read(gram[:k, :k]))
+        except ValueError:
+            numbers.append(math.nan)
+    return numbers
+
+
 def spectrum(trajectory: Trajectory, whole: str) -> Figure:
     """Share of each principal component of the drift, whole selection and groups, raw and unit rows, with both nulls.
 
@@ -64,32 +71,26 @@ def spectrum(trajectory: Trajectory, whole: str) -> Figure:
         UserError: Nothing has moved.
     """
     rows, gram = drift_rows(trajectory), trajectory.gram()
+    curves = [(trajectory.gram(group), "-", {"color": GREY, "lw": 0.8}) for group in moved_groups(trajectory)]
+    curves += [
+        (gram, "o-", {"color": BACKBONE, "ms": 3, "label": whole}),
+        (nulls.walk(gram), "--", {"color": RESIDUAL, "lw": 1, "label": "walk of the same step lengths"}),
+        (trajectory.decaying_walk(), ":", {"color": NULL, "lw": 1.2, "label": "the same under weight decay"}),
+    ]
     figure = Figure(figsize=(WIDTH, 3.3))
     for axes, unit in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
-
-        def curve(path: pca.Gram, style: str, axes: Axes = axes, unit: bool = unit, **more: float | str) -> pca.PCA:
-            parts = pca.pca(path, rows, normalise=unit)
-            axes.plot(range(1, len(parts.ratios) + 1), parts.ratios, style, **more)  # type: ignore[arg-type]
-            return parts
-
-        for group in moved_groups(trajectory):
-            curve(trajectory.gram(group), "-", color=GREY, lw=0.8)
-        measured = curve(gram, "o-", color=BACKBONE, ms=3)
-        curve(nulls.walk(gram), "--", color=RESIDUAL, lw=1)
-        null = curve(nulls.decaying_walk(gram, trajectory.survival), ":", color=NULL, lw=1.2)
+        found = [pca.pca(path, rows, normalise=unit) for path, _, _ in curves]
+        for parts, (_, style, look) in zip(found, curves, strict=True):
+            axes.plot(range(1, len(parts.ratios) + 1), parts.ratios, style, **look)
         axes.set_yscale("log")
         axes.set_ylim(max(1e-5, axes.get_ylim()[0]), 1.5)
-        shares = f"PC1 {100 * measured.pc1:.1f} % (null {100 * null.pc1:.1f} %)"
+        shares = f"PC1 {100 * found[-3].pc1:.1f} % (null {100 * found[-1].pc1:.1f} %)"
         axes.set_title(f"{'Unit rows' if unit else 'Raw drift'}: {shares}", fontsize=9)
         axes.set_xlabel("component")
     left = figure.axes[0]
     left.set_ylabel("share of squared drift")
-    handles = [
-        left.plot([], [], "o-", color=BACKBONE, ms=3, label=whole)[0],
-        left.plot([], [], color=GREY, lw=0.8, label="its groups")[0],
-        left.plot([], [], "--", color=RESIDUAL, lw=1, label="walk of the same step lengths")[0],
-        left.plot([], [], ":", color=NULL, lw=1.2, label="the same under weight decay")[0],
-    ]
+    handles = left.get_legend_handles_labels()[0]
+    handles.insert(1, left.plot([], [], color=GREY, lw=0.8, label="its groups")[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2)
     return figure
 
@@ -98,9 +99,6 @@ def moved_groups(trajectory: Trajectory) -> list[str]:
     """Return the groups whose weights have moved; frozen ones have no direction."""
     lengths = trajectory.grams.diagonal(dim1=1, dim2=2)[:, 1:]
     return [group for group, steps in zip(trajectory.groups, lengths, strict=True) if steps.any()]
-
-
-# --------------------------------------------------------------------------------------------------- the path
 
 
 def path(trajectory: Trajectory, whole: str) -> Figure:
@@ -119,7 +117,7 @@ def path(trajectory: Trajectory, whole: str) -> Figure:
     left, right = figure.subplots(1, 2)
     gram = trajectory.gram()
     for matrix, colour, style, label in (
-        (nulls.decaying_walk(gram, trajectory.survival), NULL, ":", "decaying walk"),
+        (trajectory.decaying_walk(), NULL, ":", "decaying walk"),
         (gram, BACKBONE, "-", whole),
     ):
         first, second = _coordinates(matrix)
@@ -145,9 +143,6 @@ def _coordinates(gram: pca.Gram) -> tuple[Float[Tensor, " n"], Float[Tensor, " n
     first = pca.inner(gram, drifts, directions[0])
     second = pca.inner(gram, drifts, directions[1]) if len(directions) > 1 else torch.zeros_like(first)
     return first, second * (-1.0 if second[-1] < 0 else 1.0)
-
-
-# ------------------------------------------------------------------------------------------------- the groups
 
 
 def groups(trajectory: Trajectory, whole: str) -> Figure:
@@ -184,54 +179,41 @@ def shown_columns(count: int) -> list[int]:
 def pc1_excess(
     trajectory: Trajectory, names: Sequence[str | None], columns: Sequence[int]
 ) -> Float[Tensor, "names columns"]:
-    """PC1 minus that of the decaying walk, each of the snapshots up to a column; NaN before anything has moved.
+    """PC1 minus that of the decaying walk, each with the snapshots up to a column; NaN before anything has moved.
 
     Args:
         trajectory: The snapshots.
         names: Groups; None for the whole selection.
         columns: Positions of snapshots.
     """
-    measured, null = _with_nulls(trajectory, names)
-    both = torch.cat([measured, null])
-    shares = torch.stack([_pc1(both[:, : k + 1, : k + 1]) for k in columns], 1)
-    return shares[: len(names)] - shares[len(names) :]
+
+    def pc1(grams: Float[Tensor, "g n n"]) -> Float[Tensor, " g"]:
+        # Several paths at once: single eigenvalue problems of this size are all overhead.
+        rows = pca.drifts(grams.shape[-1])[1:]
+        energy = torch.linalg.eigvalsh(rows @ grams @ rows.T).clamp_min(0.0)
+        total = energy.sum(-1)
+        return torch.where(total > 0, energy[:, -1] / total.clamp_min(1e-300), torch.nan)
+
+    return _excess(pc1, trajectory, names, columns)
 
 
 def update_excess(
     trajectory: Trajectory, names: Sequence[str | None], columns: Sequence[int]
 ) -> Float[Tensor, "names columns"]:
-    """Cosine of the latest increment with v_b of the snapshots before it, minus that of the decaying walk.
-
-    NaN at the first increment, which has no past.
-
-    Args:
-        trajectory: The snapshots.
-        names: Groups; None for the whole selection.
-        columns: Positions of snapshots.
-    """
-    measured, null = (
-        torch.tensor(
-            [[pca.latest_update_alignment(gram[: k + 1, : k + 1]) for k in columns] for gram in grams],
-            dtype=torch.float64,
-        )
-        for grams in _with_nulls(trajectory, names)
-    )
-    return measured - null
+    """Cosine of the latest increment with v_b of its past minus that of the decaying walk; NaN without a past."""
+    return _excess(pca.latest_update_alignment, trajectory, names, columns)
 
 
-def _with_nulls(trajectory: Trajectory, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-    """H of some groups and of their decaying walks, each (names, n, n)."""
-    grams = [trajectory.gram(name) for name in names]
-    walks = [nulls.decaying_walk(gram, trajectory.survival) for gram in grams]
-    return torch.stack(grams), torch.stack(walks)
-
-
-def _pc1(grams: Float[Tensor, "g n n"]) -> Float[Tensor, " g"]:
-    """PC1 of several paths at once: single eigenvalue problems of this size are all overhead."""
-    rows = pca.drifts(grams.shape[-1])[1:]
-    energy = torch.linalg.eigvalsh(rows @ grams @ rows.T).clamp_min(0.0)
-    total = energy.sum(-1)
-    return torch.where(total > 0, energy[:, -1] / total.clamp_min(1e-300), torch.nan)
+def _excess(
+    read: Callable[[Tensor], Tensor], trajectory: Trajectory, names: Sequence[str | None], columns: Sequence[int]
+) -> Float[Tensor, "names columns"]:
+    """Numbers of the snapshots up to each column minus those of the decaying walks; NaN where decay is unknown."""
+    walks = [trajectory.decaying_walk(name) for name in names]
+    if not all(torch.isfinite(walk).all() for walk in walks):
+        return torch.full((len(names), len(columns)), torch.nan, dtype=torch.float64)
+    grams = torch.stack([*(trajectory.gram(name) for name in names), *walks])
+    numbers = torch.stack([read(grams[:, : k + 1, : k + 1]) for k in columns], 1)
+    return numbers[: len(names)] - numbers[len(names) :]
 
 
 def _heat_map(figure: Figure, axes: Axes, values: Float[Tensor, "names columns"], steps: list[int], title: str) -> None:
@@ -260,11 +242,11 @@ TRAJECTORY_FIGURES: dict[str, Callable[[Trajectory, str], Figure]] = {
 
 def draw_files(trajectory: Trajectory, whole: str) -> dict[str, bytes]:
     """Draw all of `TRAJECTORY_FIGURES` that the trajectory allows, as PNG files by name."""
-    found = {}
+    files = {}
     for name in TRAJECTORY_FIGURES:
         with suppress(UserError):  # too few snapshots, or nothing has moved yet
-            found[name] = render(draw(name, trajectory, whole), "png")
-    return found
+            files[name] = render(draw(name, trajectory, whole), "png")
+    return files
 
 
 def main() -> None:

@@ -1,9 +1,4 @@
-"""What every logged number means, printed from the registry.
-
-python -m mini_gpt_pl.metrics.glossary backbone/trunk/pc1      # one name
-python -m mini_gpt_pl.metrics.glossary runs/mine               # all that a run logged
-python -m mini_gpt_pl.metrics.glossary --markdown              # the page docs/metrics.md
-"""
+"""What every logged number means, printed from the registry: the command `explain`, and the page `docs/metrics.md`."""
 
 from __future__ import annotations
 
@@ -73,7 +68,7 @@ def run_table(run: Run) -> Table:
         holes = (metric.match(name) or {}) if metric else {"family": parts[0], "quantity": parts[-1]}
         key = (order.index(metric), *(value for hole, value in holes.items() if hole not in _COLLAPSED))
         rows.setdefault(key, []).append(name)
-    for names in (rows[key] for key in sorted(rows)):
+    for _, names in sorted(rows.items()):
         shown = next((name for name in names if f"/{trunk}/" in name), names[0])
         more = f" (+{len(names) - 1})" if len(names) > 1 else ""
         words = _UNKNOWN if (metric := find(shown)) is None else metric.describe(shown)
@@ -82,8 +77,6 @@ def run_table(run: Run) -> Table:
         table.add_row(f"{shown}{more}", f"{run.last(shown):.4g}", null, words)
     return table
 
-
-# ------------------------------------------------------------------------------------------------ the page
 
 _HEAD = """# Metrics
 
@@ -125,9 +118,6 @@ def _card(metric: Metric, family: Mapping[str, Any]) -> list[str]:
     return [*lines, f"- reference: {metric.reference}"]
 
 
-# --------------------------------------------------------------------------------------------- command line
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Explain metrics: `mini_gpt_pl explain NAME_OR_RUN...`.
 
@@ -137,13 +127,13 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = CommandParser("explain", description="Say what a logged number means, and what its null is.")
     parser.add_argument("names", nargs="*", metavar="NAME_OR_RUN", help="a name of metrics.csv, or a run folder")
     parser.add_argument("--markdown", action="store_true", help="print the whole glossary as a page")
-    given = parser.parse_args(args)
-    if given.markdown:
+    options = parser.parse_args(args)
+    if options.markdown:
         return print(markdown(), end="")
-    if not given.names:
+    if not options.names:
         parser.error("give the name of a metric, or a run folder")
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    for name in given.names:
+    for name in options.names:
         console.print(run_table(Run(Path(name)))) if Path(name).is_dir() else print(explain(name))
 
 

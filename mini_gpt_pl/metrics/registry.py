@@ -8,7 +8,7 @@ an entry in the files are the arguments of `Metric`; a family of entries gives t
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from importlib.resources import files
@@ -27,14 +27,7 @@ _ALSO = {"group": "group|whole"}  # `{whole}` in a name of a panel is the group 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that has a name in words and is written in one way.
-
-    Args:
-        name: Of a statistic, or the template of a metric's logged names.
-        title: Its name in words, as rows of tables and panels have it.
-        unit: `share` is from 0 to 1, `cosine` from -1 to 1.
-        format: Format string of a value.
-    """
+    """A number that has a name in words, a unit (`share` is from 0 to 1), and a format string of its values."""
 
     name: str
     title: str
@@ -47,16 +40,14 @@ class Quantity:
 
     def write_difference(self, difference: float) -> str:
         """Write a difference of two values: shares differ by points, counts by whole numbers; `-` for NaN."""
-        if difference != difference:
-            return "-"
-        if "%" in self.format:
+        if "%" in self.format and difference == difference:
             return f"{100 * difference:+.1f} pt".replace("-0.0 pt", "+0.0 pt")
-        return f"{difference:{'+.0f' if self.format == '{:.0f}' else '+.3f'}}"
+        return "-" if difference != difference else f"{difference:{'+.0f' if self.format == '{:.0f}' else '+.3f'}}"
 
 
 @dataclass(frozen=True)
 class Metric(Quantity):
-    """An entry of the registry.
+    """An entry of the registry; its name is the template of its logged names.
 
     Args:
         words: What it is, in a sentence.
@@ -65,7 +56,7 @@ class Metric(Quantity):
         cost: What it takes to get it.
         reference: Where it comes from.
         source: Dotted path of the class that logs it; empty for any LightningModule.
-        when: When it is logged.
+        when: It is logged.
         family: Title of the entries that it belongs to.
         patterns: Regular expression of each placeholder in the name.
         beside: Template of the logged metric that holds the null, or the number in units of it; empty without one.
@@ -104,8 +95,7 @@ class Metric(Quantity):
 
     def match(self, name: str) -> dict[str, str] | None:
         """Return what the placeholders stand for in a logged name, None if the name is another metric's."""
-        matched = self.expression.fullmatch(name)
-        return None if matched is None else matched.groupdict()
+        return matched.groupdict() if (matched := self.expression.fullmatch(name)) else None
 
     def describe(self, name: str) -> str:
         """Return the words with the placeholders of a logged name filled in."""
@@ -137,39 +127,38 @@ def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
 @cache
 def metrics() -> tuple[Metric, ...]:
     """All entries, in the order of the glossary."""
-    return tuple(_entries(data()))
-
-
-def _entries(given: Mapping[str, Any]) -> Iterator[Metric]:
+    files_say, made = data(), []
     inherited = {field.name for field in fields(Metric)} - {"title", "panels"}
-    listed = [(family, *entry) for family in given["families"] for entry in family.get("metrics", {}).items()]
+    listed = [(family, *entry) for family in files_say["families"] for entry in family.get("metrics", {}).items()]
     for family, name, entry in listed:
-        patterns = {hole: place["pattern"] for hole, place in given["placeholders"].items()} | entry.get("where", {})
+        patterns = {hole: place["pattern"] for hole, place in files_say["placeholders"].items()}
+        patterns |= entry.get("where", {})
         if null := entry.get("quantities"):
-            patterns["quantity"] = "|".join(
-                n.rpartition("/")[2] for _, n, other in listed if other.get("beside") == null
-            )
+            named = [n.rpartition("/")[2] for _, n, other in listed if other.get("beside") == null]
+            patterns["quantity"] = "|".join(named)
         values: dict[str, Any] = {
             "title": name.rpartition("/")[2].replace("_", " "),
-            "format": given["formats"].get(entry["unit"], "{:.4g}"),
-            "reference": given.get("references", {}).get(name, "ours"),
+            "format": files_say["formats"].get(entry["unit"], "{:.4g}"),
+            "reference": files_say.get("references", {}).get(name, "ours"),
             "source": "",
             **{key: value for key, value in family.items() if key in inherited},
             **{key: value for key, value in entry.items() if key not in ("where", "quantities")},
+            "panels": tuple(entry.get("panels", ())),
+            "floor": "floor" in entry,
         }
         values |= {"level": float(entry["level"])} if "level" in entry else {}
-        values |= {"panels": tuple(entry.get("panels", ())), "floor": "floor" in entry}
         holes = {hole: patterns[hole] for hole in _HOLE.findall(name)}
-        yield Metric(**values, name=name, family=family["title"], patterns=holes)
+        made.append(Metric(**values, name=name, family=family["title"], patterns=holes))
+    return tuple(made)
 
 
 @cache
 def statistics() -> Mapping[str, Quantity]:
     """The numbers of a whole path by name, in the order of a report: words, unit and format of each."""
     held: dict[str, Quantity] = {metric.name.removeprefix("backbone/{group}/"): metric for metric in metrics()}
-    given, formats = data()["statistics"], data()["formats"]
-    own = {name: Quantity(name, **{"format": formats[one["unit"]], **one}) for name, one in given.items() if one}
-    return {name: own.get(name) or held[name] for name in given}
+    listed, formats = data()["statistics"], data()["formats"]
+    own = {name: Quantity(name, **{"format": formats[one["unit"]], **one}) for name, one in listed.items() if one}
+    return {name: own.get(name) or held[name] for name in listed}
 
 
 # ---------------------------------------------------------------------------------------------- looking up
@@ -179,8 +168,7 @@ def statistics() -> Mapping[str, Quantity]:
 def find(name: str) -> Metric | None:
     """Return the entry of a logged name (or of a template itself), None if no command logs it.
 
-    Args:
-        name: Such as `backbone/trunk/pc1_null`. Where several templates fit, the one that fixes most of the name.
+    Where several templates fit, it is the one that fixes most of the name.
 
     Example:
         >>> find("backbone/blocks.0/pc1").name
@@ -197,10 +185,9 @@ def title_of(name: str) -> str:
         >>> title_of("commutator/all/on_theta0")
         'commutator on theta_0'
     """
-    metric = find(name)
-    if metric is None:
+    if (metric := find(name)) is None:
         return name
-    holes = metric.match(name) or {}
+    holes = _holes(name)
     own = (title for template, title in data()["titles"].items() if _fill(template, holes) == name)
     if quantity := quantity_of(name):
         holes["quantity"] = title_of(quantity)
@@ -214,8 +201,7 @@ def quantity_of(name: str) -> str | None:
         >>> quantity_of("backbone/trunk/pc1_null")
         'backbone/trunk/pc1'
     """
-    metric = find(name)
-    quantity = ((metric.match(name) if metric else None) or {}).get("quantity")
+    quantity = _holes(name).get("quantity")
     return None if quantity is None else f"{name.rpartition('/')[0]}/{quantity}"
 
 
@@ -247,10 +233,15 @@ def beside(name: str, logged: Collection[str], *, in_column: bool = False) -> st
 
 def about(template: str, name: str) -> str:
     """Fill in a template with the placeholders of a logged name, of which `{quantity}` is then the last part."""
-    metric = find(name)
-    holes = (metric.match(name) if metric else None) or {}
+    holes = _holes(name)
     label = holes.get("group") or holes.get("whole")
     return _fill(template, {**holes, "group": label, "whole": label, "quantity": name.rpartition("/")[2]})
+
+
+def _holes(name: str) -> dict[str, str]:
+    """What the placeholders of a logged name's entry stand for in it."""
+    metric = find(name)
+    return (metric.match(name) if metric else None) or {}
 
 
 def expression(template: str, patterns: Mapping[str, str]) -> re.Pattern[str]:

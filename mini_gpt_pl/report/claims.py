@@ -10,13 +10,7 @@ from mini_gpt_pl.report.sheet import Table, tabulate, word
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence or two about several runs.
-
-    Args:
-        topic: What about.
-        said: The finding.
-        anchor: Section that shows it.
-    """
+    """One sentence or two about several runs: its topic, what it says, and the anchor of the section that shows it."""
 
     topic: str
     said: str
@@ -61,18 +55,6 @@ def claims_table(
     notes: Sequence[str | None] = (),
     columns: tuple[str, str, str, str] = ("the studies say", "here", "null", "reading"),
 ) -> Table:
-    """Lay claims out as a table.
-
-    Args:
-        name: File stem.
-        title: In words.
-        claims: None for those that the runs do not allow.
-        notes: Footnotes.
-        columns: Heads of what was said, what is here, its null, and the reading.
-    """
-    rows = [
-        dict(zip(columns, map(word, (claim.said, claim.here, claim.null, claim.reading)), strict=True))
-        for claim in claims
-        if claim is not None
-    ]
-    return tabulate(name, title, rows, notes)
+    """Lay claims out as a table; those that the runs do not allow are None."""
+    parts = [(claim.said, claim.here, claim.null, claim.reading) for claim in claims if claim is not None]
+    return tabulate(name, title, [dict(zip(columns, map(word, part), strict=True)) for part in parts], notes)

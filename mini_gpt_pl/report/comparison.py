@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.families import families, names, one_of_each_seed
 from mini_gpt_pl.report.settings import plain, progress
-from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, gap, number, tabulate, word
+from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, gap, interval, number, tabulate, word
 from mini_gpt_pl.report.statistics import mean, t_interval
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run, require_reportable
@@ -80,12 +80,13 @@ def grouped(subjects: Sequence[Subject], ignore: Sequence[str]) -> list[list[Sub
 
 def unique(tables: Sequence[Table]) -> list[Table]:
     """Number tables of one name, so that none overwrites another's file."""
-    seen: dict[str, int] = {}
-    found = []
+    counts: Counter[str] = Counter()
+    numbered = []
     for table in tables:
-        seen[table.name] = count = seen.get(table.name, 0) + 1
-        found.append(table if count == 1 else replace(table, name=f"{table.name}_{count}"))
-    return found
+        counts[table.name] += 1
+        count = counts[table.name]
+        numbered.append(table if count == 1 else replace(table, name=f"{table.name}_{count}"))
+    return numbered
 
 
 # --------------------------------------------------------------------------------------------------- how they ended
@@ -99,31 +100,22 @@ def ending(subject: Subject) -> dict[str, Cell]:
 
 def steps_cell(run: Run) -> Cell:
     """Steps that a run took, and of how many where it did not take them all."""
-    taken, asked = progress(run)
-    whole = asked is None or taken >= asked
-    return Cell(f"{taken:,}" if whole else f"{taken:,} of {asked:,}", float(taken))
+    steps, asked = progress(run)
+    whole = asked is None or steps >= asked
+    return Cell(f"{steps:,}" if whole else f"{steps:,} of {asked:,}", float(steps))
 
 
 def overview(subjects: Sequence[Subject], outcomes: Sequence[Row]) -> list[Table]:
-    """All runs: what sets them apart, and how they ended.
-
-    Args:
-        subjects: The runs.
-        outcomes: Further cells of each.
-    """
+    """All runs: what sets them apart, and further cells of each that say how they ended."""
     if len(subjects) < 2:
         return []
-    found = [subject.facts for subject in subjects]
-    # How many steps is told with how it ended.
-    apart = [key for key in found[0] if key != "steps" and len({repr(one[key]) for one in found}) > 1]
-    rows = [
-        {
-            "run": word(subject.label),
-            **{key: word("-" if one[key] is None else plain(one[key])) for key in apart},
-            **outcome,
-        }
-        for subject, one, outcome in zip(subjects, found, outcomes, strict=True)
-    ]
+    of_runs = [subject.facts for subject in subjects]
+    # How many steps a run took is said with how it ended.
+    apart = [key for key in of_runs[0] if key != "steps" and len({repr(facts[key]) for facts in of_runs}) > 1]
+    rows = []
+    for subject, facts, outcome in zip(subjects, of_runs, outcomes, strict=True):
+        settings = {key: word("-" if facts[key] is None else plain(facts[key])) for key in apart}
+        rows.append({"run": word(subject.label), **settings, **outcome})
     same = None if apart else "They differ in nothing that decides how a run goes."
     return [tabulate("runs", "The runs", rows, [same])]
 
@@ -162,14 +154,20 @@ def seeds(
         values = [float(s.max() if which == "highest" else s.iloc[-1]) for s in series if len(s)]
         if len(values) > 1:
             rows.append({"quantity": word(words), **_mean_cells(values, "{:.3f}")})
-    calibrated = [found for subject in subjects if (found := subject.calibrated())]
-    for key, one in statistics().items():
-        words, form = one.title, one.format
-        numbers = [found[key] for found in calibrated if key in found]
-        values = [value.value for value in numbers if not math.isnan(value.value)]
-        excesses = [value.excess for value in numbers if not math.isnan(value.excess)]
+    for key, quantity in statistics().items():
+        form = quantity.format
+        numbers = [calibrated[key] for subject in subjects if key in (calibrated := subject.calibrated())]
+        values = [one.value for one in numbers if not math.isnan(one.value)]
+        excesses = [one.excess for one in numbers if not math.isnan(one.excess)]
         if len(values) > 1:
-            rows.append({"quantity": word(words), **_mean_cells(values, form), **_null_cells(numbers, excesses, form)})
+            row = {"quantity": word(quantity.title), **_mean_cells(values, form)}
+            row["walk"] = number(mean([one.walk for one in numbers]), form)
+            row["decaying walk"] = number(mean([one.decay for one in numbers]), form)
+            if len(excesses) > 1:
+                middle, half = t_interval(excesses)
+                row["excess"] = gap(middle, form)
+                row["excess, 95 %"] = interval(middle - half, middle + half, form)
+            rows.append(row)
     if not rows:
         return []
     chosen = ", ".join(f"{subject.facts['seed']} ({subject.label})" for subject in subjects)
@@ -182,24 +180,9 @@ def seeds(
 
 def _mean_cells(values: Sequence[float], form: str) -> dict[str, Cell]:
     middle, half = t_interval(values)
-    ends = f"{form.format(middle - half)} to {form.format(middle + half)}"
     return {
         "n": number(float(len(values)), "{:.0f}"),
         "mean": number(middle, form),
-        "95 %": Cell(ends, None, {"low": middle - half, "high": middle + half}),
+        "95 %": interval(middle - half, middle + half, form, number),
         "each": word(", ".join(form.format(value) for value in values)),
     }
-
-
-def _null_cells(numbers: Sequence[Calibrated], excesses: Sequence[float], form: str) -> dict[str, Cell]:
-    cells = {
-        "walk": number(mean([value.walk for value in numbers]), form),
-        "decaying walk": number(mean([value.decay for value in numbers]), form),
-    }
-    if len(excesses) > 1:
-        middle, half = t_interval(excesses)
-        low, high = middle - half, middle + half
-        cells["excess"] = gap(middle, form)
-        ends = {"low": low, "high": high}
-        cells["excess, 95 %"] = Cell(f"{gap(low, form).text} to {gap(high, form).text}", None, ends)
-    return cells

@@ -1,11 +1,23 @@
-"""What a report is made of: sections with one sentence each, their figures and tables, and what a study adds."""
+"""What a report is made of: sections with one sentence each, their figures and tables, and what a study adds.
+
+Sections stand in a file `sections.yaml`, in lists by name:
+
+    run:
+    - anchor: spectrum                   # of links to it
+      title: How many directions
+      sentence: Shares of the principal components.   # what is measured
+      figures: {blocks: Share of the first component in each group.}   # captions, what is seen
+      tables: [pc1_groups*]              # how names of its tables begin, or whole names
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Generic, TypeVar
 
+import yaml
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.report.claims import Finding
@@ -63,16 +75,28 @@ def plates(functions: Mapping[str, Callable[[Shown], Figure]], **captions: str) 
     return tuple(Plate(name, functions[name], caption) for name, caption in captions.items())
 
 
-MORE = ("more", "More tables", "What belongs to no section above.")
-"""Anchor, title and sentence of the section for tables that no other claims."""
+def section_of(entry: Mapping[str, Any], figures: Mapping[str, Callable[[Shown], Figure]]) -> Section[Shown]:
+    """Make a section of its entry in a file; figures are looked up by name."""
+    shown, tables = plates(figures, **entry.get("figures", {})), tuple(entry.get("tables", ()))
+    return Section(entry["anchor"], entry["title"], entry["sentence"], shown, tables)
+
+
+def sections(package: str, name: str, figures: Mapping[str, Callable[[Shown], Figure]]) -> tuple[Section[Shown], ...]:
+    """Read one list of sections from a package's `sections.yaml`."""
+    text = files(package).joinpath("sections.yaml").read_text(encoding="utf-8")
+    return tuple(section_of(entry, figures) for entry in yaml.safe_load(text)[name])
+
+
+MORE: Section[Any] = Section("more", "More tables", "What belongs to no section above.")
+"""Of tables that no other section claims."""
 
 
 def claimed(sections: Iterable[Section[Shown]], names: Sequence[str]) -> dict[str, list[str]]:
     """Share tables out among sections, by anchor; those that none claims come under that of `MORE`."""
-    known = list(sections)
-    shared: dict[str, list[str]] = {section.anchor: [] for section in known}
+    claiming = list(sections)
+    shared: dict[str, list[str]] = {section.anchor: [] for section in claiming}
     for name in names:
-        owner = next((section.anchor for section in known if section.claims(name)), MORE[0])
+        owner = next((section.anchor for section in claiming if section.claims(name)), MORE.anchor)
         shared.setdefault(owner, []).append(name)
     return shared
 

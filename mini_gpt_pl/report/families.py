@@ -16,36 +16,31 @@ def from_scratch(runs: Sequence[AnyRun]) -> list[AnyRun]:
     return [run for run in runs if run.lineage is None]
 
 
-def family(runs: Sequence[AnyRun], *free: str) -> list[AnyRun]:
-    """Return the largest set of runs that agree in all facts but the free ones; of equal ones the first.
+def families(runs: Sequence[AnyRun], *free: str) -> list[list[AnyRun]]:
+    """Gather runs that agree in all facts but the free ones, in the order in which they were given."""
+    gathered: dict[str, list[AnyRun]] = {}
+    for run in runs:
+        fixed = {key: value for key, value in facts(run).items() if key not in free}
+        gathered.setdefault(repr(fixed), []).append(run)
+    return list(gathered.values())
 
-    Args:
-        runs: Those that continue another are left out.
-        free: Facts in which the runs may differ.
-    """
+
+def family(runs: Sequence[AnyRun], *free: str) -> list[AnyRun]:
+    """Return the largest of the families of the runs from scratch; of equal ones the first."""
     return max(families(from_scratch(runs), *free), key=len, default=[])
 
 
-def families(runs: Sequence[AnyRun], *free: str) -> list[list[AnyRun]]:
-    """Gather runs that agree in all facts but the free ones, in the order in which they were given."""
-    found: dict[str, list[AnyRun]] = {}
+def one_of_each_seed(runs: Sequence[AnyRun]) -> list[AnyRun]:
+    """Keep the first run of each seed: one that was run twice, as in two sweeps, is no second draw."""
+    first: dict[Any, AnyRun] = {}
     for run in runs:
-        fixed = {key: value for key, value in facts(run).items() if key not in free}
-        found.setdefault(repr(fixed), []).append(run)
-    return list(found.values())
+        first.setdefault(facts(run)["seed"], run)
+    return list(first.values())
 
 
 def seeds_of(runs: Sequence[AnyRun]) -> list[AnyRun]:
     """Runs that differ in their seed only, one of each seed; none if there is no such pair."""
     return several(one_of_each_seed(family(runs, "seed")), "seed")
-
-
-def one_of_each_seed(runs: Sequence[AnyRun]) -> list[AnyRun]:
-    """Keep the first run of each seed: one that was run twice, as in two sweeps, is no second draw."""
-    kept: dict[Any, AnyRun] = {}
-    for run in runs:
-        kept.setdefault(facts(run)["seed"], run)
-    return list(kept.values())
 
 
 def several(runs: list[AnyRun], fact: str) -> list[AnyRun]:
@@ -58,9 +53,9 @@ def names(runs: Sequence[AnyRun]) -> dict[AnyRun, str]:
     parts = [run.path.resolve().parts for run in runs]
     depths = [1] * len(parts)
     while True:
-        found = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
-        alike = [k for k, name in enumerate(found) if found.count(name) > 1 and depths[k] < len(parts[k])]
+        called = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
+        alike = [k for k, name in enumerate(called) if called.count(name) > 1 and depths[k] < len(parts[k])]
         if not alike:
-            return dict(zip(runs, found, strict=True))
+            return dict(zip(runs, called, strict=True))
         for k in alike:
             depths[k] += 1

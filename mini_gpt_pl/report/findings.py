@@ -10,7 +10,7 @@ from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.families import from_scratch, names, seeds_of
 from mini_gpt_pl.report.settings import diverged, progress
-from mini_gpt_pl.report.sheet import gap
+from mini_gpt_pl.report.sheet import gap, interval
 from mini_gpt_pl.report.statistics import t_interval
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import METRICS, Run
@@ -44,24 +44,18 @@ def sound_ones(runs: Sequence[Run]) -> dict[Run, dict[str, Calibrated]]:
 
 def _standing_out(sound: dict[Run, dict[str, Calibrated]], called: dict[Run, str], name: str) -> Finding:
     """In how many runs a number stands out of the decaying walk, and where it does not."""
-    words, form = statistics()[name].title, statistics()[name].format
+    quantity, numbers = statistics()[name], {run: calibrated[name] for run, calibrated in sound.items()}
     sides: dict[str, list[str]] = {"above": [], "below": [], "within": []}
-    for run, found in sound.items():
-        one = found[name]
+    for run, one in numbers.items():
         sides["above" if one.low > 0 else "below" if one.high < 0 else "within"].append(called[run])
-    excesses = [found[name].excess for found in sound.values()]
     parts = [
         f"{side} in {len(inside)}" + (f" ({', '.join(inside)})" if 0 < len(inside) <= _FEW < len(sound) else "")
         for side, inside in sides.items()
     ]
-    span = f"{written_gap(min(excesses), form)} to {written_gap(max(excesses), form)}"
+    excesses = [one.excess for one in numbers.values()]
+    span = interval(min(excesses), max(excesses), quantity.format).text
     said = f"of {len(sound)} runs from scratch {', '.join(parts)}; excess {span}."
-    return Finding(f"{words}, against the decaying walk", said, "runs")
-
-
-def written_gap(excess: float, form: str) -> str:
-    """Write an excess."""
-    return gap(excess, form).text
+    return Finding(f"{quantity.title}, against the decaying walk", said, "runs")
 
 
 def _seeds(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
@@ -70,16 +64,16 @@ def _seeds(sound: dict[Run, dict[str, Calibrated]]) -> Iterator[Finding]:
     if len(chosen) < 2:
         return
     apart, tried = [], 0
-    for name, one in statistics().items():
-        words, form = one.title, one.format
-        excesses = [found[name].excess for run in chosen if name in (found := sound[run])]
+    for name, quantity in statistics().items():
+        excesses = [sound[run][name].excess for run in chosen if name in sound[run]]
+        same = quantity.format == "{:.0f}" and len(set(excesses)) == 1
         # Counts that are the same in every seed have an interval without a width, which says nothing.
-        if len(excesses) < 2 or any(map(math.isnan, excesses)) or (form == "{:.0f}" and len(set(excesses)) == 1):
+        if len(excesses) < 2 or any(map(math.isnan, excesses)) or same:
             continue
         tried += 1
         mean, half = t_interval(excesses)
         if abs(mean) > half:
-            apart.append(f"{words} {written_gap(mean, form)}")
+            apart.append(f"{quantity.title} {gap(mean, quantity.format).text}")
     said = f"{len(apart)} of {tried} excesses have a t interval over {len(chosen)} seeds that leaves out zero"
     chance = f"of {tried} such intervals about {0.05 * tried:.0f} would by chance."
     yield Finding("Over seeds", f"{said}{': ' if apart else ''}{'; '.join(apart)}; {chance}", "seeds")

@@ -1,10 +1,9 @@
-"""What a run logged under its own names: curves, a table, sentences; and where validation and training loss part."""
+"""What a run logged under its own names: curves, a table and sentences."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,10 +11,10 @@ from matplotlib.figure import Figure
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import DISTINCT, WIDTH, line
-from mini_gpt_pl.metrics.glossary import find
+from mini_gpt_pl.metrics.registry import find
 from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
 from mini_gpt_pl.report.subject import Subject
-from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.runs.folder import METRICS, Run
 
 _OF_PROBES = "mini_gpt_pl.callbacks."
 _COUNTERS = ("epoch", "step")  # Lightning logs them beside everything
@@ -26,7 +25,7 @@ _OF_STEP = re.compile(r"_(step|epoch)$")
 
 def own_metrics(run: Run) -> list[str]:
     """Names of what the run's own code logged: everything that no probe of this package logs."""
-    if not (run.path / "metrics.csv").is_file():
+    if not (run.path / METRICS).is_file():
         return []
     logged = [name for name in map(str, run.metrics.columns) if name not in _COUNTERS and len(run.series(name))]
     numbers = [name for name in logged if pd.api.types.is_numeric_dtype(run.metrics[name])]
@@ -35,11 +34,11 @@ def own_metrics(run: Run) -> list[str]:
 
 def panels(names: list[str]) -> dict[str, list[str]]:
     """Put metrics into one panel that are of one quantity, such as `train/loss` and `val_loss`."""
-    found: dict[str, list[str]] = {}
+    shared: dict[str, list[str]] = {}
     for name in names:
         quantity = _SIDES.sub("", _OF_STEP.sub("", name)).strip("/_.-") or name
-        found.setdefault(quantity, []).append(name)
-    return found
+        shared.setdefault(quantity, []).append(name)
+    return shared
 
 
 def learning_curves(run: Run) -> Figure:
@@ -69,12 +68,7 @@ def learning_curves(run: Run) -> Figure:
 
 @dataclass(frozen=True)
 class Course:
-    """How one metric went.
-
-    Args:
-        name: As it was logged.
-        series: Its values by step.
-    """
+    """How one metric went: its name as it was logged, and its values by step."""
 
     name: str
     series: pd.Series[float]
@@ -90,29 +84,23 @@ class Course:
         return int(self.series.index[int(self.series.argmax())])
 
     @property
-    def said(self) -> str:
+    def sentence(self) -> str:
         """The course in one sentence."""
         first, last = float(self.series.iloc[0]), float(self.series.iloc[-1])
+        low, high = self.series[self.lowest], self.series[self.highest]
         if len(self.series) == 1:
             return f"{self.name} was measured once: {last:.4g} at step {int(self.series.index[0]):,}."
-        if first == last == float(self.series.min()) == float(self.series.max()):
+        if low == high:
             return f"{self.name} stayed at {last:.4g}."
-        low, high = self.series[self.lowest], self.series[self.highest]
         went = "fell" if last < first else "rose" if last > first else "came back"
-        best, step = (low, self.lowest) if went == "fell" else (high, self.highest)
-        end = (
-            ""
-            if step == self.series.index[-1]
-            else f"; its {'lowest' if best == low else 'highest'} was {best:.4g} at step {step:,}"
-        )
+        best, step, which = (low, self.lowest, "lowest") if last < first else (high, self.highest, "highest")
+        end = "" if step == self.series.index[-1] else f"; its {which} was {best:.4g} at step {step:,}"
         return f"{self.name} {went} from {first:.4g} to {last:.4g}{end}."
 
 
-def courses(run: Run) -> Iterator[Course]:
+def courses(run: Run) -> list[Course]:
     """How each metric that the run logged under its own name went."""
-    for name in own_metrics(run):
-        series = run.series(name)
-        yield Course(name, series.groupby(level=0).last())
+    return [Course(name, run.series(name).groupby(level=0).last()) for name in own_metrics(run)]
 
 
 def learned(subject: Subject) -> tuple[str, ...]:
@@ -121,82 +109,22 @@ def learned(subject: Subject) -> tuple[str, ...]:
     def order(course: Course) -> tuple[bool, bool]:
         return "loss" not in course.name, _SIDES.search(course.name) is None or "train" in course.name
 
-    return tuple(course.said for course in sorted(courses(subject), key=order)[:_MOST_SENTENCES])
+    return tuple(course.sentence for course in sorted(courses(subject), key=order)[:_MOST_SENTENCES])
 
 
 def learning_table(subject: Subject) -> list[Table]:
     """What the run logged under its own names: first, lowest, highest and last value, and a sentence of each."""
-    rows: list[Row] = []
-    for course in courses(subject):
-        series = course.series
-        rows.append(
-            {
-                "metric": word(course.name),
-                "first": number(float(series.iloc[0]), "{:.4g}"),
-                "lowest": number(float(series.min()), "{:.4g}"),
-                "at step": number(course.lowest, "{:,.0f}"),
-                "highest": number(float(series.max()), "{:.4g}"),
-                "at step ": number(course.highest, "{:,.0f}"),
-                "last": number(float(series.iloc[-1]), "{:.4g}"),
-                "in words": word(course.said),
-            }
-        )
+    rows: list[Row] = [
+        {
+            "metric": word(course.name),
+            "first": number(float(course.series.iloc[0]), "{:.4g}"),
+            "lowest": number(float(course.series.min()), "{:.4g}"),
+            "at step": number(course.lowest, "{:,.0f}"),
+            "highest": number(float(course.series.max()), "{:.4g}"),
+            "at step ": number(course.highest, "{:,.0f}"),
+            "last": number(float(course.series.iloc[-1]), "{:.4g}"),
+            "in words": word(course.sentence),
+        }
+        for course in courses(subject)
+    ]
     return [tabulate("learning", "What the run logged under its own names", rows)] if rows else []
-
-
-# -------------------------------------------------------------------------------------------------- over-fitting
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Where validation and training loss part.
-
-    Args:
-        best: Lowest validation loss.
-        best_step: Its step.
-        last: Validation loss at the end.
-        train: Mean training loss since the evaluation before the last; NaN if it was not logged.
-        parted: First evaluation from which on validation lies above training loss; None where it does not at the end.
-    """
-
-    best: float
-    best_step: int
-    last: float
-    train: float
-    parted: int | None
-
-    @property
-    def rise(self) -> float:
-        """Validation loss at the end above its lowest."""
-        return self.last - self.best
-
-    @property
-    def overfits(self) -> bool:
-        """Whether validation loss has risen by more than 1 % of its lowest: less is noise of single evaluations."""
-        return self.rise > 0.01 * abs(self.best)
-
-
-def fit_of(run: Run, validation: str, training: str) -> Fit | None:
-    """Compare validation loss with the mean training loss of the steps since the evaluation before; None without.
-
-    Args:
-        run: The run.
-        validation: Name of the metric.
-        training: Name of the metric.
-    """
-    loss, train = run.series(validation), run.series(training)
-    if loss.empty:
-        return None
-    means = pd.Series(math.nan, index=loss.index)
-    before = -1
-    for step in loss.index:
-        means.loc[step] = train[(train.index > before) & (train.index <= step)].mean()
-        before = step
-    above = loss > means
-    parted = None
-    for step in reversed(loss.index):
-        if not above[step]:
-            break
-        parted = int(step)
-    best = int(loss.argmin())
-    return Fit(float(loss.iloc[best]), int(loss.index[best]), float(loss.iloc[-1]), float(means.iloc[-1]), parted)

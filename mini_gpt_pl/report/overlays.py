@@ -13,9 +13,12 @@ from matplotlib.lines import Line2D
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import DISTINCT, NULL, WIDTH, log_if_dwarfed
-from mini_gpt_pl.geometry.path import nulls, pca
+from mini_gpt_pl.figures.trajectory_figures import growing
+from mini_gpt_pl.geometry.path import growth, pca
 from mini_gpt_pl.report.families import from_scratch, names
+from mini_gpt_pl.report.figures import cos_theta0
 from mini_gpt_pl.report.settings import diverged, progress
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 
 STYLES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
@@ -25,21 +28,27 @@ LINE_HEIGHT = 0.17
 """Of a legend, in inches."""
 
 
-# ---------------------------------------------------------------------------------------------------- curves
-
-
 class Curve(NamedTuple):
-    """One quantity along a run.
-
-    Attributes:
-        steps: Where it was measured.
-        values: What was measured.
-        null: The same of the decaying walk; None for what no walk has.
-    """
+    """One quantity along a run: where it was measured, its values, and those of the decaying walk if a walk has any."""
 
     steps: Sequence[int]
     values: Sequence[float]
     null: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a panel draws of every run.
+
+    Args:
+        title: Of the panel.
+        measure: Reads it from a run; a UserError where a run never moved.
+        unbounded: Whether one run may dwarf the others.
+    """
+
+    title: str
+    measure: Callable[[Run], Curve]
+    unbounded: bool = False
 
 
 def metric(name: str) -> Callable[[Run], Curve]:
@@ -52,85 +61,38 @@ def metric(name: str) -> Callable[[Run], Curve]:
     return read
 
 
-def _of_split(read: Callable[[pca.Decomposition], Any]) -> Callable[[Run], Curve]:
-    def measure(run: Run) -> Curve:
-        measured, null = (_split(path) for path in _paths(run))
-        return Curve(run.trajectory.steps[1:], read(measured).tolist(), read(null).tolist())
-
-    return measure
-
-
-def _paths(run: Run) -> tuple[pca.Gram, pca.Gram]:
-    """H of a run and of its decaying walk."""
-    run.drift_rows  # noqa: B018 (raises for a run without a path)
-    gram = run.trajectory.gram()
-    return gram, nulls.decaying_walk(gram, run.trajectory.survival)
-
-
-def _split(gram: pca.Gram) -> pca.Decomposition:
-    path = pca.drifts(len(gram))[1:]
-    return pca.decompose(gram, path, pca.pca(gram, path).backbone)
-
-
-def _over_time(read: Callable[[pca.Gram], float]) -> Callable[[Run], Curve]:
-    """A number of the path up to each snapshot."""
+def _of_path(read: Callable[[pca.Gram], Sequence[float]]) -> Callable[[Run], Curve]:
+    """Numbers of a path at every snapshot but the first."""
 
     def measure(run: Run) -> Curve:
-        sides = [[read(path[:k, :k]) for k in range(2, len(path) + 1)] for path in _paths(run)]
-        return Curve(run.trajectory.steps[1:], sides[0], sides[1])
+        paths = Subject.of(run).paths()
+        return Curve(run.trajectory.steps[1:], read(paths.measured), read(paths.decaying))
 
     return measure
-
-
-def _cos_theta0(gram: pca.Gram) -> float:
-    path = pca.drifts(len(gram))[1:]
-    try:
-        return pca.cosine(gram, pca.pca(gram, path).backbone, pca.theta0(len(gram)))
-    except ValueError:  # nothing has moved yet
-        return math.nan
 
 
 def _pc1(gram: pca.Gram) -> float:
-    try:
-        return 100 * pca.pca(gram, pca.drifts(len(gram))[1:]).pc1
-    except ValueError:  # nothing has moved yet
-        return math.nan
+    return 100 * pca.pca(gram, pca.drifts(len(gram))[1:]).pc1
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """What is drawn of every run.
-
-    Args:
-        title: Of its panel.
-        measure: Reads it from a run; a UserError where a run never moved.
-        unbounded: Whether one run may dwarf the others.
-    """
-
-    title: str
-    measure: Callable[[Run], Curve]
-    unbounded: bool = False
+def _split(gram: pca.Gram) -> pca.Decomposition:
+    return growth.split_drift(gram, normalise=False)
 
 
 CURVES: Mapping[str, Quantity] = {
-    "a": Quantity("$a(t)=\\langle x(t),v_b\\rangle$", _of_split(lambda split: split.coordinate), unbounded=True),
-    "r": Quantity("$||r(t)||$", _of_split(lambda split: split.residual_norm), unbounded=True),
-    "fraction": Quantity("fraction $a^2/||x||^2$", _of_split(lambda split: split.fraction)),
-    "cos": Quantity("cos$(v_b,\\theta_0)$, $v_b$ of the past", _over_time(_cos_theta0)),
-    "pc1": Quantity("PC1 up to the step, %", _over_time(_pc1)),
+    "a": Quantity("$a(t)=\\langle x(t),v_b\\rangle$", _of_path(lambda h: _split(h).coordinate.tolist()), True),
+    "r": Quantity("$||r(t)||$", _of_path(lambda h: _split(h).residual_norm.tolist()), True),
+    "fraction": Quantity("fraction $a^2/||x||^2$", _of_path(lambda h: _split(h).fraction.tolist())),
+    "cos": Quantity("cos$(v_b,\\theta_0)$, $v_b$ of the past", _of_path(lambda h: growing(h, cos_theta0))),
+    "pc1": Quantity("PC1 up to the step, %", _of_path(lambda h: growing(h, _pc1))),
 }
 """Quantities of the path, each with its null."""
 
 
 class Look(NamedTuple):
-    """How a run is drawn in a figure of several.
+    """How a run is drawn in a figure of several: its name in the legend, and the colour, style and width of its lines.
 
-    Attributes:
-        run: The run.
-        name: In the legend.
-        colour: Of its lines and markers.
-        style: Of its lines; nulls are dotted.
-        width: Of its lines; the first are the broadest, so that curves that coincide are all seen.
+    Nulls are dotted. The first lines are the broadest, so that curves that coincide are all seen.
     """
 
     run: Run
@@ -170,28 +132,23 @@ def draw(axes: Axes, looks: Sequence[Look], quantity: Quantity) -> None:
 
     Limits are those of the runs that did not diverge, if there are any.
     """
-    for look in looks:
-        if not look.diverged:
-            _lines(axes, look, quantity.measure)
-    if quantity.unbounded:
-        log_if_dwarfed(axes)
-    limits = (axes.get_xlim(), axes.get_ylim()) if axes.lines else None
-    for look in looks:
-        if look.diverged:
-            _lines(axes, look, quantity.measure)
+    limits = None
+    for clipped in (False, True):
+        for look in (look for look in looks if look.diverged is clipped):
+            try:
+                curve = quantity.measure(look.run)
+            except UserError:
+                continue  # a run that never moved
+            axes.plot(curve.steps, curve.values, color=look.colour, ls=look.style, lw=look.width)
+            if curve.null is not None:
+                axes.plot(curve.steps, curve.null, ":", color=look.colour, lw=0.9)
+        if not clipped:
+            if quantity.unbounded:
+                log_if_dwarfed(axes)
+            limits = (axes.get_xlim(), axes.get_ylim()) if axes.lines else None
     if limits is not None:
         axes.set(xlim=limits[0], ylim=limits[1])
     axes.set_title(quantity.title, fontsize=9)
-
-
-def _lines(axes: Axes, look: Look, measure: Callable[[Run], Curve]) -> None:
-    try:
-        found = measure(look.run)
-    except UserError:
-        return  # a run that never moved
-    axes.plot(found.steps, found.values, color=look.colour, ls=look.style, lw=look.width)
-    if found.null is not None:
-        axes.plot(found.steps, found.null, ":", color=look.colour, lw=0.9)
 
 
 def panels(looks: Sequence[Look], shown: Sequence[Quantity]) -> Figure:
@@ -223,15 +180,6 @@ def legend_rows(looks: Sequence[Look]) -> int:
     return math.ceil((len(looks) + 1) / _columns(looks))
 
 
-def overview(runs: Sequence[Run]) -> Figure:
-    """Backbone coordinate, residual, fraction and first share of all runs from scratch.
-
-    Raises:
-        UserError: There are fewer than two.
-    """
-    return panels(named(several(runs), runs), [CURVES[name] for name in ("a", "r", "fraction", "pc1")])
-
-
 def several(runs: Sequence[Run]) -> Sequence[Run]:
     """Return the runs from scratch.
 
@@ -244,5 +192,10 @@ def several(runs: Sequence[Run]) -> Sequence[Run]:
     return chosen
 
 
-OVERLAYS: dict[str, Callable[[Sequence[Run]], Figure]] = {"overview": overview}
-"""Figures of several runs of any task."""
+def overview(runs: Sequence[Run]) -> Figure:
+    """Backbone coordinate, residual, fraction and first share of all runs from scratch.
+
+    Raises:
+        UserError: There are fewer than two.
+    """
+    return panels(named(several(runs), runs), [CURVES[name] for name in ("a", "r", "fraction", "pc1")])

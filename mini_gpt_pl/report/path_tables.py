@@ -1,26 +1,32 @@
 """Tables of one run that follow from its path alone: principal components, updates, windows, growth.
 
-Each number stands beside its nulls and, where a study has one, beside the published value.
+Each number stands beside its nulls and, where a study has one, beside the published value. What is measured is a
+function of the Gram matrix, so that a null is the same function of another matrix.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
-from mini_gpt_pl.geometry.path import growth, nulls
+import yaml
+
+from mini_gpt_pl.geometry.path import growth, nulls, pca
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.geometry.path.pca import Gram
 from mini_gpt_pl.metrics.registry import statistics
-from mini_gpt_pl.report import measures
-from mini_gpt_pl.report.calibration import conclusion
-from mini_gpt_pl.report.measures import PHASES
 from mini_gpt_pl.report.published import Beside
-from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, number, word
-from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.report.sheet import NULLS, Cell, Row, Table, beside_nulls, conclusion, number, word
+from mini_gpt_pl.report.statistics import mean
+from mini_gpt_pl.report.subject import WINDOW, Subject
 
-_WINDOW = 10  # snapshots
+PHASES = ("early", "middle", "late")
+_BORDERS = (0.2, 0.6)  # of the run: steps 2,000 and 6,000 of 10,000
 _UNKNOWN = Calibrated(math.nan, math.nan, math.nan)
 
 
@@ -41,11 +47,6 @@ class NumberRow:
     published: str | None = None
 
     @property
-    def format(self) -> str:
-        """How the number is written."""
-        return self.form or statistics()[self.key].format
-
-    @property
     def published_key(self) -> str:
         """Key of the published number."""
         return self.key if self.published is None else self.published
@@ -54,9 +55,6 @@ class NumberRow:
 @dataclass
 class Rows:
     """Rows of numbers beside their nulls and published values, and the keys of those values, for the footnotes.
-
-    Args:
-        beside: The published run.
 
     Example:
         >>> rows = Rows(Beside())
@@ -69,24 +67,45 @@ class Rows:
     cells: list[Row] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
 
-    def add(self, found: Calibrated, key: str, form: str, more: Mapping[str, Cell] | None = None, **lead: Cell) -> None:
+    def add(self, one: Calibrated, key: str, form: str, more: Mapping[str, Cell] | None = None, **lead: Cell) -> None:
         """Add a row: what it is, the number beside its nulls, the published value, and what follows."""
         self.keys.append(key)
-        self.cells.append({**lead, **beside_nulls(found, form), **self.beside.cell(key, form), **(more or {})})
+        self.cells.append({**lead, **beside_nulls(one, form), **self.beside.cell(key, form), **(more or {})})
 
     def quantities(
-        self, found: Mapping[str, Calibrated], shown: Sequence[NumberRow], *, conclude: bool = False, **lead: Cell
+        self, numbers: Mapping[str, Calibrated], shown: Sequence[NumberRow], *, conclude: bool = False, **lead: Cell
     ) -> None:
         """Add a row for every quantity that there is, with what it says in words if that is asked for."""
-        for one in shown:
-            if one.key in found:
-                words = word(one.words or statistics()[one.key].title)
-                more = {"in words": word(conclusion(found[one.key]))} if conclude else {}
-                self.add(found[one.key], one.published_key, one.format, more, **lead, quantity=words)
+        for row in (row for row in shown if row.key in numbers):
+            one, known = numbers[row.key], statistics().get(row.key)
+            words, form = row.words or (known.title if known else ""), row.form or (known.format if known else "")
+            more = {"in words": word(conclusion(one))} if conclude else {}
+            self.add(one, row.published_key, form, more, **lead, quantity=word(words))
 
-    def table(self, name: str, title: str, *notes: str | None) -> list[Table]:
-        """Lay the rows out; nothing without any."""
-        return [self.beside.table(name, title, self.cells, notes, self.keys)] if self.cells else []
+    def table(self, name: str, **values: object) -> list[Table]:
+        """Lay the rows out; see `laid_out`."""
+        return laid_out(self.beside, name, self.cells, self.keys, **values)
+
+
+def laid_out(beside: Beside, name: str, rows: Sequence[Row], keys: Sequence[str] = (), **values: object) -> list[Table]:
+    """Lay out rows under the title and above the footnotes that `tables.yaml` has for them; nothing without rows.
+
+    Args:
+        beside: The published run.
+        name: Of the table.
+        rows: Cells by column.
+        keys: Of the published numbers shown, which have footnotes of their own.
+        values: Of what stands in braces in title and footnotes.
+    """
+    entry = _words()[name]
+    notes = [note.format(nulls=NULLS, **values) for note in entry["notes"]]
+    return [beside.table(name, entry["title"].format(**values), rows, notes, keys)] if rows else []
+
+
+@cache
+def _words() -> dict[str, Any]:
+    words: dict[str, Any] = yaml.safe_load(files(__package__).joinpath("assets", "tables.yaml").read_text("utf-8"))
+    return words
 
 
 def path_tables(subject: Subject, beside: Beside) -> list[Table]:
@@ -97,32 +116,75 @@ def path_tables(subject: Subject, beside: Beside) -> list[Table]:
     return [table for make in made for table in make(subject, beside)]
 
 
+def spacing_note(subject: Subject) -> str:
+    """Say how many snapshots there are and how far apart, which PC1 and k95 depend on."""
+    steps = subject.trajectory.steps
+    spans = [later - earlier for earlier, later in itertools.pairwise(steps)]
+    apart = f"every {spans[0]:,} steps" if len(set(spans)) == 1 else f"{min(spans):,} to {max(spans):,} steps apart"
+    return f"{len(spans)} snapshots after the start, {apart}, to step {steps[-1]:,}."
+
+
 def overview(subject: Subject, beside: Beside) -> list[Table]:
     """Every calibrated statistic of the whole selection."""
-    rows, found = Rows(beside), subject.calibrated()
-    rows.quantities(found, [NumberRow(name) for name in found], conclude=not subject.task)
-    spacing = measures.spacing_note(subject.trajectory)
-    return rows.table("overview", f"The whole {subject.trunk} against its nulls", NULLS, spacing)
+    rows, numbers = Rows(beside), subject.calibrated()
+    rows.quantities(numbers, [NumberRow(name) for name in numbers], conclude=not subject.task)
+    return rows.table("overview", whole=subject.trunk if subject.task else "path", spacing=spacing_note(subject))
 
 
 def groups(subject: Subject, beside: Beside) -> list[Table]:
     """PC1 and k95 of every group, raw and with unit rows."""
     tables = []
-    for suffix, rows_are in (("", "raw drifts"), ("_unit", "drifts of unit length")):
+    for suffix in ("", "_unit"):
         rows = Rows(beside)
         for label, group in subject.parts.items():
-            found = subject.calibrated(group)
-            k95 = found[f"k95{suffix}"]
+            numbers = subject.calibrated(group)
+            k95 = numbers[f"k95{suffix}"]
             heads = {"k95": k95.value, "k95, walk": k95.walk, "k95, decaying walk": k95.decay}
             counts = {head: number(value, "{:.0f}") for head, value in heads.items()}
             key = f"pc1{suffix}" if group is None else f"pc1{suffix}/{group}"
-            rows.add(found[f"pc1{suffix}"], key, "{:.1%}", counts, group=word(label))
-        spacing = measures.spacing_note(subject.trajectory)
-        tables += rows.table(f"pc1_groups{suffix}", f"Share of PC1, {rows_are}", NULLS, spacing)
+            rows.add(numbers[f"pc1{suffix}"], key, "{:.1%}", counts, group=word(label))
+        tables += rows.table(f"pc1_groups{suffix}", spacing=spacing_note(subject))
     return tables
 
 
 # ----------------------------------------------------------------------------------------------------- updates
+
+
+def phase_borders(length: int) -> tuple[int, int]:
+    """Steps at which the phases change: 2,000 and 6,000 of 10,000."""
+    early, late = _BORDERS
+    return round(early * length), round(late * length)
+
+
+def phase_of(middle: float, length: int) -> str:
+    """Phase of an interval by its midpoint: before 0.2 of the length, to 0.6, after."""
+    early, late = phase_borders(length)
+    return PHASES[0] if middle < early else PHASES[1] if middle <= late else PHASES[2]
+
+
+def update_statistics(gram: Gram, steps: Sequence[int], length: int) -> dict[str, float]:
+    """Cosines of updates with the backbone by phase, and where their sign flips.
+
+    With the whole run's raw v_b, a(T) > 0: `<phase>` means of |C|, `<phase>_signed` means of C, `flip` the end of the
+    first interval with C < 0. With the v_b of the snapshots before: `<phase>_past` means of C. `mean` and `mean_past`
+    are over all intervals. What a run has no interval for is left out.
+
+    Args:
+        gram: H over evenly spaced snapshots.
+        steps: Of those snapshots.
+        length: Of the whole schedule, which the phases are shares of.
+    """
+    whole = pca.update_alignment(gram, pca.pca(gram, pca.drifts(len(gram))[1:]).backbone).tolist()
+    past = pca.past_update_alignment(gram).tolist()
+    middles = [(before + after) / 2 for before, after in itertools.pairwise(steps)]
+    numbers = {"mean": mean([abs(c) for c in whole]), "mean_past": mean(past)}
+    for phase in PHASES:
+        inside = [index for index, middle in enumerate(middles) if phase_of(middle, length) == phase]
+        numbers[phase] = mean([abs(whole[index]) for index in inside])
+        numbers[f"{phase}_signed"] = mean([whole[index] for index in inside])
+        numbers[f"{phase}_past"] = mean([past[index] for index in inside])
+    numbers["flip"] = next((float(step) for step, c in zip(steps[1:], whole, strict=True) if c < 0), math.nan)
+    return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
 def updates(subject: Subject, beside: Beside) -> list[Table]:
@@ -130,77 +192,41 @@ def updates(subject: Subject, beside: Beside) -> list[Table]:
     steps = subject.thinned.steps
     if len(steps) < 4:
         return []
-    found: dict[str, dict[str, Calibrated]] = {}
+    of_parts: dict[str, dict[str, Calibrated]] = {}
     for label, group in subject.parts.items():
         try:
-            found[label] = subject.against_nulls(
-                lambda gram: measures.update_statistics(gram, steps, subject.length), group, thinned=True
+            of_parts[label] = subject.against_nulls(
+                lambda gram: update_statistics(gram, steps, subject.length), group, thinned=True
             )
         except ValueError:  # moved between the kept snapshots only
             continue
-    span = steps[1] - steps[0]
-    return _phases(subject, beside, found, span) + _flips(subject, beside, found, span)
-
-
-def _key(subject: Subject, label: str) -> str:
-    """Name of a group among published values, where the whole selection is the trunk whatever it is called."""
-    return "trunk" if label == subject.trunk else label
-
-
-def _phases(subject: Subject, beside: Beside, found: Mapping[str, Mapping[str, Calibrated]], span: int) -> list[Table]:
-    rows = Rows(beside)
-    for phase in PHASES:
-        for label, numbers in found.items():
-            if phase not in numbers:
-                continue
+    # Among published values the whole selection is the trunk, whatever it is called.
+    keys = {label: "trunk" if label == subject.trunk else label for label in of_parts}
+    span, rows = steps[1] - steps[0], Rows(beside)
+    for phase, (label, numbers) in itertools.product(PHASES, of_parts.items()):
+        if phase in numbers:
             past = beside_nulls(numbers.get(f"{phase}_past", _UNKNOWN), "{:+.3f}")
             heads = {"past": "measured", "past, decaying walk": "decaying walk", "past, excess": "excess"}
             more = {head: past[column] for head, column in heads.items()}
-            rows.add(
-                numbers[phase],
-                f"{phase}/{_key(subject, label)}",
-                "{:.3f}",
-                more,
-                phase=word(phase),
-                group=word(label),
-            )
-    early, late = measures.phase_borders(subject.length)
-    return rows.table(
-        "updates",
-        "Alignment of updates by phase",
-        f"Mean |cos| of {span:,}-step updates with the whole run's raw v_b, which contains them: even orthogonal "
-        "updates of these lengths align with it, as the walk shows.",
-        "Past: mean signed cos with the v_b of the snapshots before each update, which knows nothing of it; a walk "
-        "gives zero.",
-        f"Early: midpoints before step {early:,}; late: after step {late:,}.",
-    )
-
-
-def _flips(subject: Subject, beside: Beside, found: Mapping[str, Mapping[str, Calibrated]], span: int) -> list[Table]:
-    rows, keys = [], []
-    for label, numbers in found.items():
+            rows.add(numbers[phase], f"{phase}/{keys[label]}", "{:.3f}", more, phase=word(phase), group=word(label))
+    early, late = phase_borders(subject.length)
+    flips, shown = [], []
+    for label, numbers in of_parts.items():
         row = {"group": word(label)}
         for name, words, form in (
             ("flip", "flip", "{:,.0f}"),
             ("early_signed", "early C", "{:+.3f}"),
             ("late_signed", "late C", "{:+.3f}"),
         ):
-            if name not in numbers and name != "flip":
-                continue  # the run has no such phase
-            cell = numbers.get(name, _UNKNOWN)
-            keys.append(f"{name}/{_key(subject, label)}")
-            row |= {
-                words: number(cell.value, form),
-                f"{words}, walk": number(cell.walk, form),
-                f"{words}, decaying walk": number(cell.decay, form),
-                **beside.cell(keys[-1], form, f"{words}, "),
-            }
-        rows.append(row)
-    notes = [
-        f"C: signed cosine of {span:,}-step updates with the whole run's raw v_b; flip: end of the first interval "
-        "with C < 0, a dash where there is none."
-    ]
-    return [beside.table("sign_flip", "Where the alignment of updates changes sign", rows, notes, keys)]
+            if name in numbers or name == "flip":  # else the run has no such phase
+                one = numbers.get(name, _UNKNOWN)
+                shown.append(f"{name}/{keys[label]}")
+                sides = {words: one.value, f"{words}, walk": one.walk, f"{words}, decaying walk": one.decay}
+                row |= {head: number(value, form) for head, value in sides.items()}
+                row |= beside.cell(shown[-1], form, f"{words}, ")
+        flips.append(row)
+    by_phase = rows.table("updates", span=span, early=early, late=late)
+    return by_phase + laid_out(beside, "sign_flip", flips, shown, span=span)
 
 
 # ------------------------------------------------------------------------------------- windows, fraction, growth
@@ -226,23 +252,39 @@ _FRACTIONS = (
 
 def windows(subject: Subject, beside: Beside) -> list[Table]:
     """Rolling windows: from the origin, from their own start, and against the whole run."""
-    if len(subject.trajectory) <= _WINDOW + 1:
+
+    def extremes(gram: Gram) -> dict[str, float]:
+        """Of shares of PC1 and of turning, with unit rows from each window's first snapshot."""
+        turning = pca.rolling_self_anchored(gram, WINDOW)
+        low, high = float(turning.pc1.min()), float(turning.pc1.max())
+        return {"pc1_low": low, "pc1_high": high, "turning_low": float(turning.cosines.min())}
+
+    if len(subject.trajectory) <= WINDOW + 1:
         return []
     whole, rows = word(subject.trunk), Rows(beside)
     rows.quantities(subject.calibrated(), _ROLLING, group=whole)
-    rows.quantities(subject.against_nulls(measures.rolling_statistics), _EXTREMES, group=whole)
+    rows.quantities(subject.against_nulls(extremes), _EXTREMES, group=whole)
     for label, group in subject.parts.items():
         if group is not None:
             rows.quantities(subject.calibrated(group), _ROLLING[:1], group=word(label))
-    spacing = f"Windows of {_WINDOW} snapshots; {measures.spacing_note(subject.trajectory)}"
-    return rows.table("windows", "Does the backbone turn? Rolling windows", NULLS, spacing)
+    return rows.table("windows", width=WINDOW, spacing=spacing_note(subject))
 
 
 def fraction(subject: Subject, beside: Beside) -> list[Table]:
     """Backbone fraction a^2 / ||x||^2 at the end and on average, and where coordinate and residual are largest."""
     steps, rows = subject.trajectory.steps, Rows(beside)
-    rows.quantities(subject.against_nulls(lambda gram: measures.split_statistics(gram, steps)), _FRACTIONS)
-    return rows.table("backbone_fraction", "Backbone fraction of the drift", NULLS)
+
+    def shares(gram: Gram) -> dict[str, float]:
+        raw, unit = (growth.split_drift(gram, normalise=normalise) for normalise in (False, True))
+        return {
+            **{f"{name}_last": float(split.fraction[-1]) for name, split in (("raw", raw), ("unit", unit))},
+            **{f"{name}_mean": float(split.fraction.mean()) for name, split in (("raw", raw), ("unit", unit))},
+            "highest_a": float(steps[1 + int(unit.coordinate.abs().argmax())]),
+            "highest_r": float(steps[1 + int(unit.residual_norm.argmax())]),
+        }
+
+    rows.quantities(subject.against_nulls(shares), _FRACTIONS)
+    return rows.table("backbone_fraction")
 
 
 def growth_laws(subject: Subject, beside: Beside) -> list[Table]:
@@ -255,40 +297,31 @@ def growth_laws(subject: Subject, beside: Beside) -> list[Table]:
         if window[1] <= subject.last_step  # a run that stopped early has not been through the others
     }
     whole = (0, subject.last_step)
-    found = subject.against_nulls(
+    numbers = subject.against_nulls(
         lambda gram: growth.summary(gram, steps, border, scaled) | _correlations(subject, gram, (whole, *inside))
     )
+
+    def add(name: str, published: str, form: str, quantity: str, where: str) -> None:
+        if name in numbers:
+            rows.add(numbers[name], published, form, quantity=word(quantity), steps=word(where))
+
     for (lo, hi), key in inside.items():
         for name, words in (("a", "|a| ~ t^"), ("r", "||r|| ~ t^")):
-            if (value := found.get(f"exponent_{name}_{lo}_{hi}")) is not None:
-                lead = word(f"exponent of {words}")
-                rows.add(value, f"exponent_{name}_{key}", "{:+.2f}", quantity=lead, steps=word(f"({lo:,}, {hi:,}]"))
-    if (value := found.get("early_late")) is not None:
-        where = word(f"before and after {border:,}")
-        rows.add(value, "early_late", "{:.3f}", quantity=word("|<v_E, v_L>|"), steps=where)
-    published = dict(inside)
-    if subject.last_step == subject.length:
-        published[whole] = f"0_{growth.WINDOWS[-1][1]}"
+            where = f"({lo:,}, {hi:,}]"
+            add(f"exponent_{name}_{lo}_{hi}", f"exponent_{name}_{key}", "{:+.2f}", f"exponent of {words}", where)
+    add("early_late", "early_late", "{:.3f}", "|<v_E, v_L>|", f"before and after {border:,}")
     behind = subject.backdrop.behind
     metric = "" if behind is None else behind[0].rpartition("/")[2]
-    if behind is not None:
-        for lo, hi in dict.fromkeys((whole, *inside)):
-            if (value := found.get(f"correlation_{lo}_{hi}")) is not None:
-                key = f"correlation_{published[lo, hi]}" if (lo, hi) in published else ""
-                lead = word(f"correlation of {metric} and ||r||")
-                rows.add(value, key, "{:+.2f}", quantity=lead, steps=word(f"({lo:,}, {hi:,}]"))
-    return rows.table(
-        "growth",
-        "How coordinate and residual grow",
-        NULLS,
-        "v_b of unit rows, a and r of raw drifts; least squares in ln-ln. Decoupled decay under a linear warm-up alone "
-        "moves weights as t^2.",
-        None if subject.length == 10_000 else f"Windows are shares of {subject.length:,} steps.",
-        None
-        if behind is None
-        else f"Correlations describe: both series follow the schedule, and the nulls pair {metric} with their own "
-        "||r||.",
-    )
+    keys = dict(inside)
+    if subject.last_step == subject.length:
+        keys[whole] = f"0_{growth.WINDOWS[-1][1]}"
+    for lo, hi in dict.fromkeys((whole, *inside)):
+        published = f"correlation_{keys[lo, hi]}" if (lo, hi) in keys else ""
+        words, where = f"correlation of {metric} and ||r||", f"({lo:,}, {hi:,}]"
+        add(f"correlation_{lo}_{hi}", published, "{:+.2f}", words, where)
+    shares = "" if subject.length == 10_000 else f"Windows are shares of {subject.length:,} steps."
+    describe = f"both series follow the schedule, and the nulls pair {metric} with their own ||r||"
+    return rows.table("growth", shares=shares, correlations=f"Correlations describe: {describe}." if metric else "")
 
 
 def _correlations(subject: Subject, gram: Gram, inside: Sequence[growth.Window]) -> dict[str, float]:
@@ -302,28 +335,19 @@ def _correlations(subject: Subject, gram: Gram, inside: Sequence[growth.Window])
         residual = growth.split_drift(gram).residual_norm.tolist()
     except ValueError:
         return {}
-    found = {(lo, hi): growth.correlation(steps, values, residual, lo, hi) for lo, hi in inside}
-    return {f"correlation_{lo}_{hi}": value for (lo, hi), value in found.items() if value is not None}
+    pairs = {(lo, hi): growth.correlation(steps, values, residual, lo, hi) for lo, hi in inside}
+    return {f"correlation_{lo}_{hi}": value for (lo, hi), value in pairs.items() if value is not None}
 
 
-def autocorrelation(subject: Subject, beside: Beside) -> list[Table]:
+def autocorrelation(subject: Subject, beside: Beside, lags: int = 5) -> list[Table]:
     """Correlation of updates by lag, raw and off theta_0, beside the decaying walk; a free walk gives zero."""
     rows: list[Row] = []
-    paths = (subject.trajectory.gram(), nulls.decaying_walk(subject.trajectory.gram(), subject.trajectory.survival))
+    paths = subject.paths()
     for off in (False, True):
-        values = [nulls.autocorrelation(gram, 5, off_theta0=off).tolist() for gram in paths]
-        for lag, (measured, decay) in enumerate(zip(*values, strict=True), 1):
+        pair = (nulls.autocorrelation(gram, lags, off_theta0=off).tolist() for gram in (paths.measured, paths.decaying))
+        for lag, (measured, decay) in enumerate(zip(*pair, strict=True), 1):
+            numbers = {"measured": measured, "decaying walk": decay, "excess": measured - decay}
             if not math.isnan(measured):
-                rows.append(
-                    {
-                        "correlation of": word(f"updates {lag} apart{', off theta_0' if off else ''}"),
-                        "measured": number(measured, "{:+.3f}"),
-                        "decaying walk": number(decay, "{:+.3f}"),
-                        "excess": number(measured - decay, "{:+.3f}"),
-                    }
-                )
-    notes = [
-        "A walk without decay gives zero at every lag, whatever its PC1.",
-        measures.spacing_note(subject.trajectory),
-    ]
-    return [beside.table("autocorrelation", "Correlation of updates by lag", rows, notes)] if rows else []
+                name = word(f"updates {lag} apart{', off theta_0' if off else ''}")
+                rows.append({"correlation of": name} | {k: number(v, "{:+.3f}") for k, v in numbers.items()})
+    return laid_out(beside, "autocorrelation", rows, spacing=spacing_note(subject))

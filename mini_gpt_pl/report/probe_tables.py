@@ -11,8 +11,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from mini_gpt_pl.report.calibration import probes_table
-from mini_gpt_pl.report.measures import PHASES, phase_of
+from mini_gpt_pl.geometry.vectors.alignment import noise_floor
+from mini_gpt_pl.metrics.registry import beside as null_of
+from mini_gpt_pl.metrics.registry import data, find, title_of
+from mini_gpt_pl.report.path_tables import PHASES, laid_out, phase_of
 from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import Cell, Row, Table, number, word
 from mini_gpt_pl.report.statistics import mean
@@ -33,19 +35,36 @@ def probe_tables(subject: Subject, beside: Beside) -> list[Table]:
 
 
 def live_probes(subject: Subject, beside: Beside) -> list[Table]:
-    """What the probes logged during the run, each beside its null."""
-    frame = probes_table(subject)
-    rows = [{str(column): _as_number(text) for column, text in row.items()} for row in frame.to_dict("records")]
-    note = "Directions are those of the snapshots before each measurement; means over the run, in units of the null."
-    return [beside.table("live_probes", "Live probes, means over the run", rows, [note])] if rows else []
+    """What the probes logged during the run: means over it, each beside its null and in units of it."""
+    rows: list[Row] = []
+    templates = [f"{family}/{name}" for family, names in data()["live"].items() for name in names]
+    for name in (template.replace("{whole}", subject.trunk) for template in templates):
+        values = subject.series(name).abs()
+        if not len(values):
+            continue
+        expected, middle = _expected(subject, name), float(values.mean())
+        ends = {"mean": middle, "first": float(values.iloc[0]), "last": float(values.iloc[-1])}
+        row = {"quantity": word(title_of(name)), **{head: _shown(value, "{:.3g}") for head, value in ends.items()}}
+        row["null"] = word("-") if expected is None else _shown(expected, "{:.3g}")
+        row["mean / null"] = word("-") if expected is None else _shown(middle / expected, "{:.2f}")
+        rows.append(row | {"times measured": _shown(len(values), "{}")})
+    return laid_out(beside, "live_probes", rows)
 
 
-def _as_number(text: str) -> Cell:
-    """A cell of a text that may be a number."""
-    try:
-        return Cell(text, float(text))
-    except ValueError:
-        return word(text)
+def _shown(value: float, form: str) -> Cell:
+    """A number of which the CSV has the digits that are shown."""
+    return Cell(form.format(value), float(form.format(value)))
+
+
+def _expected(run: Subject, name: str) -> float | None:
+    """What chance gives for the absolute value of a metric: noise floor, a number, the mean of its null, or None."""
+    metric = find(name)
+    if metric is None:
+        return None
+    if metric.floor:
+        return noise_floor(run.trajectory.dim)
+    null = null_of(name, list(map(str, run.metrics.columns)))
+    return metric.level if null is None or metric.level is not None else float(run.series(null).abs().mean())
 
 
 def event_cell(record: Mapping[str, object]) -> Cell:
@@ -79,13 +98,7 @@ def signed_bias(subject: Subject, beside: Beside) -> list[Table]:
                 **beside.cell(keys[-1], "{:+.2f}", "B, "),
             }
         )
-    notes = [
-        f"b = <g, v_b> of the accumulated training gradient, mean ± standard deviation by phase; B is its sum over all "
-        f"measured steps. {_PAST}",
-        "By chance: ||g|| sqrt(2 / (pi D)) with the mean length of the gradients, from b and their cosine.",
-    ]
-    title = "Signed gradient bias along the past backbone"
-    return [beside.table("signed_bias_live", title, rows, notes, keys)] if rows else []
+    return laid_out(beside, "signed_bias_live", rows, keys, past=_PAST)
 
 
 def _of_phase(subject: Subject, values: pd.Series[float], phase: str, form: str) -> Cell:
@@ -132,39 +145,31 @@ def fisher_survey(subject: Subject) -> dict[int, dict[str, Estimate]]:
 
 def fisher(subject: Subject, beside: Beside) -> list[Table]:
     """Curvature of the empirical Fisher along directions, and its anisotropy."""
-    survey = fisher_survey(subject)
     live = not subject.replayed_at("fisher", subject.trunk)
     rows: list[dict[str, Cell]] = []
-    for step, found in survey.items():
-
-        def at(name: str, form: str = "{:.1e}", found: Mapping[str, Estimate] = found) -> Cell:
-            value, error = found.get(name, _NOTHING)
-            return number(value, form, error, "se")
-
+    for step, estimates in fisher_survey(subject).items():
+        shown = {f"q_{name}": (head, "{:.1e}") for name, head in DIRECTIONS.items()} | {
+            "random": ("random", "{:.1e}"),
+            "anisotropy": ("anisotropy", "{:.1f}"),
+            "lambda_1": ("lambda_1", "{:.1e}"),
+        }
         row = {"step": word(f"{step:,}")} | ({} if live else {"event": event_cell(subject.replay[step])})
-        row |= {"source": HERE, **{head: at(f"q_{name}") for name, head in DIRECTIONS.items()}, "random": at("random")}
-        row |= {"anisotropy": at("anisotropy", "{:.1f}"), "lambda_1": at("lambda_1")}
-        row["|<u_1, v_b>|"] = number(abs(found.get("overlap", _NOTHING)[0]), "{:.1e}")
+        row["source"] = HERE
+        for name, (head, form) in shown.items():
+            value, error = estimates.get(name, _NOTHING)
+            row[head] = number(value, form, error, "se")
+        row["|<u_1, v_b>|"] = number(abs(estimates.get("overlap", _NOTHING)[0]), "{:.1e}")
         rows.append(row | {"by chance": number(subject.floor(subject.trunk), "{:.1e}")})
     if not rows:
         return []
-    keys = ["overlap"]
+    keys, heads = ["overlap"], {"anisotropy": "anisotropy"}
+    heads |= {name: DIRECTIONS[name] for name in ("backbone", "switch", "pc2")}
     for step in beside.steps("fisher"):
-        heads = {"anisotropy": "anisotropy", **{name: DIRECTIONS[name] for name in ("backbone", "switch", "pc2")}}
-        shown = {
-            head: beside.number(f"fisher/{step}/{name}", "{:.1f}" if name == "anisotropy" else "{:.1e}")
-            for name, head in heads.items()
-        }
+        forms = {name: "{:.1f}" if name == "anisotropy" else "{:.1e}" for name in heads}
+        cells = {head: beside.number(f"fisher/{step}/{name}", forms[name]) for name, head in heads.items()}
         keys += [f"fisher/{step}/{name}" for name in heads]
-        rows.append({"step": word(f"{step:,}"), "source": word(beside.column), **shown})
-    notes = [
-        "Mean squared projection of mini-batch gradients of the combined loss (empirical Fisher of batch means), ± "
-        "standard error; random: the exact mean over all directions off v_b; anisotropy: q(v_b) over it, 1 by chance.",
-        "Isotropy is a low bar: compare q(v_b) with q of other directions of the path and of theta_0 too.",
-        "u_1: leading mode of the same gradients; by chance |<u_1, v_b>| is the noise floor sqrt(2 / (pi D)).",
-        _PAST if live else None,
-    ]
-    return [beside.table("fisher", "Fisher curvature along the backbone", rows, notes, keys)]
+        rows.append({"step": word(f"{step:,}"), "source": word(beside.column), **cells})
+    return laid_out(beside, "fisher", rows, keys, past=_PAST if live else "")
 
 
 # --------------------------------------------------------------------------------------------------- alignment
@@ -172,15 +177,12 @@ def fisher(subject: Subject, beside: Beside) -> list[Table]:
 
 def gradient_alignment(subject: Subject, beside: Beside) -> list[Table]:
     """|cos| of single-batch gradients with the backbone, beside the noise floor."""
-    parts = {"gradient": ("combined", "combined")} | {
-        name: (name, words) for name, words in subject.backdrop.losses.items()
-    }
     rows: list[dict[str, Cell]] = []
     live, measured = True, False
     for label in subject.labels:
         floor = subject.floor(label)
         row = {"group": word(label), "floor": number(floor, "{:.1e}")}
-        for metric, (part, words) in parts.items():
+        for metric, (part, words) in subject.gradient_parts.items():
             found = subject.estimates(("gradient", part, label, "abs_cos"), f"alignment/{label}/{metric}")
             live &= found.live or not found.values
             values = [abs(value) for value, _ in found.values.values()]
@@ -191,16 +193,9 @@ def gradient_alignment(subject: Subject, beside: Beside) -> list[Table]:
         rows.append(row | beside.cell("gradient/combined" if label != subject.trunk else "", "{:.3f}"))
     if not measured:
         return []
-    notes = [
-        "Means of |cos| with each group's own v_b"
-        + (
-            ", over the measured steps." if live else f" over batches, averaged over {len(subject.replay)} checkpoints."
-        ),
-        "Floor: mean |cos| of independent isotropic vectors, sqrt(2 / (pi D)); / floor: in units of it.",
-        _PAST if live else None,
-    ]
-    title = "Alignment of single-batch gradients"
-    return [beside.table("gradient_alignment", title, rows, notes, ["gradient/combined"])]
+    over = ", over the measured steps" if live else f" over batches, averaged over {len(subject.replay)} checkpoints"
+    past = _PAST if live else ""
+    return laid_out(beside, "gradient_alignment", rows, ["gradient/combined"], over=over, past=past)
 
 
 def interference(subject: Subject, beside: Beside) -> list[Table]:
@@ -224,12 +219,7 @@ def interference(subject: Subject, beside: Beside) -> list[Table]:
 
 
 def interference_note(subject: Subject, over: str) -> str:
-    """Say what an interference stands beside.
-
-    Args:
-        subject: The run.
-        over: What its mean is over.
-    """
+    """Say what an interference, a mean over such steps or batches, stands beside."""
     return (
         f"Mean ± standard deviation over {over}; floor: sqrt(2 / (pi D)) = {subject.floor(subject.trunk):.1e}, the "
         "mean |cos| of independent isotropic vectors, a low bar: gradients of one batch differ from those of another "

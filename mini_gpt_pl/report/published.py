@@ -9,7 +9,7 @@ A study keeps them in a YAML file of its own:
         definition: share of PC1, raw drifts
         source: paper, Table 2
         note: pc1                        # a topic, if there is something to say
-        values: {pc1: 0.805, windows: [0.997, 0.998]}
+        values: {pc1: 0.805, windows: [0.997, 0.998]}   # of a parameter group with its name: pc1/blocks.0
         walks: {pc1: 0.901}              # what a walk gives, where that is known
     tables:                              # what the study calls a table of the core
       pc1_groups: {name: table2_pc1_blocks, title: 'Share of PC1, raw drifts (paper, Table 2)'}
@@ -30,10 +30,10 @@ from mini_gpt_pl.report.sheet import Cell, Row, Table, number, tabulate
 
 @dataclass(frozen=True)
 class Published:
-    """A published number.
+    """A published number, or the ends of a range of it, as an entry of the file has it.
 
     Args:
-        value: The number, or the ends of a range.
+        value: The number or the range.
         definition: What was measured.
         source: Where it was published.
         note: Topic of a footnote; None if there is nothing to say.
@@ -58,14 +58,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Book:
-    """All that a study quotes.
-
-    Args:
-        column: Head of the column with published values.
-        values: By setting and quantity; a quantity of one parameter group ends with `/<group>`.
-        notes: Footnotes by topic.
-        tables: Name and title that the study gives to a table of the core, by the core's name.
-    """
+    """All that a study quotes: the parts of its file, values by setting and quantity, tables by the core's name."""
 
     column: str = "published"
     values: Mapping[tuple[str, str], Published] = field(default_factory=dict)
@@ -75,12 +68,7 @@ class Book:
 
 @cache
 def book(package: str, name: str = "published.yaml") -> Book:
-    """Read a study's published values.
-
-    Args:
-        package: Dotted name of the package that holds the file.
-        name: Of the file.
-    """
+    """Read a study's published values from a file of the package of that dotted name."""
     loaded: dict[str, Any] = yaml.safe_load(files(package).joinpath(name).read_text(encoding="utf-8"))
     values = {
         (setting, key): Published(
@@ -123,25 +111,19 @@ class Beside:
         """Return a published number of this setting."""
         return self.book.values.get((self.setting, key))
 
-    def cell(self, key: str, form: str, prefix: str = "") -> dict[str, Cell]:
-        """Write a published number into its column, a dash where nothing was published.
-
-        Args:
-            key: Of the number.
-            form: How it is written.
-            prefix: Of the column's head.
-        """
-        found = self.get(key)
-        return {f"{prefix}{self.column}": number(None) if found is None else found.cell(form)}
-
     def only(self, key: str, form: str) -> Cell:
-        """Write a published number without naming its column; a dash where nothing was published."""
-        return next(iter(self.cell(key, form).values()))
+        """Write a published number; a dash where nothing was published."""
+        published = self.get(key)
+        return number(None) if published is None else published.cell(form)
+
+    def cell(self, key: str, form: str, prefix: str = "") -> dict[str, Cell]:
+        """Write a published number into its column, whose head may have a prefix."""
+        return {f"{prefix}{self.column}": self.only(key, form)}
 
     def number(self, key: str, form: str) -> Cell:
         """Write a published number by itself, without its null; a dash for a range, or where nothing was published."""
-        found = self.get(key)
-        return number(None if found is None or isinstance(found.value, tuple) else found.value, form)
+        value = published.value if (published := self.get(key)) else None
+        return number(None if isinstance(value, tuple) else value, form)
 
     def steps(self, quantity: str) -> list[int]:
         """Steps at which a quantity was published, from keys such as `fisher/200/anisotropy`."""
@@ -150,20 +132,18 @@ class Beside:
 
     def notes(self, *keys: str) -> list[str]:
         """Footnotes of the published numbers shown: what they are, what is known of them, how this run differs."""
-        found = [published for key in keys if (published := self.get(key))]
-        if not found:
+        shown = [published for key in keys if (published := self.get(key))]
+        if not shown:
             return []
-        defined = dict.fromkeys(f"{published.definition} ({published.source})" for published in found)
+        defined = dict.fromkeys(f"{published.definition} ({published.source})" for published in shown)
         notes = [f"Published: {'; '.join(defined)}."]
-        notes += [self.book.notes[note] for note in dict.fromkeys(published.note for published in found) if note]
-        if any(published.walk is not None for published in found):
+        notes += [self.book.notes[note] for note in dict.fromkeys(published.note for published in shown) if note]
+        if any(published.walk is not None for published in shown):
             notes.append(self.book.notes["walk"])
-        return [*notes, self.setting_note] if self.differs else notes
-
-    @property
-    def setting_note(self) -> str:
-        """Say that the published column is of another setting, and what differs."""
-        return f"The {self.book.column}'s values are of another setting: here {listed(self.differs)}."
+        if self.differs:
+            differs = listed(self.differs)
+            notes.append(f"The {self.book.column}'s values are of another setting: here {differs}.")
+        return notes
 
     def table(
         self, name: str, title: str, rows: Sequence[Row], notes: Iterable[str | None] = (), keys: Iterable[str] = ()

@@ -3,141 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 from mini_gpt_pl.runs.folder import METRICS, Run
-from mini_gpt_pl.runs.record import Record
 from mini_gpt_pl.tasks import tasks
 
-WORDS = {
-    "model": "model",
-    "weights": "weights",
-    "optimizer": "optimizer",
-    "learning_rate": "learning rate",
-    "weight_decay": "weight decay",
-    "beta1": "beta1",
-    "beta2": "beta2",
-    "momentum": "momentum",
-    "nesterov": "Nesterov",
-    "more_optimizers": "further optimizers",
-    "warmup": "warm-up",
-    "length": "schedule length",
-    "steps": "steps",
-    "epochs": "epochs",
-    "examples": "examples a step",
-    "clipping": "clipping",
-    "precision": "precision",
-    "seed": "seed",
-}
-"""Each fact in words, in the order in which a page has them."""
-OF_OPTIMIZER = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "momentum", "nesterov")
+OF_OPTIMIZER = ("optimizer", "learning rate", "weight decay", "beta1", "beta2", "momentum", "Nesterov")
+"""Facts that are an optimizer's own."""
+# Learning rates are below it, decays and probabilities above.
+_SMALL = 0.03
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What decides how any run goes, as far as its folder says; None for what it does not.
+def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the facts in a configuration of LightningCLI, by their words, in the order in which a page has them.
 
-    A null that turns something off is a value of its own, such as "none" for clipping: it differs from an option that
-    is not there.
+    None stands for what the configuration does not say. A null that turns something off is a value of its own, such as
+    "none" for clipping.
 
     Args:
-        model: Class of the module.
-        weights: Number of its values.
-        optimizer: Class of the first optimizer.
-        learning_rate: Peak, or that of the first parameter group.
-        weight_decay: Of the optimizer.
-        beta1: Of an adaptive optimizer.
-        beta2: Of an adaptive optimizer.
-        momentum: Of SGD.
-        nesterov: Whether momentum looks ahead.
-        more_optimizers: Classes of the others.
-        warmup: Steps of the warm-up.
-        length: Steps of the schedule.
-        steps: Optimizer steps asked for.
-        epochs: Epochs asked for.
-        examples: Of one step, over all processes and accumulated batches.
-        clipping: Of gradients.
-        precision: As Lightning names it.
-        seed: Of everything.
+        config: Its module takes its own options, or is named by a class path.
     """
-
-    model: str | None = None
-    weights: int | None = None
-    optimizer: str | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    beta1: float | None = None
-    beta2: float | None = None
-    momentum: float | None = None
-    nesterov: bool | None = None
-    more_optimizers: str | None = None
-    warmup: int | None = None
-    length: int | None = None
-    steps: int | None = None
-    epochs: int | None = None
-    examples: int | None = None
-    clipping: float | str | None = None
-    precision: str | None = None
-    seed: int | None = None
-
-    @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read a configuration of LightningCLI, whose module takes its own options or is named by a class path."""
-        model, data, trainer = (mapping(config, part) for part in ("model", "data", "trainer"))
-        options = {**model, **mapping(model, "init_args")}
-        optimizer = mapping(options, "optimizer") or mapping(config, "optimizer")
-        schedule = mapping(options, "schedule")
-        named = model.get("class_path")
-        of_data = {**data, **mapping(data, "init_args")}
-        batch, batches = said(of_data, "batch_size", "all"), trainer.get("accumulate_grad_batches")
-        return cls(
-            model=_class(named),
-            **_of_optimizer(_class(optimizer.get("class_path")), mapping(optimizer, "init_args")),
-            warmup=schedule.get("warmup"),
-            length=schedule.get("total"),
-            steps=trainer.get("max_steps"),
-            epochs=trainer.get("max_epochs"),
-            examples=batch * (batches or 1) if isinstance(batch, int) else batch,
-            clipping=said(trainer, "gradient_clip_val", "none"),
-            precision=trainer.get("precision"),
-            seed=of_data.get("seed", config.get("seed_everything")),
-        )
-
-    @classmethod
-    def of_record(cls, record: Record) -> Self:
-        """Read what a run's trainer said of it."""
-        first = record.optimizers[0] if record.optimizers else {}
-        examples = record.batch_size
-        return cls(
-            model=record.model,
-            weights=record.weights,
-            **_of_optimizer(first.get("class"), first),
-            more_optimizers=", ".join(str(other.get("class")) for other in record.optimizers[1:]) or None,
-            steps=record.max_steps,
-            epochs=record.max_epochs,
-            examples=None if examples is None else examples * record.accumulation * record.processes,
-            clipping=record.clipping or "none",
-            precision=record.precision,
-        )
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """The facts by their words."""
-        return {WORDS[name]: value for name, value in asdict(self).items()}
-
-    @property
-    def of_optimizer(self) -> dict[str, Any]:
-        """Those of the first optimizer."""
-        return {WORDS[name]: getattr(self, name) for name in OF_OPTIMIZER}
+    model, data, trainer = (mapping(config, part) for part in ("model", "data", "trainer"))
+    options, of_data = ({**part, **mapping(part, "init_args")} for part in (model, data))
+    optimizer, schedule = mapping(options, "optimizer") or mapping(config, "optimizer"), mapping(options, "schedule")
+    batch, batches = said(of_data, "batch_size", "all"), trainer.get("accumulate_grad_batches")
+    return {
+        "model": _class(model.get("class_path")),
+        "weights": None,
+        **_of_optimizer(_class(optimizer.get("class_path")), mapping(optimizer, "init_args")),
+        "further optimizers": None,
+        "warm-up": schedule.get("warmup"),
+        "schedule length": schedule.get("total"),
+        "steps": trainer.get("max_steps"),
+        "epochs": trainer.get("max_epochs"),
+        "examples a step": batch * (batches or 1) if isinstance(batch, int) else batch,
+        "clipping": said(trainer, "gradient_clip_val", "none"),
+        "precision": trainer.get("precision"),
+        "seed": of_data.get("seed", config.get("seed_everything")),
+    }
 
 
 def general_facts(run: Run) -> dict[str, Any]:
     """Collect the facts of any run: its trainer's own record, and what its configuration says beyond that."""
-    found = Facts.of_config(run.settings).words
+    facts = config_facts(run.settings)
     if (record := run.record) is not None:
-        found |= {key: value for key, value in Facts.of_record(record).words.items() if value is not None}
-    return found
+        first, *others = record.optimizers or ({},)
+        examples = record.batch_size
+        recorded = {
+            "model": record.model,
+            "weights": record.weights,
+            **_of_optimizer(first.get("class"), first),
+            "further optimizers": ", ".join(str(other.get("class")) for other in others) or None,
+            "steps": record.max_steps,
+            "epochs": record.max_epochs,
+            "examples a step": None if examples is None else examples * record.accumulation * record.processes,
+            "clipping": record.clipping or "none",
+            "precision": record.precision,
+        }
+        facts |= {key: value for key, value in recorded.items() if value is not None}
+    return facts
 
 
 def facts(run: Run) -> Mapping[str, Any]:
@@ -145,7 +69,7 @@ def facts(run: Run) -> Mapping[str, Any]:
 
     A run of a study has the facts that the study names.
     """
-    if "facts" in run.__dict__:  # a subject of a report, which has asked before
+    if "facts" in run.__dict__:  # a subject of a report, which keeps them
         return run.__dict__["facts"]
     task = tasks().get(run.task)
     return general_facts(run) if task is None else task.load("contents").facts(run)
@@ -153,12 +77,11 @@ def facts(run: Run) -> Mapping[str, Any]:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
     """Say which facts of `a` are other than those of `b`, as `steps 4000 instead of 10000`; absent ones agree."""
-    found = []
-    for key, wanted in b.items():
-        value = a.get(key)
-        if key not in ignore and None not in (value, wanted) and value != wanted:
-            found.append(f"{key} {plain(value)} instead of {plain(wanted)}")
-    return found
+    return [
+        f"{key} {plain(a[key])} instead of {plain(wanted)}"
+        for key, wanted in b.items()
+        if key not in ignore and None not in (a.get(key), wanted) and a[key] != wanted
+    ]
 
 
 def diverged(run: Run) -> bool:
@@ -180,19 +103,14 @@ def progress(run: Run) -> tuple[int, int | None]:
     return max(logged, run.trajectory.steps[-1]), asked
 
 
-def optimizer_label(found: Mapping[str, Any], *, beta2: bool = False) -> str:
-    """Name an optimizer with what sets it apart, such as `SGDW, lr 1e-2, momentum 0.9, decay 0.5`.
-
-    Args:
-        found: Facts of a run.
-        beta2: Name its beta2 too, if it has one.
-    """
-    parts = [str(found["optimizer"] or "optimizer unknown")]
+def optimizer_label(facts: Mapping[str, Any], *, beta2: bool = False) -> str:
+    """Name an optimizer by what sets it apart in a run's facts, such as `SGDW, lr 1e-2, momentum 0.9, decay 0.5`."""
+    parts = [str(facts["optimizer"] or "optimizer unknown")]
     for key, words in (("learning rate", "lr"), ("momentum", "momentum"), ("weight decay", "decay")):
-        if found.get(key) not in (None, 0) or (key == "weight decay" and found.get(key) is not None):
-            parts.append(f"{words} {plain(found[key])}")
-    if beta2 and found.get("beta2") is not None:
-        parts.append(f"β₂ {plain(found['beta2'])}")
+        if facts.get(key) not in (None, 0) or (key == "weight decay" and facts.get(key) is not None):
+            parts.append(f"{words} {plain(facts[key])}")
+    if beta2 and facts.get("beta2") is not None:
+        parts.append(f"β₂ {plain(facts['beta2'])}")
     return ", ".join(parts)
 
 
@@ -203,10 +121,6 @@ def plain(value: Any) -> str:
         small = 0 < abs(value) < _SMALL
         return f"{float(mantissa):g}e{int(exponent)}" if small else f"{value:g}"
     return f"{value:,}" if type(value) is int else str(value)
-
-
-# Learning rates are below it, decays and probabilities above.
-_SMALL = 0.03
 
 
 def transformer(size: Any) -> str | None:
@@ -234,10 +148,10 @@ def _of_optimizer(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     betas = settings.get("betas") or (None, None)
     return {
         "optimizer": kind,
-        "learning_rate": settings.get("lr"),
-        "weight_decay": settings.get("weight_decay"),
+        "learning rate": settings.get("lr"),
+        "weight decay": settings.get("weight_decay"),
         "beta1": betas[0],
         "beta2": betas[1],
         "momentum": settings.get("momentum"),
-        "nesterov": settings.get("nesterov"),
+        "Nesterov": settings.get("nesterov"),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import pandas as pd
 
 from mini_gpt_pl.atomic import write_text
 from mini_gpt_pl.geometry.path.nulls import Calibrated
-from mini_gpt_pl.report.calibration import markdown
 
 NULLS = (
     "Walk: the measured step lengths in mutually orthogonal directions. Decaying walk: the same under the run's own "
@@ -26,13 +25,7 @@ _LONG = 40  # characters of a cell that needs a wide column
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell.
-
-    Args:
-        text: As it is shown.
-        value: As it goes into the CSV.
-        extra: More numbers of the same cell, each a CSV column `<column> <key>`.
-    """
+    """One cell, as it is shown and as it goes into the CSV; each of more numbers is a CSV column `<column> <key>`."""
 
     text: str
     value: float | str | None
@@ -46,14 +39,7 @@ _BLANK = Cell(EMPTY, None)
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows, with a name, a title and footnotes; `tabulate` makes one.
-
-    Args:
-        name: File stem, such as `growth`.
-        title: In words.
-        columns: Heads, in their order.
-        rows: Cells by column.
-        notes: Footnotes, one sentence or two each.
+    """Columns and rows, with a name (a file stem), a title and footnotes; `tabulate` makes one.
 
     Example:
         >>> table = tabulate("shares", "Shares", [{"group": word("head"), "PC1": number(0.812, "{:.1%}")}])
@@ -106,6 +92,12 @@ class Table:
         return f"## {self.title}\n\n{markdown(self.frame)}\n" + (f"\n{notes}\n" if notes else "")
 
 
+def markdown(frame: pd.DataFrame) -> str:
+    """Write a table of strings as Markdown."""
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def kind_of(cells: Iterable[str]) -> str:
     """Name the CSS class of a column by what it holds: number, words or long."""
     texts = list(cells)
@@ -115,32 +107,23 @@ def kind_of(cells: Iterable[str]) -> str:
 
 
 def write_tables(tables: Iterable[Table], folder: Path) -> list[Path]:
-    """Write every table as NAME.csv (numbers) and NAME.md (as shown) into a folder.
-
-    Returns:
-        The files, CSV before Markdown, table by table.
-    """
+    """Write every table as NAME.csv (numbers) and NAME.md (as shown) into a folder, and return the files."""
     written = []
     for table in tables:
-        csv, text = folder / f"{table.name}.csv", folder / f"{table.name}.md"
-        write_text(csv, table.numbers.to_csv(index=False))
-        write_text(text, table.markdown())
-        written += [csv, text]
+        for file, text in (("csv", table.numbers.to_csv(index=False)), ("md", table.markdown())):
+            written.append(folder / f"{table.name}.{file}")
+            write_text(written[-1], text)
     return written
 
 
 def tabulate(name: str, title: str, rows: Sequence[Row], notes: Iterable[str | None] = ()) -> Table:
-    """Lay rows out as a table; a column without a single entry is left out, and so is a note that is None or repeated.
+    """Lay rows out as a table; columns keep the order in which they first appear.
 
-    Args:
-        name: File stem.
-        title: In words.
-        rows: Cells by column; columns keep the order in which they first appear.
-        notes: Footnotes.
+    A column without a single entry is left out, and so is a note that is None or repeated.
     """
-    columns = dict.fromkeys(column for row in rows for column, cell in row.items())
-    kept = [column for column in columns if any(column in row and row[column].text != EMPTY for row in rows)]
-    return Table(name, title, tuple(kept), tuple(rows), tuple(dict.fromkeys(note for note in notes if note)))
+    columns = dict.fromkeys(column for row in rows for column in row)
+    shown = [column for column in columns if any(column in row and row[column].text != EMPTY for row in rows)]
+    return Table(name, title, tuple(shown), tuple(rows), tuple(dict.fromkeys(note for note in notes if note)))
 
 
 # ------------------------------------------------------------------------------------------------------- cells
@@ -156,7 +139,7 @@ def number(value: float | None, form: str = "{:.3f}", spread: float | None = Non
 
     Args:
         value: The number.
-        form: How it is written.
+        form: Its format string.
         spread: Standard deviation or error.
         label: Name of the spread in the CSV.
     """
@@ -168,30 +151,45 @@ def number(value: float | None, form: str = "{:.3f}", spread: float | None = Non
 
 
 def gap(value: float, form: str) -> Cell:
-    """A difference of two numbers written by `form`: shares differ by points."""
-    return _BLANK if math.isnan(value) else Cell(_signed(value, form), value)
-
-
-def beside_nulls(found: Calibrated, form: str) -> dict[str, Cell]:
-    """Cells of a calibrated number: measured, both nulls, excess and its interval if there is one."""
-    cells = {
-        "measured": number(found.value, form),
-        "walk": number(found.walk, form),
-        "decaying walk": number(found.decay, form),
-        "excess": gap(found.excess, form),
-    }
-    if not math.isnan(found.low):
-        ends = f"{_signed(found.low, form)} to {_signed(found.high, form)}"
-        cells["95 %"] = Cell(ends, None, {"low": found.low, "high": found.high})
-    return cells
-
-
-def _signed(value: float, form: str) -> str:
-    """Write a difference with a sign and the digits of `form`; shares differ by points, not by per cent."""
+    """A difference of two numbers of a format string, with a sign: shares differ by points, not by per cent."""
+    if math.isnan(value):
+        return _BLANK
     signed = form.replace("{:+", "{:").replace("{:", "{:+")
     if "%" in form:
-        return _unsigned_zero(signed.replace("%", "f"), 100 * value) + " pt"
-    return _unsigned_zero(signed, value)
+        return Cell(_unsigned_zero(signed.replace("%", "f"), 100 * value) + " pt", value)
+    return Cell(_unsigned_zero(signed, value), value)
+
+
+def interval(low: float, high: float, form: str, write: Callable[[float, str], Cell] = gap) -> Cell:
+    """The ends of an interval of differences, or of what else `write` writes."""
+    return Cell(f"{write(low, form).text} to {write(high, form).text}", None, {"low": low, "high": high})
+
+
+def beside_nulls(one: Calibrated, form: str) -> dict[str, Cell]:
+    """Cells of a calibrated number: measured, both nulls, excess and its interval if there is one."""
+    cells = {
+        "measured": number(one.value, form),
+        "walk": number(one.walk, form),
+        "decaying walk": number(one.decay, form),
+        "excess": gap(one.excess, form),
+    }
+    return cells if math.isnan(one.low) else cells | {"95 %": interval(one.low, one.high, form)}
+
+
+def conclusion(one: Calibrated) -> str:
+    """Say in words what a number says beside the decaying walk."""
+    if math.isnan(one.excess):
+        return "its null is not known, so it says nothing by itself"
+    if math.isnan(one.low):
+        if one.excess == 0:
+            return "what chance and weight decay give"
+        side = "above" if one.excess > 0 else "below"
+        return f"{side} what chance and weight decay give; one path does not say how surely"
+    if one.low > 0:
+        return "more than chance and weight decay explain"
+    if one.high < 0:
+        return "less than chance and weight decay would give"
+    return "the interval of the excess contains zero, so chance and weight decay may be all of it"
 
 
 def _unsigned_zero(form: str, value: float) -> str:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -15,17 +15,19 @@ from matplotlib.axes import Axes
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import Change, mark_change
-from mini_gpt_pl.geometry.path import nulls, pca
+from mini_gpt_pl.geometry.path import nulls, pca, windows
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.geometry.path.pca import Gram
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.geometry.vectors.alignment import noise_floor
 from mini_gpt_pl.report.settings import facts
-from mini_gpt_pl.runs.folder import METRICS, Run
+from mini_gpt_pl.runs.folder import METRICS, TRAJECTORY, Run
 from mini_gpt_pl.tasks import tasks
 
 SPAN = 200
 """Optimizer steps of an update, where snapshots allow."""
+WINDOW = 10
+"""Snapshots of a rolling window."""
 _READ = ("config", "metrics", "trajectory")
 
 Estimate = tuple[float, float]
@@ -48,15 +50,18 @@ class Backdrop:
 
 
 class Estimates(NamedTuple):
-    """A quantity along a run.
-
-    Attributes:
-        values: Each with its spread, by step.
-        live: Whether it was measured while the run went on, with the v_b of the snapshots before.
-    """
+    """A quantity by step; `live` if it was measured while the run went on, with the v_b of the snapshots before."""
 
     values: dict[int, Estimate]
     live: bool
+
+
+class Paths(NamedTuple):
+    """Gram matrices of a path, of its walk and of its decaying walk."""
+
+    measured: Gram
+    walk: Gram
+    decaying: Gram
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,9 @@ class Subject(Run):
         bootstrap = getattr(run, "bootstrap", 200) if bootstrap is None else bootstrap
         if isinstance(run, cls) and (run.name, run.bootstrap) == (name, bootstrap):
             return run
-        made = cls(run.path, name, bootstrap)
-        made.__dict__.update({key: value for key, value in run.__dict__.items() if key in _READ})
-        return made
+        subject = cls(run.path, name, bootstrap)
+        subject.__dict__.update({key: value for key, value in run.__dict__.items() if key in _READ})
+        return subject
 
     # ---------------------------------------------------------------------------------------------- what it is
 
@@ -93,6 +98,12 @@ class Subject(Run):
     def label(self) -> str:
         """What the run is called."""
         return self.name or self.path.resolve().name
+
+    @property
+    def whole(self) -> str:
+        """The whole selection in words: the recorder's name for it, where a configuration or a study gives it one."""
+        named = self.task or any("name" in settings for settings in self.callback_settings("TrajectoryRecorder"))
+        return self.trunk if named else "all recorded weights"
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
@@ -123,6 +134,12 @@ class Subject(Run):
         task = tasks().get(self.task)
         return Backdrop() if task is None else task.load("contents").backdrop
 
+    @property
+    def gradient_parts(self) -> dict[str, tuple[str, str]]:
+        """Gradients whose alignment is measured, by metric: their name in a replay, and in words."""
+        losses = self.backdrop.losses
+        return {"gradient": ("combined", "combined")} | {name: (name, words) for name, words in losses.items()}
+
     def mark(self, *all_axes: Axes) -> None:
         """Draw where the run's objective changes into a figure's axes."""
         mark_change(self.backdrop.change(self), *all_axes)
@@ -136,7 +153,7 @@ class Subject(Run):
     # ---------------------------------------------------------------------------------------------- the path
 
     @cached_property
-    def _known(self) -> dict[str | None, dict[str, Calibrated]]:
+    def _calibrations(self) -> dict[str | None, dict[str, Calibrated]]:
         return {}
 
     def calibrate(self, group: str | None = None) -> dict[str, Calibrated]:
@@ -150,14 +167,14 @@ class Subject(Run):
             raise UserError(f"the run {self.path} has {len(trajectory)} snapshots: nulls need at least three")
         if len(trajectory.groups) == 1:
             group = None  # a selection without groups is one group, and its own whole
-        if group not in self._known:
+        if group not in self._calibrations:
             try:
-                self._known[group] = dict(
+                self._calibrations[group] = dict(
                     nulls.calibrate(trajectory.gram(group), trajectory.survival, curves=True, bootstrap=self.bootstrap)
                 )
             except ValueError as error:
                 raise UserError(f"the weights of {group or 'the run'} in {self.path} never moved ({error})") from None
-        return dict(self._known[group])
+        return dict(self._calibrations[group])
 
     def calibrated(self, group: str | None = None) -> dict[str, Calibrated]:
         """Return the same as `calibrate`, and nothing for weights that never moved, or hardly any snapshots."""
@@ -172,11 +189,9 @@ class Subject(Run):
         return bool(self.calibrated())
 
     @property
-    def parts(self) -> dict[str, str | None]:
-        """Groups that moved and the whole selection: label -> name of the group, None for the whole."""
-        groups: dict[str, str | None] = {name: name for name in self.trajectory.groups}
-        labelled = ({} if len(groups) == 1 else groups) | {self.trunk: None}
-        return {label: group for label, group in labelled.items() if self.calibrated(group)}
+    def decay_known(self) -> bool:
+        """Whether it is known what weight decay took of the weights, if there is a path at all."""
+        return not (self.path / TRAJECTORY).is_file() or self.trajectory.decay_known()
 
     @property
     def labels(self) -> list[str]:
@@ -184,18 +199,34 @@ class Subject(Run):
         groups = list(self.trajectory.groups)
         return [*(groups if len(groups) > 1 else ()), self.trunk]
 
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """Groups that moved and the whole selection: label -> name of the group, None for the whole."""
+        labelled = {label: None if label == self.trunk else label for label in self.labels}
+        return {label: group for label, group in labelled.items() if self.calibrated(group)}
+
     def floor(self, label: str) -> float:
         """Mean |cos| of isotropic vectors with as many coordinates as a group, or as the whole selection."""
         return noise_floor(self.trajectory.dim_of(None if label == self.trunk else label))
 
+    def paths(self, group: str | None = None) -> Paths:
+        """Return the path of a group, or of the whole selection for None, and both of its nulls.
+
+        Raises:
+            UserError: No weights have moved.
+        """
+        self.drift_rows  # noqa: B018 (raises for a run without a path)
+        gram = self.trajectory.gram(group)
+        return Paths(gram, nulls.walk(gram), nulls.decaying_walk(gram, self.trajectory.survival))
+
     def against_nulls(
         self, describe: Callable[[Gram], Mapping[str, float]], group: str | None = None, *, thinned: bool = False
     ) -> dict[str, Calibrated]:
-        """Put numbers of the path beside those of the walk and of the decaying walk; see `nulls`.
+        """Put numbers of a group's path, or of the whole selection's for None, beside those of both walks.
 
         Args:
             describe: Numbers of any H, by name.
-            group: A parameter group; the whole selection for None.
+            group: Of parameters.
             thinned: Of the path as it is seen every `SPAN` steps.
 
         Raises:
@@ -222,8 +253,7 @@ class Subject(Run):
 
     def replayed_at(self, *keys: str) -> dict[int, Any]:
         """Return one entry of every replayed checkpoint that has it, by step."""
-        found = {step: dig(record, *keys) for step, record in self.replay.items()}
-        return {step: value for step, value in found.items() if value is not None}
+        return {step: value for step, record in self.replay.items() if (value := dig(record, *keys)) is not None}
 
     def estimates(self, keys: Sequence[str], metric: str) -> Estimates:
         """Return a quantity as it was replayed or, where it was not, as the run logged it.
@@ -235,37 +265,38 @@ class Subject(Run):
         replayed = {step: estimate(value) for step, value in self.replayed_at(*keys).items()} if keys else {}
         if replayed or not self.has_metrics:
             return Estimates(replayed, live=False)
-        values, errors = self.series(metric), self.series(f"{metric}_se").to_dict()
-        logged = zip(values.index.tolist(), values.tolist(), strict=True)
-        return Estimates({int(step): (value, float(errors.get(step, math.nan))) for step, value in logged}, live=True)
+        errors = self.series(f"{metric}_se").to_dict()
+        logged = self.series(metric).to_dict()
+        return Estimates({int(at): (float(x), float(errors.get(at, math.nan))) for at, x in logged.items()}, live=True)
 
 
-def dig(found: Any, *keys: str) -> Any:
+def dig(record: Any, *keys: str) -> Any:
     """Follow keys into nested mappings; None where one is missing."""
     for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        record = record.get(key) if isinstance(record, Mapping) else None
+    return record
 
 
-def estimate(found: Any) -> Estimate:
+def estimate(value: Any) -> Estimate:
     """Read a number, or a number and its spread; NaN for what is missing."""
-    values = found if isinstance(found, Sequence) and not isinstance(found, str) else [found]
-    plain = [math.nan if value is None else float(value) for value in (*values, None)]
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    plain = [math.nan if one is None else float(one) for one in (*values, None)]
     return plain[0], plain[1]
 
 
 def against_nulls(
     gram: Gram, survival: Sequence[float], describe: Callable[[Gram], Mapping[str, float]]
 ) -> dict[str, Calibrated]:
-    """Put numbers of a path beside those of the walk and of the decaying walk; what is missing in a null is NaN there.
+    """Put numbers of a path beside those of both walks; NaN for what a null does not have, or where decay is unknown.
 
     Args:
         gram: H of the run.
         survival: Share of theta_0 that decay alone leaves, per snapshot.
         describe: Numbers of any H, by name.
     """
-    measured = describe(gram)
-    free, decaying = describe(nulls.walk(gram)), describe(nulls.decaying_walk(gram, survival))
+    measured, free = describe(gram), describe(nulls.walk(gram))
+    null = nulls.decaying_walk(gram, survival)
+    decaying = describe(null) if bool(torch.isfinite(null).all()) else {}
     return {
         name: Calibrated(value, free.get(name, math.nan), decaying.get(name, math.nan))
         for name, value in measured.items()
@@ -277,36 +308,19 @@ def against_nulls(
 
 def update_span(steps: Sequence[int]) -> int:
     """Steps between the snapshots that updates are taken of: 200 where there are such, else the commonest distance."""
-    grid = {step - steps[0] for step in steps}
-    if sum(step % SPAN == 0 for step in grid) > 3:
+    if sum((step - steps[0]) % SPAN == 0 for step in steps) > 3:
         return SPAN
     common = Counter(later - earlier for earlier, later in itertools.pairwise(steps))
     return max(common, key=lambda span: (common[span], span)) if common else 1
 
 
 def thin(trajectory: Trajectory, span: int) -> Trajectory:
-    """Keep the snapshots a multiple of `span` after the first, as if no other had been taken.
-
-    Args:
-        trajectory: Of any spacing.
-        span: In optimizer steps.
-    """
+    """Keep the snapshots a multiple of `span` optimizer steps after the first, as if no other had been taken."""
     steps = trajectory.steps
     kept = [index for index, step in enumerate(steps) if (step - steps[0]) % span == 0]
-    if len(kept) == len(steps):
-        return trajectory
-    basis = torch.zeros(len(kept), len(steps), dtype=torch.float64)
-    basis[0, 0] = 1.0
-    for row, (before, at) in enumerate(itertools.pairwise(kept), 1):
-        basis[row, before + 1 : at + 1] = 1.0
-    return Trajectory(
-        trajectory.fingerprint,
-        trajectory.groups,
-        trajectory.dims,
-        [steps[index] for index in kept],
-        basis @ trajectory.grams @ basis.T,
-        [trajectory.survival[index] for index in kept],
-    )
+    survival = [trajectory.survival[index] for index in kept]
+    grams = windows.part(trajectory.grams, kept)
+    return replace(trajectory, steps=[steps[index] for index in kept], grams=grams, survival=survival, rates=None)
 
 
 # ----------------------------------------------------------------------------------------------------- windows
@@ -317,48 +331,36 @@ class Window:
     """PCA of the drifts inside a window of steps, each from the window's first snapshot and of unit length.
 
     Args:
-        lo: Step of the first snapshot, from which drifts are taken.
-        hi: Step of the last.
         rows: Number of drifts.
         numbers: pc1, k95, k99 and drift (||theta(hi) - theta(lo)||), each beside its nulls.
         decay: How far weight decay alone moves theta_0 over the window, ||theta_0|| (S(lo) - S(hi)).
     """
 
-    lo: int
-    hi: int
     rows: int
     numbers: dict[str, Calibrated]
     decay: float
 
 
 def window(trajectory: Trajectory, lo: int, hi: int, group: str | None = None) -> Window | None:
-    """Measure a window of a path.
-
-    Args:
-        trajectory: Of the run.
-        lo: First step; there must be a snapshot.
-        hi: Last step; there must be a snapshot.
-        group: A parameter group; the whole selection for None.
+    """Measure the path of a group, or of the whole selection for None, from step `lo` to step `hi`.
 
     Returns:
-        The window, or None where a snapshot is missing, nothing lies between, or nothing moved.
+        The window, or None where one of them has no snapshot, nothing lies between, or nothing moved.
     """
-    steps = trajectory.steps
+    steps, gram = trajectory.steps, trajectory.gram(group)
     if lo not in steps or hi not in steps or not lo < hi:
         return None
     first, last = steps.index(lo), steps.index(hi)
-    gram = trajectory.gram(group)
 
     def describe(h: Gram) -> dict[str, float]:
         rows = pca.drifts(len(h), first)[first + 1 : last + 1]
         parts = pca.pca(h, rows, normalise=True)
-        drift = float(pca.norms(h, rows[-1:]))
         k95, k99 = (float(parts.components_for(share)) for share in (0.95, 0.99))
-        return {"pc1": parts.pc1, "k95": k95, "k99": k99, "drift": drift}
+        return {"pc1": parts.pc1, "k95": k95, "k99": k99, "drift": float(pca.norms(h, rows[-1:]))}
 
     try:
         numbers = against_nulls(gram, trajectory.survival, describe)
     except ValueError:  # nothing moved
         return None
     decay = float(gram[0, 0].clamp_min(0).sqrt()) * (trajectory.survival[first] - trajectory.survival[last])
-    return Window(lo, hi, last - first, numbers, decay)
+    return Window(last - first, numbers, decay)

@@ -16,7 +16,9 @@ from conftest import Command
 from mini_gpt_pl import main as cli
 from mini_gpt_pl.arithmetic.markers import MarkerTask
 from mini_gpt_pl.errors import UserError
-from mini_gpt_pl.report.calibration import probes_table
+from mini_gpt_pl.report.probe_tables import live_probes
+from mini_gpt_pl.report.published import NOTHING
+from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.checkpoints import read_checkpoint
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.sweep.grid import read_sweep
@@ -216,7 +218,8 @@ def test_commutators_on_stories_are_in_the_report_and_explained(command: Command
     assert run.task == "stories" and list(run.series("commutator/all/defect").index) == [0, 3, 6]
     told = command("explain", "stories")
     assert "commutator/all/defect" in told and "on_path_null" in told
-    shown = probes_table(run).set_index("quantity")
+    (made,) = live_probes(Subject.of(run), NOTHING)
+    shown = made.frame.set_index("quantity")
     assert shown.loc["commutator on the past path's directions", "null"] != "-"
     assert shown.loc["commutator: c, without 1/||g||", "null"] == "-"
 

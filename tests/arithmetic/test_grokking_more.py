@@ -223,5 +223,5 @@ def test_every_table_has_a_section(tmp_path: Path) -> None:
     assert {"grokking_fourier", "grokking_attention", "grokking_markers", "grokking_ranks"} <= set(of_run)
     over = [table.name for table in comparison_tables(runs)]
     assert {"grokking_fourier_runs", "grokking_markers_runs"} <= set(over)
-    assert not claimed(CONTENTS.of_run, of_run).get(MORE[0])
-    assert not claimed(CONTENTS.of_runs, over).get(MORE[0])
+    assert not claimed(CONTENTS.of_run, of_run).get(MORE.anchor)
+    assert not claimed(CONTENTS.of_runs, over).get(MORE.anchor)

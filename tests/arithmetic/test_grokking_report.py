@@ -48,8 +48,7 @@ from mini_gpt_pl.arithmetic.study.runs import (
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.claims import Claim
 from mini_gpt_pl.report.comparison import require_comparable
-from mini_gpt_pl.report.page import write_report
-from mini_gpt_pl.report.progress import Steps
+from mini_gpt_pl.report.page import Steps, write_report
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
 

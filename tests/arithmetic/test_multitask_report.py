@@ -200,8 +200,8 @@ def test_every_table_has_a_section(tmp_path: Path) -> None:
     assert "grokking_tasks" in of_run and {"grokking_multitask_claims", "grokking_tasks_runs", "grokking_decay"} <= set(
         over
     )
-    assert not claimed(CONTENTS.of_run, of_run).get(MORE[0])
-    assert not claimed(CONTENTS.of_runs, over).get(MORE[0])
+    assert not claimed(CONTENTS.of_run, of_run).get(MORE.anchor)
+    assert not claimed(CONTENTS.of_runs, over).get(MORE.anchor)
 
 
 # ------------------------------------------------------------------------------------------------------- preset

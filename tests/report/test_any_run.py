@@ -20,13 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from mini_gpt_pl.callbacks import Schedule, TrajectoryRecorder
 from mini_gpt_pl.report.contents import contents_of
 from mini_gpt_pl.report.general import GENERAL
-from mini_gpt_pl.report.headline import headline
 from mini_gpt_pl.report.learning import learning_curves, own_metrics, panels
-from mini_gpt_pl.report.page import write_report
-from mini_gpt_pl.report.progress import Steps
+from mini_gpt_pl.report.page import Steps, write_report
 from mini_gpt_pl.report.settings import facts
 from mini_gpt_pl.report.subject import Subject
-from mini_gpt_pl.report.summary import lines
+from mini_gpt_pl.report.summary import headline, lines
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.runs.logs import MetricsCSV
 from mini_gpt_pl.runs.record import Record
@@ -82,7 +80,7 @@ def test_the_page_holds_what_was_logged_and_the_settings_and_no_word_of_a_study(
 def test_each_number_of_the_whole_path_has_a_sentence(foreign: Run) -> None:
     table = next(table for table in GENERAL.run_tables(foreign) if table.name == "overview")
     assert len(table.rows) > 20 and all(len(row["in words"].text.split()) > 4 for row in table.rows)
-    assert all(verdict.said for verdict in headline(foreign).verdicts)
+    assert all(row["in words"].text for row in headline(foreign).verdicts.rows)
 
 
 def test_facts_are_those_of_the_record(foreign: Run) -> None:
@@ -139,7 +137,7 @@ def test_curves_of_one_quantity_share_a_panel(foreign: Run) -> None:
 
 
 def test_the_closing_table_has_the_runs_own_metrics(foreign: Run) -> None:
-    assert [(line.quantity, line.value) for line in lines(foreign)[:3]] == [
+    assert [(line["quantity"], line["value"]) for line in lines(foreign)[:3]] == [
         ("train_loss", "1"),
         ("val_loss", "2"),
         ("val/acc", "0.75"),

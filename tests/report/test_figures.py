@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ from report_runs import (
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures import plotting
-from mini_gpt_pl.report import families, figures, null_figures, probe_figures
+from mini_gpt_pl.metrics.registry import statistics
+from mini_gpt_pl.report import families, figures
 from mini_gpt_pl.report.calibration import calibrate_run
+from mini_gpt_pl.report.path_tables import path_tables
 from mini_gpt_pl.report.probe_tables import fisher_survey
+from mini_gpt_pl.report.published import NOTHING
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study import beta2, learning, optimizers, overlays, reheats, switching
@@ -100,7 +104,7 @@ def bars(axes: Axes, label: str) -> tuple[Array, Array, Array]:
 
 
 def test_blocks_show_the_first_share_of_each_group_and_of_both_walks(run: Run) -> None:
-    for axes, unit in zip(null_figures.blocks(run).axes, (False, True), strict=True):
+    for axes, unit in zip(figures.blocks(run).axes, (False, True), strict=True):
         for label in PATHS:
             expected = []
             for part in (*BLOCKS.slices, slice(None)):
@@ -112,10 +116,12 @@ def test_blocks_show_the_first_share_of_each_group_and_of_both_walks(run: Run) -
 
 def test_every_calibrated_number_stands_beside_its_nulls_with_its_excess_and_interval(run: Run) -> None:
     found = calibrate_run(run)
-    shares, excesses, counts, count_excesses = null_figures.against_nulls(run).axes
-    shown = [name for name in (*null_figures._SHARES, *null_figures._COUNTS) if name in found]
-    lengths = {"drift", "drift_corrected", "coordinate", "residual"}  # they have no place on these axes
-    assert set(shown) | lengths == set(found)
+    shares, excesses, counts, count_excesses = figures.against_nulls(run).axes
+    counted = ("k95", "k99", "k95_unit", "k99_unit", "participation", "participation_updates")
+    lengths = ("drift", "drift_corrected", "coordinate", "residual")  # they have no place on these axes
+    of_registry = [name for name in statistics() if name in found and name not in lengths]
+    shown = sorted(of_registry, key=lambda name: name in counted)
+    assert set(shown) | set(lengths) == set(found)
     for label, pick in (("walk", "walk"), ("decaying walk", "decay"), ("measured", "value")):
         drawn = np.concatenate([y_of(shares, label), y_of(counts, label)])
         np.testing.assert_allclose(drawn, [getattr(found[name], pick) for name in shown])
@@ -131,7 +137,7 @@ def y_of(axes: Axes, label: str) -> Array:
 
 
 def test_cosines_of_updates_are_those_of_the_increments(run: Run) -> None:
-    images = [part for axes in null_figures.update_cosines(run).axes[:2] for part in axes.collections]
+    images = [part for axes in figures.update_cosines(run).axes[:2] for part in axes.collections]
     for image, path in zip(images, (PATHS["measured"], PATHS["decaying walk"]), strict=True):
         assert isinstance(image, QuadMesh)
         steps = np.diff(path, axis=0)
@@ -140,7 +146,7 @@ def test_cosines_of_updates_are_those_of_the_increments(run: Run) -> None:
 
 
 def test_initial_weights_show_the_pull_of_decay_and_what_is_left(run: Run) -> None:
-    left, right = null_figures.initial_weights(run).axes
+    left, right = figures.initial_weights(run).axes
     for label in ("measured", "decaying walk"):
         rows = drifts(PATHS[label])
         expected = [cosine(first(rows[:k]), PATHS[label][0]) for k in range(1, len(rows) + 1)]
@@ -152,7 +158,27 @@ def test_initial_weights_show_the_pull_of_decay_and_what_is_left(run: Run) -> No
 
 def test_too_short_a_path_has_no_pairs_of_updates(tmp_path: Path) -> None:
     with one_line_error("2 snapshots"):
-        null_figures.update_cosines(write_run(tmp_path / "short", STEPS[:2]))
+        figures.update_cosines(write_run(tmp_path / "short", STEPS[:2]))
+
+
+def test_where_decay_is_unknown_figures_say_so_and_numbers_have_no_excess(run: Run) -> None:
+    unknown = replace(run.trajectory, survival=[1.0, *[math.nan] * (len(STEPS) - 1)])
+    unknown.save(run.path / "trajectory.safetensors")
+    subject = Subject.of(Run(run.path))
+    drawn = {name: figures.drawn(draw, subject) for name, draw in figures.RUN_FIGURES.items()}
+    said = {name: "decay took is not known" in figure.get_suptitle() for name, figure in drawn.items() if figure}
+    beside_decay = {"spectrum", "backbone", "alignment", "growth", "against_nulls", "initial_weights", "blocks"}
+    assert {name for name, says in said.items() if says} == beside_decay | {"update_cosines"}
+    known_one = figures.drawn(figures.backbone, Subject.of(run))
+    assert known_one is not None and known_one.get_suptitle() == ""
+    numbers, known = subject.calibrate(), calibrate_run(run)
+    assert all(math.isnan(one.decay) and math.isnan(one.low) for one in numbers.values())
+    for name in ("pc1", "k95_unit", "drift", "update_alignment_past", "windows_self_anchored"):
+        if name in numbers:
+            assert (numbers[name].value, numbers[name].walk) == (known[name].value, known[name].walk)
+    made = {table.name: table for table in path_tables(subject, NOTHING)}
+    assert set(made) == {table.name for table in path_tables(Subject.of(run), NOTHING)}
+    assert "excess" not in made["overview"].columns and "walk" in made["overview"].columns
 
 
 # ------------------------------------------------------------------------------------------------ common marks
@@ -257,7 +283,7 @@ def replayed(run: Run) -> Run:
 
 
 def test_replayed_gradients_stand_above_the_noise_floor(replayed: Run) -> None:
-    (axes,) = probe_figures.gradients(replayed).axes
+    (axes,) = figures.gradients(replayed).axes
     for label, factor in (("combined", 1), ("LM", 2), ("probe", 3)):
         steps, mean, spread = bars(axes, f"{label}, mean and sd of batches")
         np.testing.assert_allclose((steps, mean), ([400, 900], [factor * 1e-2, factor * 2e-2]))
@@ -268,7 +294,7 @@ def test_replayed_gradients_stand_above_the_noise_floor(replayed: Run) -> None:
 
 def test_without_a_replay_live_gradients_are_shown(run: Run) -> None:
     (run.path / "metrics.csv").write_text("step,alignment/trunk/gradient,probe/p_ood\n100,-0.5,0.1\n400,0.25,0.2\n")
-    (axes,) = probe_figures.gradients(run).axes
+    (axes,) = figures.gradients(run).axes
     assert list(y(line(axes, "combined, single batches"))) == [0.5, 0.25]
     assert "of the past, live" in axes.get_title()
 
@@ -287,7 +313,7 @@ def test_the_band_of_updates_spans_both_walks(run: Run) -> None:
 
 
 def test_curvature_is_in_units_of_its_mean_over_all_directions(replayed: Run) -> None:
-    top, bottom = probe_figures.fisher(replayed).axes
+    top, bottom = figures.fisher(replayed).axes
     scale = 30.0 / BLOCKS.dim
     for label, values, error in (
         ("$v_b$", [4.0, 8.0], 0.4),
@@ -309,7 +335,7 @@ def test_live_curvature_serves_where_nothing_was_replayed(run: Run) -> None:
     names = [f"fisher/trunk/batch_mean/{name}" for name in ("q_backbone", "q_backbone_se", "trace", "anisotropy")]
     (run.path / "metrics.csv").write_text(f"step,{','.join(names)}\n400,4.0,0.4,30.0,40.0\n")
     assert fisher_survey(Subject.of(run))[400]["q_backbone"] == (4.0, 0.4)
-    top, bottom = probe_figures.fisher(run).axes
+    top, bottom = figures.fisher(run).axes
     np.testing.assert_allclose(bars(top, "$v_b$")[1], 4.0 * BLOCKS.dim / 30.0)
     assert bottom.get_yscale() == "log"  # 40 and 1 on one axis
 
@@ -346,7 +372,7 @@ def test_switches_stand_beside_their_controls(run: Run) -> None:
     "draw",
     [
         RUN_FIGURES[name]
-        for name in (*probe_figures.PROBE_FIGURES, "signed_bias", "switching", "logit_lens", "reheating")
+        for name in ("gradients", "fisher", "signed_bias", "switching", "logit_lens", "reheating")
     ],
 )
 def test_what_was_not_measured_is_one_line(run: Run, draw: Callable[[Run], Figure]) -> None:

@@ -19,13 +19,10 @@ from torch import Tensor
 from mini_gpt_pl.geometry.path import nulls
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report import figures
-from mini_gpt_pl.report.calibration import (
-    groups_table,
-    growth_table,
-    markdown,
-    probes_table,
-    table,
-)
+from mini_gpt_pl.report.calibration import groups_table, growth_table, table
+from mini_gpt_pl.report.probe_tables import live_probes
+from mini_gpt_pl.report.published import NOTHING
+from mini_gpt_pl.report.sheet import markdown
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.report.summary import lines, print_summary
 from mini_gpt_pl.runs.folder import Run
@@ -197,7 +194,8 @@ def test_growth_shows_coordinate_and_residual_with_their_exponents(run: Run) -> 
 
 
 def test_probes_are_told_beside_their_nulls(run: Run) -> None:
-    found = probes_table(run).set_index("quantity")
+    (made,) = live_probes(Subject.of(run), NOTHING)
+    found = made.frame.set_index("quantity")
     gradient = found.loc["gradient and past v_b, |cos|"]  # 0.1, 0.3, 0.5, 0.9 were logged
     assert (gradient["mean"], gradient["first"], gradient["last"]) == ("0.45", "0.1", "0.9")
     floor = np.sqrt(2 / np.pi / SMALL.dim)
@@ -301,16 +299,16 @@ def test_the_table_holds_the_numbers_of_a_plain_decomposition(run: Run) -> None:
         ],
         "persistence, ||x(T)|| over the walk's": [f"{free(rows):.3f}" for rows in paths],
     }
-    found = {shown.quantity: shown for shown in lines(run)}
+    found = {shown["quantity"]: shown for shown in lines(run)}
     for quantity, values in expected.items():
         shown = found[quantity]
-        assert [shown.value, shown.walk.replace("-0.000", "+0.000"), shown.decay] == values, quantity
+        assert [shown["value"], shown["walk"].replace("-0.000", "+0.000"), shown["decay"]] == values, quantity
     excess = 100 * (ratios_of(paths[0], unit=False)[0] - ratios_of(paths[2], unit=False)[0])
-    assert found["PC1 of the drift, raw"].excess == f"{excess:+.1f} pt"
-    assert found["validation loss"].value == "2.250"
-    assert found["p_in, exact match at short gaps"].value == "0.750"
-    assert found["p_ood, exact match at long gaps"].value == "0.500"
-    assert found["initial weights that weight decay left"].value == f"{SURVIVAL[-1]:.0%}"
+    assert found["PC1 of the drift, raw"]["excess"] == f"{excess:+.1f} pt"
+    assert found["validation loss"]["value"] == "2.250"
+    assert found["p_in, exact match at short gaps"]["value"] == "0.750"
+    assert found["p_ood, exact match at long gaps"]["value"] == "0.500"
+    assert found["initial weights that weight decay left"]["value"] == f"{SURVIVAL[-1]:.0%}"
 
 
 def test_calibration_tables_are_markdown_with_one_row_a_quantity_and_a_group(run: Run) -> None:
@@ -324,10 +322,10 @@ def test_calibration_tables_are_markdown_with_one_row_a_quantity_and_a_group(run
 
 
 def test_what_was_never_measured_has_no_row(run: Run) -> None:
-    assert {"validation loss", "p_in, exact match at short gaps"} < {shown.quantity for shown in lines(run)}
+    assert {"validation loss", "p_in, exact match at short gaps"} < {shown["quantity"] for shown in lines(run)}
     (run.path / "metrics.csv").write_text("step,val/loss\n1,5.0\n")
     fresh = Run(run.path)
-    assert [shown.quantity for shown in lines(fresh)[:2]] == ["validation loss", statistics()["pc1"].title]
+    assert [shown["quantity"] for shown in lines(fresh)[:2]] == ["validation loss", statistics()["pc1"].title]
 
 
 def test_the_printed_table_names_the_run_and_what_its_null_is(run: Run) -> None:

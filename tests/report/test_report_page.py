@@ -23,9 +23,9 @@ from test_figures import CURVE, replay_record
 from mini_gpt_pl.report import page
 from mini_gpt_pl.report.calibration import calibrate_run
 from mini_gpt_pl.report.contents import MORE, claimed
-from mini_gpt_pl.report.headline import Headline, Verdict, headline
-from mini_gpt_pl.report.progress import Steps
-from mini_gpt_pl.report.sheet import kind_of
+from mini_gpt_pl.report.page import Steps
+from mini_gpt_pl.report.sheet import kind_of, tabulate, word
+from mini_gpt_pl.report.summary import Headline, headline
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study.contents import COMPARISON_SECTIONS, RUN_FIGURES, RUN_SECTIONS, story_findings
 
@@ -219,7 +219,8 @@ def test_the_verdict_is_whether_the_interval_leaves_out_zero(tmp_path: Path) -> 
     run = write_run(tmp_path / "run", STEPS, metrics=learning_curve(CURVE))
     found, told = calibrate_run(run), headline(run)
     judged = [one for one in found.values() if one.low == one.low]
-    assert [verdict.stands_out for verdict in told.verdicts] == [one.low > 0 or one.high < 0 for one in judged]
+    stands_out = [row["verdict"].text == "**stands out**" for row in told.verdicts.rows]
+    assert stands_out == [one.low > 0 or one.high < 0 for one in judged]
     assert told.without_interval == len(found) - len(judged)
     assert told.learned == (
         "Validation loss was lowest, 1.500 nats per token, at step 700 (it has risen by 0.250 since: over-fitting).",
@@ -237,8 +238,9 @@ def test_the_verdict_is_whether_the_interval_leaves_out_zero(tmp_path: Path) -> 
     ],
 )
 def test_the_headline_names_what_stands_out(out: tuple[bool, bool], said: str) -> None:
-    verdicts = tuple(Verdict(name, "", "", "", "", stands_out=one) for name, one in zip("ab", out, strict=True))
-    assert Headline("", {}, (), verdicts, 0).found == said
+    words = {True: "**stands out**", False: "within the null"}
+    rows = [{"quantity": word(name), "verdict": word(words[one])} for name, one in zip("ab", out, strict=True)]
+    assert Headline("", {}, (), tabulate("verdicts", "Verdicts", rows), 0).found == said
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_a_table_goes_to_the_first_section_that_claims_it_or_to_the_end() -> Non
         "nulls": ["overview"],
         "spectrum": ["table2_pc1_blocks"],
         "growth": ["windows"],
-        MORE[0]: ["unheard_of"],
+        MORE.anchor: ["unheard_of"],
     }
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
-from matplotlib.figure import Figure
+from collections.abc import Sequence
 
 from mini_gpt_pl.arithmetic.study.claims import claims_table, findings
 from mini_gpt_pl.arithmetic.study.commutators import commutator_comparison, commutator_tables
@@ -15,8 +13,7 @@ from mini_gpt_pl.arithmetic.study.onsets import onset_comparison
 from mini_gpt_pl.arithmetic.study.overlaps import overlap_sections
 from mini_gpt_pl.arithmetic.study.paths import overview, path_comparison, path_tables, rank_tables
 from mini_gpt_pl.arithmetic.study.runs import distinct, generalised, residue_facts, residue_runs
-from mini_gpt_pl.arithmetic.study.words import words
-from mini_gpt_pl.report.contents import Contents, Plate, Section, Shown, plates
+from mini_gpt_pl.report.contents import Contents, Plate, sections
 from mini_gpt_pl.report.general import PATH_SECTIONS, general_tables
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
@@ -40,23 +37,10 @@ def comparison_tables(runs: Sequence[Run]) -> list[Table]:
     return [table for table in tables if not table.frame.empty]
 
 
-def _sections(part: str, figures: Mapping[str, Callable[[Shown], Figure]]) -> tuple[Section[Shown], ...]:
-    return tuple(
-        Section(
-            said["anchor"],
-            said["title"],
-            said["sentence"],
-            plates(figures, **said.get("figures", {})),
-            tuple(said["tables"]),
-        )
-        for said in words("sections")[part]
-    )
-
-
 CONTENTS = Contents(
-    _sections("run", FIGURES) + PATH_SECTIONS,
+    sections(__package__, "run", FIGURES) + PATH_SECTIONS,
     lambda run: run_tables(run) + general_tables(run),
-    _sections("comparison", COMPARISON_FIGURES),
+    sections(__package__, "comparison", COMPARISON_FIGURES),
     comparison_tables,
     findings,
     Plate("learning", FIGURES["grokking_learning"], "accuracies and ‖θ‖, and below its commutators."),

@@ -25,7 +25,16 @@ from mini_gpt_pl.geometry.path.innovations import Correlation
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.published import listed
-from mini_gpt_pl.report.settings import Facts, differences, facts, mapping, plain, said, transformer
+from mini_gpt_pl.report.settings import (
+    OF_OPTIMIZER,
+    config_facts,
+    differences,
+    facts,
+    mapping,
+    plain,
+    said,
+    transformer,
+)
 from mini_gpt_pl.report.sheet import Cell, Table
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
@@ -51,17 +60,14 @@ def residue_facts(run: Run) -> dict[str, Any]:
     """What decides how a run of residues goes, in words and numbers that can be compared."""
     config = run.settings
     model, data = mapping(config, "model"), mapping(config, "data")
-    settings = Facts.of_config(config)
+    settings = config_facts(config)
     recorder = next(iter(run.callback_settings("TrajectoryRecorder")), {})
     operations, split = data.get("operations"), said(data, "split_seed", OWN_SEED)
     return {
         "model": transformer(model.get("size")),
-        **settings.of_optimizer,
-        "warm-up": settings.warmup,
-        "schedule length": settings.length,
-        "steps": settings.steps,
-        "sequences a step": settings.examples,
-        "clipping": settings.clipping,
+        **{key: settings[key] for key in (*OF_OPTIMIZER, "warm-up", "schedule length", "steps")},
+        "sequences a step": settings["examples a step"],
+        "clipping": settings["clipping"],
         "operation": data.get("operation"),
         "modulus": data.get("modulus"),
         "training fraction": data.get("train_fraction"),
@@ -71,7 +77,7 @@ def residue_facts(run: Run) -> dict[str, Any]:
         "identical blocks": model.get("identical_blocks"),
         "eps": mapping(mapping(model, "optimizer"), "init_args").get("eps"),
         "steps a snapshot": mapping(recorder, "schedule").get("every"),
-        "seed": settings.seed,
+        "seed": settings["seed"],
     }
 
 

@@ -261,11 +261,11 @@ def calibrate(
         return statistics(h, survival) | (profile_statistics(h) if curves else {})
 
     null = decaying_walk(gram, survival)
-    measured, free, decaying = describe(gram), describe(walk(gram)), describe(null)
     finite = bool(torch.isfinite(null).all())
+    measured, free, decaying = describe(gram), describe(walk(gram)), describe(null) if finite else {}
     intervals = block_bootstrap(gram, null, draws=bootstrap, seed=seed) if bootstrap and finite else {}
     return {
-        name: Calibrated(value, free[name], decaying[name], *intervals.get(name, (math.nan, math.nan)))
+        name: Calibrated(value, free[name], decaying.get(name, math.nan), *intervals.get(name, (math.nan, math.nan)))
         for name, value in measured.items()
     }
 

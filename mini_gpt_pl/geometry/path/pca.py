@@ -119,9 +119,11 @@ def pca(gram: Gram, rows: Rows, *, normalise: bool = False) -> PCA:
         ValueError: No row has a length.
     """
     parts = spectra(gram[None], rows, normalise=normalise) if len(rows) else None
-    if parts is None or not parts.moved[0]:
+    unknown = bool(gram.isnan().any())
+    if parts is None or not (parts.moved[0] or unknown):
         raise ValueError("every row is zero: a trajectory without movement has no principal direction")
-    return PCA(parts.energy[0, : int(parts.moved[0])].sqrt(), parts.directions[0, : int(parts.ranks[0])])
+    count = len(rows) if unknown else int(parts.moved[0])
+    return PCA(parts.energy[0, :count].sqrt(), parts.directions[0, : int(parts.ranks[0])])
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.findings import written_gap
-from mini_gpt_pl.report.measures import update_statistics
+from mini_gpt_pl.report.path_tables import update_statistics
 from mini_gpt_pl.report.overlays import STYLES, Look
 from mini_gpt_pl.report.settings import diverged, facts, plain
 from mini_gpt_pl.report.sheet import Cell, Row, Table, beside_nulls, number, word
@@ -129,7 +128,7 @@ def finding(sound: Mapping[Run, Mapping[str, Calibrated]]) -> Iterator[Finding]:
         form = statistics()[name].format
         excesses = [[sound[run][name].excess for run in chosen if value_of(run) == value] for value in values]
         means = [math.fsum(of_value) / len(of_value) for of_value in excesses]
-        shown = ", ".join(f"{written_gap(mean, form)} at {plain(x)}" for x, mean in zip(values, means, strict=True))
+        shown = ", ".join(f"{gap(mean, form).text} at {plain(x)}" for x, mean in zip(values, means, strict=True))
         way = direction(means)
         verdict = (
             f"{way} with beta2 throughout" if way != "neither" else "neither rises nor falls with beta2 throughout"

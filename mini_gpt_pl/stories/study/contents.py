@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.report import comparison, general
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.comparison import grouped, require_comparable
-from mini_gpt_pl.report.contents import Contents, Plate, Section, Shown, plates
+from mini_gpt_pl.report.contents import Contents, Plate, Section, plates, section_of, sections
 from mini_gpt_pl.report.families import from_scratch, names, one_of_each_seed
 from mini_gpt_pl.report.findings import findings, logged, sound_ones
-from mini_gpt_pl.report.pooled import over_seeds
-from mini_gpt_pl.report.settings import diverged, optimizer_label
+from mini_gpt_pl.report.settings import OF_OPTIMIZER, diverged, optimizer_label
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.report.subject import Backdrop, Subject
 from mini_gpt_pl.runs.folder import Run, require_reportable
@@ -23,7 +21,8 @@ from mini_gpt_pl.stories.experiments.figures import EXPERIMENT_FIGURES
 from mini_gpt_pl.stories.experiments.tables import experiment_tables
 from mini_gpt_pl.stories.study import beta2, learning, optimizers, overlays, reheats, replayed, switching
 from mini_gpt_pl.stories.study.learning import LOSS, P_IN
-from mini_gpt_pl.stories.study.runs import BOOK, OF_OPTIMIZER, lambda_change, main_run, one_beta2, story_facts
+from mini_gpt_pl.stories.study.pooled import over_seeds
+from mini_gpt_pl.stories.study.runs import BOOK, lambda_change, main_run, one_beta2, story_facts
 from mini_gpt_pl.stories.study.switch_series import switch_series
 from mini_gpt_pl.stories.study.theory_tables import theory_tables
 from mini_gpt_pl.stories.study.words import words
@@ -134,11 +133,6 @@ COMPARISON_FIGURES: Mapping[str, Callable[[Sequence[Run]], Figure]] = {
 """Figures of several runs; each raises a UserError where no two of the runs belong to it."""
 
 
-def _section(entry: Mapping[str, Any], figures: Mapping[str, Callable[[Shown], Figure]]) -> Section[Shown]:
-    shown = plates(figures, **entry.get("figures", {}))
-    return Section(entry["anchor"], entry["title"], entry["sentence"], shown, tuple(entry["tables"]))
-
-
 def _of_path(section: Section[Run]) -> Section[Run]:
     """Let a section of the core claim its tables under the study's names, and show what a replay adds to it."""
     own = [table for name, (table, _) in BOOK.tables.items() if section.claims(name)]
@@ -150,11 +144,9 @@ _PATH = [_of_path(section) for section in general.PATH_SECTIONS]
 RUN_SECTIONS: tuple[Section[Run], ...] = tuple(
     section
     for entry in words("sections")["run"]
-    for section in (_PATH if entry == "path" else [_section(entry, RUN_FIGURES)])
+    for section in (_PATH if entry == "path" else [section_of(entry, RUN_FIGURES)])
 )
-COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = tuple(
-    _section(entry, COMPARISON_FIGURES) for entry in words("sections")["runs"]
-)
+COMPARISON_SECTIONS: tuple[Section[Sequence[Run]], ...] = sections(__package__, "runs", COMPARISON_FIGURES)
 
 CONTENTS = Contents(
     RUN_SECTIONS,

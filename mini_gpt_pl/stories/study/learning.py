@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.figures.plotting import BACKBONE, GREY, RESIDUAL, WIDTH, legend_below, line
-from mini_gpt_pl.report import learning as general
-from mini_gpt_pl.report.learning import Fit
 from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import Row, Table, number, word
 from mini_gpt_pl.report.subject import Subject
@@ -20,9 +20,55 @@ from mini_gpt_pl.stories.switches import P_OOD
 LOSS, TRAIN, P_IN = "val/loss", "train/lm_loss", "probe/p_in"
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Where validation and training loss part.
+
+    Args:
+        best: Lowest validation loss.
+        best_step: Its step.
+        last: Validation loss at the end.
+        train: Mean training loss since the evaluation before the last; NaN if it was not logged.
+        parted: First evaluation from which on validation lies above training loss; None where it does not at the end.
+    """
+
+    best: float
+    best_step: int
+    last: float
+    train: float
+    parted: int | None
+
+    @property
+    def rise(self) -> float:
+        """Validation loss at the end above its lowest."""
+        return self.last - self.best
+
+    @property
+    def overfits(self) -> bool:
+        """Whether validation loss has risen by more than 1 % of its lowest: less is noise of single evaluations."""
+        return self.rise > 0.01 * abs(self.best)
+
+
 def fit_of(run: Run) -> Fit | None:
-    """Where validation and training loss of a run part, in nats per token."""
-    return general.fit_of(run, LOSS, TRAIN)
+    """Compare validation loss with the mean training loss of the steps since the evaluation before; None without.
+
+    Both in nats per token.
+    """
+    loss, train = run.series(LOSS), run.series(TRAIN)
+    if loss.empty:
+        return None
+    means = pd.Series(math.nan, index=loss.index)
+    before = -1
+    for step in loss.index:
+        means.loc[step] = train[(train.index > before) & (train.index <= step)].mean()
+        before = step
+    parted = None
+    for step in reversed(loss.index):
+        if not loss[step] > means[step]:
+            break
+        parted = int(step)
+    best = int(loss.argmin())
+    return Fit(float(loss.iloc[best]), int(loss.index[best]), float(loss.iloc[-1]), float(means.iloc[-1]), parted)
 
 
 def learned(run: Subject) -> Iterator[str]:

@@ -18,11 +18,10 @@ from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.comparison import ending
 from mini_gpt_pl.report.families import from_scratch, names
-from mini_gpt_pl.report.findings import written_gap
 from mini_gpt_pl.report.overlays import LINE_HEIGHT, Look, draw, legend, legend_rows, looks_of, named
 from mini_gpt_pl.report.path_tables import NumberRow
 from mini_gpt_pl.report.settings import diverged, optimizer_label, progress
-from mini_gpt_pl.report.sheet import Cell, Row, Table, beside_nulls, number, word
+from mini_gpt_pl.report.sheet import Cell, Row, Table, beside_nulls, gap, number, word
 from mini_gpt_pl.report.subject import Subject, Window
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study.learning import LOSS
@@ -222,7 +221,7 @@ def finding(
         for name, share in sorted(chosen.items(), key=lambda pair: -pair[1].value)
     )
     most = max(chosen, key=lambda name: chosen[name].excess)
-    best = f"The excess is largest in {most}, {written_gap(chosen[most].excess, form)}."
+    best = f"The excess is largest in {most}, {gap(chosen[most].excess, form).text}."
     yield Finding("PC1 by optimizer (unit rows)", f"{each}. {best}", "optimizers")
 
 

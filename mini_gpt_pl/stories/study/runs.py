@@ -11,7 +11,7 @@ from typing import Any
 from mini_gpt_pl.figures.plotting import Change
 from mini_gpt_pl.report.families import AnyRun, families, family, several
 from mini_gpt_pl.report.published import Beside, Book, book
-from mini_gpt_pl.report.settings import Facts, differences, facts, mapping, optimizer_label, transformer
+from mini_gpt_pl.report.settings import OF_OPTIMIZER, config_facts, differences, facts, mapping, optimizer_label, transformer
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 from mini_gpt_pl.stories.gpt import PRESETS
 from mini_gpt_pl.stories.study.words import words
@@ -21,8 +21,6 @@ BOOK: Book = book("mini_gpt_pl.stories.study")
 MAIN, SHORT = "51 M, 10,000 steps", "51 M, 4,000 steps"
 COLUMN = f"paper ({SHORT})"
 """Head of the column with published values where several runs stand beside runs of 4,000 steps."""
-OF_OPTIMIZER = ("optimizer", "learning rate", "weight decay", "beta1", "beta2", "momentum", "Nesterov")
-"""Facts that are an optimizer's own."""
 _PREFERRED = 0.95
 
 
@@ -35,22 +33,19 @@ def story_facts(run: Run) -> dict[str, Any]:
     `tokenizer` is a name without folder and ending, so that one rank file under two paths is one tokenizer.
     """
     config = run.settings
-    model, data, of_any = mapping(config, "model"), mapping(config, "data"), Facts.of_config(config)
+    model, data, of_any = mapping(config, "model"), mapping(config, "data"), config_facts(config)
     size, tokenizer, weights = model.get("size"), data.get("tokenizer"), _weights(run)
     return {
         "model": transformer(asdict(PRESETS[size]) if isinstance(size, str) and size in PRESETS else size),
         "tokenizer": None if tokenizer is None else Path(str(tokenizer)).name.split(".")[0],
         "context": data.get("context"),
-        **of_any.of_optimizer,
-        "warm-up": of_any.warmup,
-        "schedule length": of_any.length,
-        "steps": of_any.steps,
-        "sequences a step": of_any.examples,
-        "clipping": of_any.clipping,
+        **{key: of_any[key] for key in (*OF_OPTIMIZER, "warm-up", "schedule length", "steps")},
+        "sequences a step": of_any["examples a step"],
+        "clipping": of_any["clipping"],
         "lambda": None if None in weights else "{:g} to {:g} at step {}".format(*weights),
         "share of probe sequences": mapping(data, "probe").get("p_probe"),
         "corpus": mapping(data, "corpus").get("name"),
-        "seed": of_any.seed,
+        "seed": of_any["seed"],
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from report_runs import ADAMW, config, learning_curve, numbers, path_of, write_run
 
-from mini_gpt_pl.report.pooled import LEAST, mean_row, over_seeds, pool
+from mini_gpt_pl.stories.study.pooled import LEAST, mean_row, over_seeds, pool
 from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
