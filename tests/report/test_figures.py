@@ -370,10 +370,7 @@ def test_switches_stand_beside_their_controls(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "draw",
-    [
-        RUN_FIGURES[name]
-        for name in ("gradients", "fisher", "signed_bias", "switching", "logit_lens", "reheating")
-    ],
+    [RUN_FIGURES[name] for name in ("gradients", "fisher", "signed_bias", "switching", "logit_lens", "reheating")],
 )
 def test_what_was_not_measured_is_one_line(run: Run, draw: Callable[[Run], Figure]) -> None:
     with one_line_error("run"):

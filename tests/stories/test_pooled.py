@@ -9,11 +9,11 @@ import pytest
 import scipy.stats
 from report_runs import ADAMW, config, learning_curve, numbers, path_of, write_run
 
-from mini_gpt_pl.stories.study.pooled import LEAST, mean_row, over_seeds, pool
 from mini_gpt_pl.report.sheet import Row, Table, number, tabulate, word
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study.contents import comparison_tables, run_tables
+from mini_gpt_pl.stories.study.pooled import LEAST, mean_row, over_seeds, pool
 
 STEPS = [0, 200, 400, *range(600, 2001, 100), 3000, 4000]
 

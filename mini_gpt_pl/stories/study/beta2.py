@@ -15,10 +15,10 @@ from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.families import names
-from mini_gpt_pl.report.path_tables import update_statistics
 from mini_gpt_pl.report.overlays import STYLES, Look
+from mini_gpt_pl.report.path_tables import update_statistics
 from mini_gpt_pl.report.settings import diverged, facts, plain
-from mini_gpt_pl.report.sheet import Cell, Row, Table, beside_nulls, number, word
+from mini_gpt_pl.report.sheet import Cell, Row, Table, beside_nulls, gap, number, word
 from mini_gpt_pl.report.statistics import direction, spearman
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run

@@ -11,7 +11,15 @@ from typing import Any
 from mini_gpt_pl.figures.plotting import Change
 from mini_gpt_pl.report.families import AnyRun, families, family, several
 from mini_gpt_pl.report.published import Beside, Book, book
-from mini_gpt_pl.report.settings import OF_OPTIMIZER, config_facts, differences, facts, mapping, optimizer_label, transformer
+from mini_gpt_pl.report.settings import (
+    OF_OPTIMIZER,
+    config_facts,
+    differences,
+    facts,
+    mapping,
+    optimizer_label,
+    transformer,
+)
 from mini_gpt_pl.runs.folder import TRAJECTORY, Run
 from mini_gpt_pl.stories.gpt import PRESETS
 from mini_gpt_pl.stories.study.words import words
