@@ -70,7 +70,7 @@ def expand(folders: Sequence[Path], tell: Callable[[str], object] = print) -> li
     Raises:
         UserError: A folder does not exist, or holds no run.
     """
-    runs = []
+    runs: list[Run] = []
     for folder in folders:
         inside = runs_below(folder)
         recorded = [path for path in inside if inside == [folder] or (path / TRAJECTORY).is_file()]

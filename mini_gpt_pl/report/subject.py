@@ -265,9 +265,10 @@ class Subject(Run):
         replayed = {step: estimate(value) for step, value in self.replayed_at(*keys).items()} if keys else {}
         if replayed or not self.has_metrics:
             return Estimates(replayed, live=False)
-        errors = self.series(f"{metric}_se").to_dict()
-        logged = self.series(metric).to_dict()
-        return Estimates({int(at): (float(x), float(errors.get(at, math.nan))) for at, x in logged.items()}, live=True)
+        values, errors = self.series(metric), self.series(f"{metric}_se").to_dict()
+        steps = map(int, values.index)
+        logged = {at: (float(x), float(errors.get(at, math.nan))) for at, x in zip(steps, values, strict=True)}
+        return Estimates(logged, live=True)
 
 
 def dig(record: Any, *keys: str) -> Any:

@@ -17,6 +17,7 @@ from rich.console import Console
 from mini_gpt_pl.callbacks.progress import LiveNumbers, columns
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.report import summary
+from mini_gpt_pl.report.sheet import conclusion
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.training.cli import run_cli
 
@@ -135,11 +136,11 @@ def test_the_closing_table_says_what_its_numbers_mean() -> None:
         ((0.01, 0.03), "more than chance"),
         ((-0.01, 0.03), "contains zero"),
         ((-0.05, -0.01), "less than chance"),
-        ((math.nan, math.nan), "one path does not say how surely."),
+        ((math.nan, math.nan), "one path does not say how surely"),
     ],
 )
 def test_a_verdict_follows_the_interval(interval: tuple[float, float], verdict: str) -> None:
-    assert verdict in summary._verdict(Calibrated(0.8, 0.9, 0.78, *interval))
+    assert verdict in conclusion(Calibrated(0.8, 0.9, 0.78, *interval))
 
 
 def test_the_table_prints_its_verdicts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,7 +272,8 @@ def test_the_core_names_no_study() -> None:
 def test_without_a_study_its_metrics_are_gone_and_the_cores_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = {metric.name for metric in registry.metrics()}
     monkeypatch.setattr(registry, "tasks", dict)
-    core = list(registry._entries(registry.data.__wrapped__()))
+    monkeypatch.setattr(registry, "data", registry.data.__wrapped__)
+    core = registry.metrics.__wrapped__()
     left = {metric.name for metric in core}
     assert {"train/loss", "val/loss", "backbone/{group}/pc1", "overhead/fraction"} <= left < everything
     gone = everything - left
