@@ -65,11 +65,7 @@ def growing(gram: pca.Gram, read: Callable[[pca.Gram], float]) -> list[float]:
 
 
 def spectrum(trajectory: Trajectory, whole: str) -> Figure:
-    """Share of each principal component of the drift, whole selection and groups, raw and unit rows, with both nulls.
-
-    Raises:
-        UserError: Nothing has moved.
-    """
+    """Share of each principal component of the drift, whole selection and groups, raw and unit rows, and both nulls."""
     rows, gram = drift_rows(trajectory), trajectory.gram()
     curves = [(trajectory.gram(group), "-", {"color": GREY, "lw": 0.8}) for group in moved_groups(trajectory)]
     curves += [
@@ -105,9 +101,6 @@ def path(trajectory: Trajectory, whole: str) -> Figure:
     """The drift on its own PC1 and PC2, beside the decaying walk on its own; time is the colour.
 
     Right: both coordinates against the step.
-
-    Raises:
-        UserError: Nothing has moved, or there are fewer than three snapshots.
     """
     rows = drift_rows(trajectory)
     if len(rows) < 2:
@@ -149,9 +142,6 @@ def groups(trajectory: Trajectory, whole: str) -> Figure:
     """Excess over the decaying walk, by group and step: of PC1, and of the update's alignment with v_b of its past.
 
     Every column uses the snapshots up to its step only.
-
-    Raises:
-        UserError: Nothing has moved, or there are fewer than three snapshots.
     """
     drift_rows(trajectory)
     if len(trajectory) < 3:
@@ -237,7 +227,7 @@ TRAJECTORY_FIGURES: dict[str, Callable[[Trajectory, str], Figure]] = {
     "path": path,
     "blocks": groups,
 }
-"""By the last part of their W&B keys."""
+"""By the last part of their W&B keys; each raises a UserError where nothing has moved or snapshots are too few."""
 
 
 def draw_files(trajectory: Trajectory, whole: str) -> dict[str, bytes]:

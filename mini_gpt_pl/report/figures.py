@@ -182,9 +182,6 @@ def against_nulls(run: Run) -> Figure:
     """Every calibrated number as a point beside the same number of both walks, and its excess over the decaying one.
 
     Lengths, in parameter units, have no place on these axes.
-
-    Raises:
-        UserError: The run has no path.
     """
     calibrated = Subject.of(run).calibrate()
     names = [name for name, one in statistics().items() if name in calibrated and one.unit != "parameter units"]
@@ -217,11 +214,7 @@ def against_nulls(run: Run) -> Figure:
 
 
 def blocks(run: Run) -> Figure:
-    """PC1 of every parameter group and of the whole, raw and with unit rows, beside both nulls.
-
-    Raises:
-        UserError: The run has no path.
-    """
+    """PC1 of every parameter group and of the whole, raw and with unit rows, beside both nulls."""
     run = Subject.of(run)
     rows, names = drift_rows(run.trajectory), [*moved_groups(run.trajectory), None]
     figure = Figure(figsize=(WIDTH, 3.4))
@@ -241,11 +234,7 @@ def blocks(run: Run) -> Figure:
 
 
 def update_cosines(run: Run) -> Figure:
-    """Cosines of all pairs of updates between snapshots, beside those of the decaying walk.
-
-    Raises:
-        UserError: The run has no path, or a single update.
-    """
+    """Cosines of all pairs of updates between snapshots, beside those of the decaying walk."""
     run = Subject.of(run)
     if len(run.trajectory) < 3:
         raise UserError(f"the run {run.path} has {len(run.trajectory)} snapshots: pairs of updates need three")
@@ -277,9 +266,6 @@ def initial_weights(run: Run) -> Figure:
 
     Left: cos(v_b, theta_0) with v_b of the snapshots up to each step. Right: <theta_t, theta_0> / ||theta_0||^2, beside
     the share prod(1 - lr wd) that weight decay alone leaves.
-
-    Raises:
-        UserError: The run has no path, or theta_0 is zero.
     """
     run = Subject.of(run)
     steps, paths, n = run.trajectory.steps, run.paths(), len(run.trajectory)
@@ -316,9 +302,6 @@ def gradients(run: Run) -> Figure:
 
     Of a replay where there is one (mean and standard deviation over batches, whole-run v_b), else as measured live
     against v_b of the past.
-
-    Raises:
-        UserError: Nobody measured gradients.
     """
     run = Subject.of(run)
     figure = Figure(figsize=(WIDTH, 3.8))
@@ -348,9 +331,6 @@ def fisher(run: Run) -> Figure:
     """Rayleigh quotients over tr(F)/D, and the anisotropy along the backbone.
 
     tr(F)/D is the mean over random directions, so that an isotropic Fisher is 1 in both panels.
-
-    Raises:
-        UserError: Nobody measured the Fisher.
     """
     run = Subject.of(run)
     survey, dim = fisher_survey(run), run.trajectory.dim

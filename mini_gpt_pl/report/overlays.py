@@ -193,9 +193,5 @@ def several(runs: Sequence[Run]) -> Sequence[Run]:
 
 
 def overview(runs: Sequence[Run]) -> Figure:
-    """Backbone coordinate, residual, fraction and first share of all runs from scratch.
-
-    Raises:
-        UserError: There are fewer than two.
-    """
+    """Backbone coordinate, residual, fraction and first share of all runs from scratch."""
     return panels(named(several(runs), runs), [CURVES[name] for name in ("a", "r", "fraction", "pc1")])

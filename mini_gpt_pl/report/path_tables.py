@@ -34,11 +34,8 @@ _UNKNOWN = Calibrated(math.nan, math.nan, math.nan)
 class NumberRow:
     """A row of a table, as data: which number, in which words and digits, and which published one stands beside it.
 
-    Args:
-        key: Of the number.
-        words: What it is; those of the registry if empty.
-        form: How it is written; that of the registry if empty.
-        published: Key of the published number; the same if None, none if empty.
+    Empty words and an empty form are those of the registry. Without a key of its own the published number has the same
+    key, and with an empty one there is none.
     """
 
     key: str
@@ -95,7 +92,7 @@ def laid_out(beside: Beside, name: str, rows: Sequence[Row], keys: Sequence[str]
         name: Of the table.
         rows: Cells by column.
         keys: Of the published numbers shown, which have footnotes of their own.
-        values: Of what stands in braces in title and footnotes.
+        values: For the braces in title and footnotes.
     """
     entry = _words()[name]
     notes = [note.format(nulls=NULLS, **values) for note in entry["notes"]]

@@ -135,13 +135,9 @@ def word(text: str) -> Cell:
 
 
 def number(value: float | None, form: str = "{:.3f}", spread: float | None = None, label: str = "sd") -> Cell:
-    """A number, with its spread after a ± if there is one; a dash for None and NaN.
+    """A number in a format, with its spread after a ± if there is one; a dash for None and NaN.
 
-    Args:
-        value: The number.
-        form: Its format string.
-        spread: Standard deviation or error.
-        label: Name of the spread in the CSV.
+    The spread is a standard deviation or error, and `label` its name in the CSV.
     """
     if value is None or math.isnan(value):
         return _BLANK

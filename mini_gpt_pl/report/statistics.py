@@ -1,8 +1,7 @@
-"""Statistics over several runs: intervals over seeds, rank correlation, and whether values rise or fall."""
+"""Statistics over several runs: means, and their intervals over seeds."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,19 +17,6 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     series = pd.Series(values, dtype=float)
     quantile = round(float(stats.t.ppf(0.975, len(values) - 1)), 4)
     return float(series.mean()), quantile * float(series.std()) / math.sqrt(len(values))
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their mean rank; NaN where one series is constant."""
-    if min(len(set(x)), len(set(y))) < 2:
-        return math.nan
-    return float(stats.spearmanr(x, y).statistic)
-
-
-def direction(values: Sequence[float]) -> str:
-    """Say whether values rise or fall throughout."""
-    steps = [later - earlier for earlier, later in itertools.pairwise(values)]
-    return "rises" if all(step > 0 for step in steps) else "falls" if all(step < 0 for step in steps) else "neither"
 
 
 def mean(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import Change, mark_change
-from mini_gpt_pl.geometry.path import nulls, pca, windows
+from mini_gpt_pl.geometry.path import nulls, windows
 from mini_gpt_pl.geometry.path.nulls import Calibrated
 from mini_gpt_pl.geometry.path.pca import Gram
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
@@ -66,12 +66,7 @@ class Paths(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject(Run):
-    """A run whose path is read, measured and calibrated once, whatever asks for it.
-
-    Args:
-        path: The folder.
-        name: What the run is called; its folder's name if empty.
-        bootstrap: Resamples behind the 95 % intervals.
+    """A run whose path is read, measured and calibrated once, with `bootstrap` resamples behind the 95 % intervals.
 
     Example:
         >>> subject = Subject.of(Run(Path("runs/mine")))  # doctest: +SKIP
@@ -240,10 +235,6 @@ class Subject(Run):
         """The path seen every `SPAN` steps; see `update_span`."""
         return thin(self.trajectory, update_span(self.trajectory.steps))
 
-    def window(self, lo: int, hi: int, group: str | None = None) -> Window | None:
-        """Measure a window of the path; see `window`."""
-        return window(self.trajectory, lo, hi, group)
-
     # ------------------------------------------------------------------------------------------ what was measured
 
     @cached_property
@@ -322,46 +313,3 @@ def thin(trajectory: Trajectory, span: int) -> Trajectory:
     survival = [trajectory.survival[index] for index in kept]
     grams = windows.part(trajectory.grams, kept)
     return replace(trajectory, steps=[steps[index] for index in kept], grams=grams, survival=survival, rates=None)
-
-
-# ----------------------------------------------------------------------------------------------------- windows
-
-
-@dataclass(frozen=True)
-class Window:
-    """PCA of the drifts inside a window of steps, each from the window's first snapshot and of unit length.
-
-    Args:
-        rows: Number of drifts.
-        numbers: pc1, k95, k99 and drift (||theta(hi) - theta(lo)||), each beside its nulls.
-        decay: How far weight decay alone moves theta_0 over the window, ||theta_0|| (S(lo) - S(hi)).
-    """
-
-    rows: int
-    numbers: dict[str, Calibrated]
-    decay: float
-
-
-def window(trajectory: Trajectory, lo: int, hi: int, group: str | None = None) -> Window | None:
-    """Measure the path of a group, or of the whole selection for None, from step `lo` to step `hi`.
-
-    Returns:
-        The window, or None where one of them has no snapshot, nothing lies between, or nothing moved.
-    """
-    steps, gram = trajectory.steps, trajectory.gram(group)
-    if lo not in steps or hi not in steps or not lo < hi:
-        return None
-    first, last = steps.index(lo), steps.index(hi)
-
-    def describe(h: Gram) -> dict[str, float]:
-        rows = pca.drifts(len(h), first)[first + 1 : last + 1]
-        parts = pca.pca(h, rows, normalise=True)
-        k95, k99 = (float(parts.components_for(share)) for share in (0.95, 0.99))
-        return {"pc1": parts.pc1, "k95": k95, "k99": k99, "drift": float(pca.norms(h, rows[-1:]))}
-
-    try:
-        numbers = against_nulls(gram, trajectory.survival, describe)
-    except ValueError:  # nothing moved
-        return None
-    decay = float(gram[0, 0].clamp_min(0).sqrt()) * (trajectory.survival[first] - trajectory.survival[last])
-    return Window(last - first, numbers, decay)

@@ -29,9 +29,10 @@ from mini_gpt_pl.report.comparison import grouped, require_comparable
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.settings import plain
 from mini_gpt_pl.report.sheet import Table
-from mini_gpt_pl.report.statistics import direction, spearman, t_interval
+from mini_gpt_pl.report.statistics import t_interval
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
+from mini_gpt_pl.stories.study.beta2 import direction, spearman
 from mini_gpt_pl.stories.study.contents import comparison_tables
 from mini_gpt_pl.stories.study.optimizers import common_window
 from mini_gpt_pl.stories.study.runs import main_run, one_beta2

@@ -33,10 +33,11 @@ from report_runs import (
 
 from mini_gpt_pl.report.published import Beside
 from mini_gpt_pl.report.sheet import Table, number, tabulate, word, write_tables
-from mini_gpt_pl.report.subject import Subject, thin, update_span, window
+from mini_gpt_pl.report.subject import Subject, thin, update_span
 from mini_gpt_pl.runs.folder import Run, require_reportable
 from mini_gpt_pl.stories.study.contents import run_tables
 from mini_gpt_pl.stories.study.learning import fit_of
+from mini_gpt_pl.stories.study.optimizers import window_of
 from mini_gpt_pl.stories.study.runs import BOOK, MAIN, SHORT, beta2_beside, control_beside, main_run
 
 # Evenly spaced but for a dense stretch, as the paper's beta2 runs have it.
@@ -143,7 +144,7 @@ def test_a_run_that_broke_off_keeps_the_phases_of_its_schedule(tmp_path: Path) -
 @pytest.mark.parametrize(("lo", "hi"), [(600, 2000), (0, 400), (200, 1000)])
 @pytest.mark.parametrize("part", list(PARTS))
 def test_a_window_is_that_of_unit_drifts_from_its_first_snapshot(run: Run, lo: int, hi: int, part: str) -> None:
-    found = window(run.trajectory, lo, hi, None if part == "trunk" else part)
+    found = window_of(run.trajectory, lo, hi, None if part == "trunk" else part)
     assert found is not None
     first, last = STEPS.index(lo), STEPS.index(hi)
     assert found.rows == last - first
@@ -160,10 +161,10 @@ def test_a_window_is_that_of_unit_drifts_from_its_first_snapshot(run: Run, lo: i
 
 
 def test_a_window_without_its_snapshots_is_none(run: Run) -> None:
-    assert window(run.trajectory, 600, 2100) is None
-    assert window(run.trajectory, 600, 600) is None
+    assert window_of(run.trajectory, 600, 2100) is None
+    assert window_of(run.trajectory, 600, 600) is None
     still = torch.ones(3, BLOCKS.dim, dtype=torch.float64)
-    assert window(write_run(run.path / "still", [0, 200, 400], still).trajectory, 0, 400) is None
+    assert window_of(write_run(run.path / "still", [0, 200, 400], still).trajectory, 0, 400) is None
 
 
 def test_the_fraction_is_a_squared_over_x_squared(run: Run) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
 from mini_gpt_pl.figures.plotting import BACKBONE, NULL, PC2, WIDTH, palette
 from mini_gpt_pl.geometry.path import growth
@@ -19,10 +21,9 @@ from mini_gpt_pl.report.overlays import STYLES, Look
 from mini_gpt_pl.report.path_tables import update_statistics
 from mini_gpt_pl.report.settings import diverged, facts, plain
 from mini_gpt_pl.report.sheet import Cell, Row, Table, beside_nulls, gap, number, word
-from mini_gpt_pl.report.statistics import direction, spearman
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run
-from mini_gpt_pl.stories.study.optimizers import common_window, identity, outcome, window_note
+from mini_gpt_pl.stories.study.optimizers import common_window, identity, outcome, window_note, window_of
 from mini_gpt_pl.stories.study.overlays import need, panels
 from mini_gpt_pl.stories.study.runs import COLUMN, beta2_beside, beta2_of
 from mini_gpt_pl.stories.study.words import PublishedColumns, laid_out, numbers
@@ -51,7 +52,7 @@ def _geometry(path: Subject, window: tuple[int, int] | None) -> dict[str, Calibr
     measured = path.calibrated()
     if not measured:
         return {}
-    if window is not None and (inside := path.window(*window)) is not None:
+    if window is not None and (inside := window_of(path.trajectory, *window)) is not None:
         measured |= {f"window_{name}": value for name, value in inside.numbers.items()}
     thinned = path.thinned
     if len(thinned) > 3:
@@ -197,3 +198,16 @@ def pc1(runs: Sequence[Run]) -> Figure:
     once = {(label, handle.get_color()): handle for handle, label in zip(handles, labels, strict=True)}
     figure.legend(once.values(), [label for label, _ in once], loc="outside lower center", ncols=4)
     return figure
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Rank correlation, ties sharing their mean rank; NaN where one series is constant."""
+    if min(len(set(x)), len(set(y))) < 2:
+        return math.nan
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def direction(values: Sequence[float]) -> str:
+    """Say whether values rise or fall throughout."""
+    steps = [later - earlier for earlier, later in itertools.pairwise(values)]
+    return "rises" if all(step > 0 for step in steps) else "falls" if all(step < 0 for step in steps) else "neither"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,7 +14,9 @@ from matplotlib.ticker import NullLocator
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures.plotting import WIDTH
+from mini_gpt_pl.geometry.path import pca
 from mini_gpt_pl.geometry.path.nulls import Calibrated
+from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report.claims import Finding
 from mini_gpt_pl.report.comparison import ending
@@ -22,7 +25,7 @@ from mini_gpt_pl.report.overlays import LINE_HEIGHT, Look, draw, legend, legend_
 from mini_gpt_pl.report.path_tables import NumberRow
 from mini_gpt_pl.report.settings import diverged, optimizer_label, progress
 from mini_gpt_pl.report.sheet import Cell, Row, Table, beside_nulls, gap, number, word
-from mini_gpt_pl.report.subject import Subject, Window
+from mini_gpt_pl.report.subject import Subject, against_nulls
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study.learning import LOSS
 from mini_gpt_pl.stories.study.overlays import CURVES, need
@@ -68,7 +71,7 @@ def window_note(paths: Iterable[Subject], chosen: tuple[int, int] | None) -> str
     """Name the runs that have no path over a window; None if all have one."""
     lacking = []
     for path in paths:
-        if chosen is not None and path.window(*chosen) is None:
+        if chosen is not None and window_of(path.trajectory, *chosen) is None:
             how = f"diverged at step {progress(path)[0]:,}, " if diverged(path) else ""
             lacking.append(f"{path.label} ({how}last snapshot at step {path.last_step:,})")
     if chosen is None or not lacking:
@@ -93,6 +96,46 @@ def outcome(path: Subject) -> dict[str, Cell]:
         "best p_ood": number(float(p_ood.max()) if len(p_ood) else None),
         "best p_ood at": number(float(p_ood.index[int(p_ood.argmax())]) if len(p_ood) else None, "{:,.0f}"),
     }
+
+
+@dataclass(frozen=True)
+class Window:
+    """PCA of the drifts inside a window of steps, each from the window's first snapshot and of unit length.
+
+    Args:
+        rows: Number of drifts.
+        numbers: pc1, k95, k99 and drift (||theta(hi) - theta(lo)||), each beside its nulls.
+        decay: How far weight decay alone moves theta_0 over the window, ||theta_0|| (S(lo) - S(hi)).
+    """
+
+    rows: int
+    numbers: dict[str, Calibrated]
+    decay: float
+
+
+def window_of(trajectory: Trajectory, lo: int, hi: int, group: str | None = None) -> Window | None:
+    """Measure the path of a group, or of the whole selection for None, from step `lo` to step `hi`.
+
+    Returns:
+        The window, or None where one of them has no snapshot, nothing lies between, or nothing moved.
+    """
+    steps, gram = trajectory.steps, trajectory.gram(group)
+    if lo not in steps or hi not in steps or not lo < hi:
+        return None
+    first, last = steps.index(lo), steps.index(hi)
+
+    def describe(h: pca.Gram) -> dict[str, float]:
+        rows = pca.drifts(len(h), first)[first + 1 : last + 1]
+        parts = pca.pca(h, rows, normalise=True)
+        k95, k99 = (float(parts.components_for(share)) for share in (0.95, 0.99))
+        return {"pc1": parts.pc1, "k95": k95, "k99": k99, "drift": float(pca.norms(h, rows[-1:]))}
+
+    try:
+        numbers = against_nulls(gram, trajectory.survival, describe)
+    except ValueError:  # nothing moved
+        return None
+    decay = float(gram[0, 0].clamp_min(0).sqrt()) * (trajectory.survival[first] - trajectory.survival[last])
+    return Window(last - first, numbers, decay)
 
 
 def window_cells(window: Window | None) -> dict[str, Cell]:
@@ -129,7 +172,7 @@ def _outcome(paths: Sequence[Subject], left_out: Sequence[str]) -> list[Table]:
     rows = [
         identity(path)
         | outcome(path)
-        | window_cells(path.window(*window) if window else None)
+        | window_cells(window_of(path.trajectory, *window) if window else None)
         | published.cells(path.label, shown)
         for path in paths
     ]
@@ -162,7 +205,7 @@ def _windows(paths: Sequence[Subject]) -> list[Table]:
     for lo, hi in entry["rows"]:
         shown = [NumberRow(f"{name.lower()}/{lo}_{hi}", name, form) for name, form in entry["columns"].items()]
         for path in paths:
-            if (window := path.window(lo, hi)) is not None:
+            if (window := window_of(path.trajectory, lo, hi)) is not None:
                 cells = identity(path) | {"window": word(f"{lo:,} to {hi:,}")} | window_cells(window)
                 rows.append(cells | published.cells(path.label, shown))
     return laid_out("table10_windows", rows, [BOOK.notes["few_rows"], *published.notes])
@@ -204,7 +247,7 @@ def _matched_row(pair: Sequence[Subject], matched: str, path: Subject, step: int
         "step": word(f"{step:,}"),
         "loss": number(float(loss)),
         "p_ood": number(float(p_ood)),
-        **window_cells(path.window(steps[0], last)),
+        **window_cells(window_of(path.trajectory, steps[0], last)),
     }
 
 
