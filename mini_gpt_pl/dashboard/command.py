@@ -98,9 +98,6 @@ def _project_of(runs: Sequence[Run]) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------ server
-
-
 def _ask_entity() -> str:
     """Return the login's own entity."""
     import wandb

@@ -109,9 +109,6 @@ def _varied(settings: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tup
     return shown, tuple(key for key in shown if all(type(one.get(key)) in (int, float) for one in settings))
 
 
-# ------------------------------------------------------------------------------------------------------- panels
-
-
 def report_sections(logged: Logged, sweep: SweepRuns) -> list[Section]:
     """Lay out the report of a sweep from what its runs log: curves, last values, and both against what was varied."""
     shown = data()["sweep"]

@@ -102,9 +102,6 @@ class Metric(Quantity):
         return _fill(self.words, self.match(name) or {})
 
 
-# ------------------------------------------------------------------------------------------------- reading
-
-
 @cache
 def data() -> Mapping[str, Any]:
     """What the files of the core and of the installed studies say, merged by key; the core comes first."""
@@ -159,9 +156,6 @@ def statistics() -> Mapping[str, Quantity]:
     listed, formats = data()["statistics"], data()["formats"]
     own = {name: Quantity(name, **{"format": formats[one["unit"]], **one}) for name, one in listed.items() if one}
     return {name: own.get(name) or held[name] for name in listed}
-
-
-# ---------------------------------------------------------------------------------------------- looking up
 
 
 @cache

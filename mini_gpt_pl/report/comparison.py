@@ -89,9 +89,6 @@ def unique(tables: Sequence[Table]) -> list[Table]:
     return numbered
 
 
-# --------------------------------------------------------------------------------------------------- how they ended
-
-
 def ending(subject: Subject) -> dict[str, Cell]:
     """Cells that say how far a run came and how it ended."""
     ended = subject.outcome
@@ -133,9 +130,6 @@ def geometry(subjects: Sequence[Subject]) -> list[Table]:
     ]
     title = "The runs against their nulls"
     return [tabulate("runs_geometry", title, rows, [NULLS])] if len(subjects) > 1 else []
-
-
-# --------------------------------------------------------------------------------------------------------- seeds
 
 
 def seeds(

@@ -139,12 +139,9 @@ def groups(subject: Subject, beside: Beside) -> list[Table]:
             heads = {"k95": k95.value, "k95, walk": k95.walk, "k95, decaying walk": k95.decay}
             counts = {head: number(value, "{:.0f}") for head, value in heads.items()}
             key = f"pc1{suffix}" if group is None else f"pc1{suffix}/{group}"
-            rows.add(numbers[f"pc1{suffix}"], key, "{:.1%}", counts, group=word(label))
+            rows.add(numbers[f"pc1{suffix}"], key, "{:.1%}", counts, group=word(subject.in_words(label)))
         tables += rows.table(f"pc1_groups{suffix}", spacing=spacing_note(subject))
     return tables
-
-
-# ----------------------------------------------------------------------------------------------------- updates
 
 
 def phase_borders(length: int) -> tuple[int, int]:
@@ -205,11 +202,18 @@ def updates(subject: Subject, beside: Beside) -> list[Table]:
             past = beside_nulls(numbers.get(f"{phase}_past", _UNKNOWN), "{:+.3f}")
             heads = {"past": "measured", "past, decaying walk": "decaying walk", "past, excess": "excess"}
             more = {head: past[column] for head, column in heads.items()}
-            rows.add(numbers[phase], f"{phase}/{keys[label]}", "{:.3f}", more, phase=word(phase), group=word(label))
+            rows.add(
+                numbers[phase],
+                f"{phase}/{keys[label]}",
+                "{:.3f}",
+                more,
+                phase=word(phase),
+                group=word(subject.in_words(label)),
+            )
     early, late = phase_borders(subject.length)
     flips, shown = [], []
     for label, numbers in of_parts.items():
-        row = {"group": word(label)}
+        row = {"group": word(subject.in_words(label))}
         for name, words, form in (
             ("flip", "flip", "{:,.0f}"),
             ("early_signed", "early C", "{:+.3f}"),
@@ -225,8 +229,6 @@ def updates(subject: Subject, beside: Beside) -> list[Table]:
     by_phase = rows.table("updates", span=span, early=early, late=late)
     return by_phase + laid_out(beside, "sign_flip", flips, shown, span=span)
 
-
-# ------------------------------------------------------------------------------------- windows, fraction, growth
 
 _ROLLING = tuple(
     NumberRow(name, f"{statistics()[name].title}, mean")
@@ -258,7 +260,7 @@ def windows(subject: Subject, beside: Beside) -> list[Table]:
 
     if len(subject.trajectory) <= WINDOW + 1:
         return []
-    whole, rows = word(subject.trunk), Rows(beside)
+    whole, rows = word(subject.whole), Rows(beside)
     rows.quantities(subject.calibrated(), _ROLLING, group=whole)
     rows.quantities(subject.against_nulls(extremes), _EXTREMES, group=whole)
     for label, group in subject.parts.items():

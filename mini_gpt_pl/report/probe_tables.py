@@ -72,9 +72,6 @@ def event_cell(record: Mapping[str, object]) -> Cell:
     return word(str(record.get("event") or "-"))
 
 
-# -------------------------------------------------------------------------------------------------- signed bias
-
-
 def signed_bias(subject: Subject, beside: Beside) -> list[Table]:
     """Signed projection b of training gradients on the past backbone, per group, and its running sum B."""
     rows: list[Row] = []
@@ -91,7 +88,7 @@ def signed_bias(subject: Subject, beside: Beside) -> list[Table]:
         keys.append(f"bias_sum/{label}")
         rows.append(
             {
-                "group": word(label),
+                "group": word(subject.in_words(label)),
                 **cells,
                 "sum B": number(float(total.iloc[-1]) if len(total) else None, "{:+.3f}"),
                 "|b| by chance": number(chance, "{:.4f}"),
@@ -106,8 +103,6 @@ def _of_phase(subject: Subject, values: pd.Series[float], phase: str, form: str)
     inside = values[[phase_of(float(step), subject.length) == phase for step in values.index]]
     return number(float(inside.mean()), form, float(inside.std()))
 
-
-# ------------------------------------------------------------------------------------------------------- Fisher
 
 DIRECTIONS = {"backbone": "q(v_b)", "switch": "q(v_sw)", "pc2": "q(PC2)", "theta0": "q(theta_0)"}
 """Directions whose curvature is measured, and heads of their columns."""
@@ -172,16 +167,13 @@ def fisher(subject: Subject, beside: Beside) -> list[Table]:
     return laid_out(beside, "fisher", rows, keys, past=_PAST if live else "")
 
 
-# --------------------------------------------------------------------------------------------------- alignment
-
-
 def gradient_alignment(subject: Subject, beside: Beside) -> list[Table]:
     """|cos| of single-batch gradients with the backbone, beside the noise floor."""
     rows: list[dict[str, Cell]] = []
     live, measured = True, False
     for label in subject.labels:
         floor = subject.floor(label)
-        row = {"group": word(label), "floor": number(floor, "{:.1e}")}
+        row = {"group": word(subject.in_words(label)), "floor": number(floor, "{:.1e}")}
         for metric, (part, words) in subject.gradient_parts.items():
             found = subject.estimates(("gradient", part, label, "abs_cos"), f"alignment/{label}/{metric}")
             live &= found.live or not found.values

@@ -126,9 +126,6 @@ def tabulate(name: str, title: str, rows: Sequence[Row], notes: Iterable[str | N
     return Table(name, title, tuple(shown), tuple(rows), tuple(dict.fromkeys(note for note in notes if note)))
 
 
-# ------------------------------------------------------------------------------------------------------- cells
-
-
 def word(text: str) -> Cell:
     """A cell of words."""
     return Cell(text, text)

@@ -100,6 +100,10 @@ class Subject(Run):
         named = self.task or any("name" in settings for settings in self.callback_settings("TrajectoryRecorder"))
         return self.trunk if named else "all recorded weights"
 
+    def in_words(self, label: str) -> str:
+        """A group's label, or that of the whole selection, in words."""
+        return self.whole if label == self.trunk else label
+
     @cached_property
     def facts(self) -> Mapping[str, Any]:
         """What decides how the run goes; see `settings.facts`."""

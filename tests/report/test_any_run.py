@@ -73,6 +73,7 @@ def test_the_page_holds_what_was_logged_and_the_settings_and_no_word_of_a_study(
         assert said in text
     assert "finished at step 400" in text and "not on record" not in text
     assert "val_loss fell from 2.25 to 2; its lowest was 1.75 at step 200." in text
+    assert "all recorded weights" in text and not re.search(r"\btrunk\b", text)  # nobody gave them a name
     assert "and the run itself from its resolved configuration" not in text
     assert not STUDIES.findall(" ".join(file.stem for file in (tmp_path / "out").rglob("*.*")))
 
