@@ -24,8 +24,8 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
     called = names(runs)
     scratch, sound = logged(runs), sound_ones(runs)
     said: list[Finding] = []
-    if sound:
-        said += [_standing_out(sound, called, name) for name in _JUDGED]
+    if judged := {run: numbers for run, numbers in sound.items() if not math.isnan(numbers["pc1"].excess)}:
+        said += [_standing_out(judged, called, name) for name in _JUDGED]
     said += _seeds(sound)
     if lost := [f"{called[run]} (at step {progress(run)[0]:,})" for run in scratch if diverged(run)]:
         said.append(Finding("Diverged", f"{', '.join(lost)}; the sentences above leave them out.", "runs"))

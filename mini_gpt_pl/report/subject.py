@@ -193,6 +193,12 @@ class Subject(Run):
         return not (self.path / TRAJECTORY).is_file() or self.trajectory.decay_known()
 
     @property
+    def decay_left(self) -> str:
+        """Share of the initial weights that weight decay alone left, in words."""
+        left = self.trajectory.survival[-1]
+        return "not known" if math.isnan(left) else f"{left:.0%}"
+
+    @property
     def labels(self) -> list[str]:
         """Groups, moved or not, then the whole selection; a selection of one group is its own whole."""
         groups = list(self.trajectory.groups)

@@ -66,7 +66,8 @@ class Headline:
     def found(self) -> str:
         """Which numbers stand out of their null and which do not, in a sentence."""
         if not self.verdicts.rows:
-            return "There is no interval for any of its numbers: the path is too short, or the weights never moved."
+            why = "the path is too short, the weights never moved, or what weight decay took of them is not known"
+            return f"There is no interval for any of its numbers: {why}."
         names = {
             words: [row["quantity"].text for row in self.verdicts.rows if (row["verdict"].text == _OUT) is out]
             for words, out in (("Out of the null", True), ("Within the null", False))
@@ -116,7 +117,7 @@ def _sentence(run: Run) -> str:
     return "; ".join(str(part) for part in parts if part) + "."
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: Subject) -> dict[str, str]:
     """Settings, then what was recorded of the path."""
     shown = {key: plain(value) for key, value in facts(run).items() if value is not None}
     trajectory = run.trajectory
@@ -125,7 +126,7 @@ def _facts(run: Run) -> dict[str, str]:
     spacing = f"every {gaps[0]} steps" if len(gaps) == 1 else spacing
     shown["recorded weights"] = f"{trajectory.dim:,} in {len(trajectory.groups)} groups"
     shown["snapshots"] = f"{len(trajectory)}, {spacing}"
-    shown["initial weights that decay left"] = f"{trajectory.survival[-1]:.0%}"
+    shown["initial weights that decay left"] = run.decay_left
     if (record := run.lineage) is not None and record.get("parent"):
         shown["continues"] = f"{record['parent']}, step {record.get('parent_step', '?')}"
     return shown
@@ -154,7 +155,7 @@ def lines(run: Run, bootstrap: int = 0) -> list[dict[str, str]]:
     with suppress(UserError):  # a run without a path has a table of losses alone
         numbers = subject.calibrate()
         rows += [[statistics()[name].title, *written(name, numbers[name]).values()] for name in SHOWN]
-        rows.append(["initial weights that weight decay left", f"{run.trajectory.survival[-1]:.0%}"])
+        rows.append(["initial weights that weight decay left", subject.decay_left])
     return [dict(zip(_COLUMNS, [*row, *[""] * len(_COLUMNS)], strict=False)) for row in rows]
 
 
@@ -165,6 +166,8 @@ def verdicts(run: Run, bootstrap: int = 100) -> list[str]:
         UserError: The run has no trajectory, or one without movement.
     """
     numbers = calibrate_run(run, bootstrap=bootstrap)
+    if not Subject.of(run).decay_known:
+        return ["What weight decay took of the weights is not known: there is no decaying walk to compare with."]
     update, theta0 = numbers["update_alignment_past"], numbers["cos_theta0"]
     raw, unit = (
         f"{one.value:.1%}, where the decaying walk has {one.decay:.1%}: {conclusion(one)}."

@@ -38,10 +38,12 @@ from mini_gpt_pl.figures import plotting
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report import families, figures
 from mini_gpt_pl.report.calibration import calibrate_run
+from mini_gpt_pl.report.findings import findings
 from mini_gpt_pl.report.path_tables import path_tables
 from mini_gpt_pl.report.probe_tables import fisher_survey
 from mini_gpt_pl.report.published import NOTHING
 from mini_gpt_pl.report.subject import Subject
+from mini_gpt_pl.report.summary import headline, lines, verdicts
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.study import beta2, learning, optimizers, overlays, reheats, switching
 from mini_gpt_pl.stories.study import replayed as of_replays
@@ -179,6 +181,10 @@ def test_where_decay_is_unknown_figures_say_so_and_numbers_have_no_excess(run: R
     made = {table.name: table for table in path_tables(subject, NOTHING)}
     assert set(made) == {table.name for table in path_tables(Subject.of(run), NOTHING)}
     assert "excess" not in made["overview"].columns and "walk" in made["overview"].columns
+    said = [*(row["value"] for row in lines(subject)), *verdicts(subject), *headline(subject).facts.values()]
+    assert "not known" in said and not any("nan" in text for text in said)
+    assert "is not known" in headline(subject).found
+    assert not any("decaying walk" in finding.topic for finding in findings([subject, subject]))
 
 
 # ------------------------------------------------------------------------------------------------ common marks
