@@ -168,8 +168,12 @@ class Subject(Run):
             group = None  # a selection without groups is one group, and its own whole
         if group not in self._calibrations:
             try:
-                self._calibrations[group] = dict(
-                    nulls.calibrate(trajectory.gram(group), trajectory.survival, curves=True, bootstrap=self.bootstrap)
+                self._calibrations[group] = nulls.calibrate(
+                    trajectory.gram(group),
+                    trajectory.survival_of(group),
+                    null=trajectory.decaying_walk(group),
+                    curves=True,
+                    bootstrap=self.bootstrap,
                 )
             except ValueError as error:
                 raise UserError(f"the weights of {group or 'the run'} in {self.path} never moved ({error})") from None
@@ -222,7 +226,7 @@ class Subject(Run):
         """
         self.drift_rows  # noqa: B018 (raises for a run without a path)
         gram = self.trajectory.gram(group)
-        return Paths(gram, nulls.walk(gram), nulls.decaying_walk(gram, self.trajectory.survival))
+        return Paths(gram, nulls.walk(gram), self.trajectory.decaying_walk(group))
 
     def against_nulls(
         self, describe: Callable[[Gram], Mapping[str, float]], group: str | None = None, *, thinned: bool = False
@@ -238,7 +242,7 @@ class Subject(Run):
             ValueError: Nothing moved.
         """
         trajectory = self.thinned if thinned else self.trajectory
-        return against_nulls(trajectory.gram(group), trajectory.survival, describe)
+        return against_nulls(trajectory.gram(group), trajectory.decaying_walk(group), describe)
 
     @cached_property
     def thinned(self) -> Trajectory:
@@ -286,18 +290,15 @@ def estimate(value: Any) -> Estimate:
     return plain[0], plain[1]
 
 
-def against_nulls(
-    gram: Gram, survival: Sequence[float], describe: Callable[[Gram], Mapping[str, float]]
-) -> dict[str, Calibrated]:
+def against_nulls(gram: Gram, null: Gram, describe: Callable[[Gram], Mapping[str, float]]) -> dict[str, Calibrated]:
     """Put numbers of a path beside those of both walks; NaN for what a null does not have, or where decay is unknown.
 
     Args:
         gram: H of the run.
-        survival: Share of theta_0 that decay alone leaves, per snapshot.
+        null: H of its decaying walk.
         describe: Numbers of any H, by name.
     """
     measured, free = describe(gram), describe(nulls.walk(gram))
-    null = nulls.decaying_walk(gram, survival)
     decaying = describe(null) if bool(torch.isfinite(null).all()) else {}
     return {
         name: Calibrated(value, free.get(name, math.nan), decaying.get(name, math.nan))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import one_line_error
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
@@ -35,6 +36,8 @@ from report_runs import (
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.figures import plotting
+from mini_gpt_pl.geometry.path import pca
+from mini_gpt_pl.geometry.path.trajectory import Rates
 from mini_gpt_pl.metrics.registry import statistics
 from mini_gpt_pl.report import families, figures
 from mini_gpt_pl.report.calibration import calibrate_run
@@ -185,6 +188,20 @@ def test_where_decay_is_unknown_figures_say_so_and_numbers_have_no_excess(run: R
     assert "not known" in said and not any("nan" in text for text in said)
     assert "is not known" in headline(subject).found
     assert not any("decaying walk" in finding.topic for finding in findings([subject, subject]))
+
+
+def test_several_rates_of_decay_have_the_walk_of_their_parts(run: Run) -> None:
+    lengths = run.trajectory.grams.diagonal(dim1=1, dim2=2)
+    squares = torch.diag_embed(lengths.T).permute(1, 2, 0)  # each group has a rate of its own, and the first none
+    rates = Rates(torch.stack([torch.ones(len(STEPS)).double(), torch.tensor(SURVIVAL)]), squares)
+    replace(run.trajectory, rates=rates).save(run.path / "trajectory.safetensors")
+    subject = Subject.of(Run(run.path), bootstrap=0)
+    walk = subject.trajectory.decaying_walk()
+    assert torch.equal(subject.paths().decaying, walk)
+    numbers, expected = subject.calibrate(), pca.pca(walk, pca.drifts(len(STEPS))[1:]).pc1
+    assert numbers["pc1"].decay == pytest.approx(expected) != pytest.approx(calibrate_run(run)["pc1"].decay)
+    free = subject.calibrate("blocks.0")["pc1"]
+    assert free.decay == pytest.approx(free.walk)
 
 
 # ------------------------------------------------------------------------------------------------ common marks

@@ -250,17 +250,24 @@ class Calibrated:
 
 
 def calibrate(
-    gram: Gram, survival: Sequence[float], *, curves: bool = False, bootstrap: int = 0, seed: int = 0
+    gram: Gram,
+    survival: Sequence[float],
+    *,
+    null: Gram | None = None,
+    curves: bool = False,
+    bootstrap: int = 0,
+    seed: int = 0,
 ) -> dict[str, Calibrated]:
     """Put every statistic beside its two nulls, with `curves` those of `profile_statistics` too.
 
-    With `bootstrap`, the number of resamples, the spectral numbers have 95 % intervals of their excess.
+    With `bootstrap`, the number of resamples, the spectral numbers have 95 % intervals of their excess. Weights that
+    decay at several rates have a decaying walk of their own, `null`.
     """
 
     def describe(h: Gram) -> dict[str, float]:
         return statistics(h, survival) | (profile_statistics(h) if curves else {})
 
-    null = decaying_walk(gram, survival)
+    null = decaying_walk(gram, survival) if null is None else null
     finite = bool(torch.isfinite(null).all())
     measured, free, decaying = describe(gram), describe(walk(gram)), describe(null) if finite else {}
     intervals = block_bootstrap(gram, null, draws=bootstrap, seed=seed) if bootstrap and finite else {}

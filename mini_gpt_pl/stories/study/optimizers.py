@@ -131,7 +131,7 @@ def window_of(trajectory: Trajectory, lo: int, hi: int, group: str | None = None
         return {"pc1": parts.pc1, "k95": k95, "k99": k99, "drift": float(pca.norms(h, rows[-1:]))}
 
     try:
-        numbers = against_nulls(gram, trajectory.survival, describe)
+        numbers = against_nulls(gram, trajectory.decaying_walk(group), describe)
     except ValueError:  # nothing moved
         return None
     decay = float(gram[0, 0].clamp_min(0).sqrt()) * (trajectory.survival[first] - trajectory.survival[last])
