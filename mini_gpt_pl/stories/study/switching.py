@@ -165,7 +165,7 @@ def significance_figure(run: Run) -> Figure:
     top.errorbar(series.index.to_numpy(), series.to_numpy(), errors, fmt="-", lw=1, elinewidth=0.8, color=PROBE)
     top.set(ylabel="$p_{ood}$", title=f"error of {count:,} answers")
     middles = [(one.switch.peak.step + one.switch.trough.step) / 2 for one in switches]
-    heights = [one.height / one.error if one.error else np.nan for one in switches]
+    heights = [one.height / one.error if one.error else math.nan for one in switches]
     bottom.plot(middles, heights, "o", ms=5, color=RESIDUAL)
     for level, name in ((3, "A"), (2, "B")):
         bottom.axhline(level, color=NULL, lw=0.9, ls=":")
