@@ -23,9 +23,6 @@ class ResidueData(LightningDataModule, ABC):
     """Sequences of tokens with a class each.
 
     Attributes:
-        vocab_size: Number of tokens.
-        classes: Number of classes.
-        length: Tokens in a sequence.
         causal: Whether sequences are read at their last position, under a causal mask, or at the first without one.
         sets: The whole sets that accuracy is measured on, by name, on the device; filled by `setup`.
     """
@@ -232,8 +229,10 @@ class MarkerSums(ResidueData):
     def batches(self) -> BatchStream:
         def block(number: int) -> Examples:
             steps = range(number * BLOCK, (number + 1) * BLOCK)
-            made = [self.task.batch(self.batch_size, step, generator(self.seed, Purpose.TRAIN, step)) for step in steps]
-            tokens, labels = zip(*made, strict=True)
+            drawn = (
+                self.task.batch(self.batch_size, step, generator(self.seed, Purpose.TRAIN, step)) for step in steps
+            )
+            tokens, labels = zip(*drawn, strict=True)
             return self._moved(_examples(np.stack(tokens), np.stack(labels)))
 
         return BatchStream(block, {"batch_size": self.batch_size, "seed": self.seed, "task": str(self.task)})

@@ -28,10 +28,7 @@ class Purpose(IntEnum):
 def generator(seed: int, purpose: int, index: int) -> np.random.Generator:
     """A generator at its beginning, a pure function of its arguments (Philox, a keyed permutation of a counter).
 
-    Args:
-        seed: Any integer; taken modulo 2^64.
-        purpose: A `Purpose`, or any integer from 0 on.
-        index: Step or block, from 0.
+    The seed is taken modulo 2^64; the purpose and the index, a step or a block, count from 0.
     """
     key = np.array([seed % 2**64, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, index, 0, 0], dtype=np.uint64)))

@@ -213,21 +213,17 @@ def initialise(encoder: Encoder, generator: torch.Generator, *, identical_blocks
         if number and identical_blocks:
             block.load_state_dict(encoder.blocks[0].state_dict())
         else:
-            _initialise_block(block, generator)
+            layers = (block.attn.w_q, block.attn.w_k, block.attn.w_v)
+            bound = math.sqrt(6.0 / (3 * encoder.size.d_model + encoder.size.d_model))
+            for layer in layers:
+                layer.weight.uniform_(-bound, bound, generator=generator)
+            _linear(block.attn.w_o, generator)
+            for layer in (*layers, block.attn.w_o):
+                layer.bias.zero_()
+            if block.mlp is not None:
+                _linear(block.mlp.w_up, generator)
+                _linear(block.mlp.w_down, generator)
     _linear(encoder.head, generator)
-
-
-def _initialise_block(block: Block, generator: torch.Generator) -> None:
-    attention, width = block.attn, block.attn.w_q.in_features
-    bound = math.sqrt(6.0 / (3 * width + width))
-    for layer in (attention.w_q, attention.w_k, attention.w_v):
-        layer.weight.uniform_(-bound, bound, generator=generator)
-    _linear(attention.w_o, generator)
-    for layer in (attention.w_q, attention.w_k, attention.w_v, attention.w_o):
-        layer.bias.zero_()
-    if block.mlp is not None:
-        _linear(block.mlp.w_up, generator)
-        _linear(block.mlp.w_down, generator)
 
 
 def _linear(layer: nn.Linear, generator: torch.Generator) -> None:

@@ -72,9 +72,8 @@ class Spectrum:
     def largest_null(self, q: float = 0.5) -> float:
         """Quantile q of the largest share by chance.
 
-        Of shares that are taken as independent, each with the Beta distribution of its mean and variance. The true
-        quantile is larger by up to 8 % where few columns dominate (tests/arithmetic/test_fourier.py), and the
-        same where many do.
+        Shares are taken as independent, each with the Beta distribution of its mean and variance. The true quantile is
+        larger by up to 8 % where few columns dominate (tests/arithmetic/test_fourier.py), and the same where many do.
         """
         first, last = self._nulls[0], self._nulls[-1]
         low, high = 0.0, 1.0
@@ -99,11 +98,7 @@ class Spectrum:
 
 
 def spectrum(table: Float[Tensor, "p d"], axis: Axis = "additive") -> Spectrum:
-    """Fourier power of a table over its residues.
-
-    Args:
-        table: A row for each residue 0 .. p - 1.
-        axis: `additive`, along the residues; `multiplicative`, along the powers of a generator, without residue 0.
+    """Fourier power of a table, a row for each residue 0 .. p - 1, along an axis of `residues`.
 
     Raises:
         UserError: The multiplicative group has no generator, as p is no prime, or the table is constant.
@@ -173,12 +168,8 @@ def tables(encoder: Encoder, tasks: Sequence[str] = ()) -> dict[str, Float[Tenso
     LayerNorms, positions and biases are left out, so that a product says which frequencies of E its matrices pass on;
     from the second block on E reaches it along the residual stream alone.
 
-    Args:
-        encoder: Its tokens are the residues.
-        tasks: Names of the tasks that share the head, its rows in their order; none for one.
-
-    Returns:
-        By name: `embedding`, `blocks.0.query`, `blocks.0.value_output`, ..., `head` (or `head.<task>`).
+    Names are `embedding`, `blocks.0.query`, `blocks.0.value_output`, ..., and `head`, or `head.<task>` for tasks that
+    share the head, its rows in their order.
 
     Raises:
         UserError: Its classes are no residues, so that tokens and classes have no common axis.

@@ -137,7 +137,8 @@ class Evaluation(Callback):
         # Where several batches make a step: not before the first one, and once a step.
         if step > 0 and self.schedule.due(step) and step not in self.steps[-1:]:
             self._evaluate(trainer, pl_module, step)
-        if self._is_over(step):
+        at = self.milestones.get(self.stop_at) if self.stop_at else None
+        if at is not None and step >= at + self.continue_steps:
             trainer.should_stop = True
 
     def _evaluate(self, trainer: Trainer, module: Any, step: int) -> None:
@@ -151,10 +152,6 @@ class Evaluation(Callback):
         new = {name: at for name, at in self.milestones.items() if at is not None and before.get(name) is None}
         if new:
             log_now(trainer, {f"milestone/{name}": float(at) for name, at in new.items()}, step)
-
-    def _is_over(self, step: int) -> bool:
-        at = self.milestones.get(self.stop_at) if self.stop_at else None
-        return at is not None and step >= at + self.continue_steps
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -57,6 +57,11 @@ class Angles:
     cosines: tuple[float, ...]
     level: float
 
+    @property
+    def largest(self) -> float:
+        """Cosine of the smallest angle."""
+        return self.cosines[0]
+
     @classmethod
     def between(cls, a: Basis, b: Basis) -> Angles:
         """Compare two bases of the same weights."""
@@ -80,8 +85,8 @@ class Overlap:
         other_weights: Of the second.
         cos_theta0: Cosine of the weights that they start from.
         path: Of the centred directions.
-        decaying: Expected overlap of two decaying walks from such starts: `decaying_walk` (as long as the measured
-            increments) and `innovation_walk` (with innovations as long as the measured ones).
+        decaying_walk: Expected overlap of two decaying walks from such starts, as long as the measured increments.
+        innovation_walk: The same with innovations as long as the measured ones.
         rest: Of the directions with the axis theta_0 taken out.
     """
 
@@ -92,7 +97,8 @@ class Overlap:
     other_weights: str
     cos_theta0: float
     path: Angles
-    decaying: Mapping[str, float]
+    decaying_walk: float
+    innovation_walk: float
     rest: Angles
 
 
@@ -133,7 +139,12 @@ def overlaps(
         )
     last = min(run.trajectory.steps[-1] for run in runs) if until is None else until
     paths = [list(_matrices(run, name, k, last, pattern)) for run, name in zip(runs, names, strict=True)]
-    compared = [_compare(a, b, LAYERS) for path in paths for a, b in itertools.combinations(path, 2) if _alike(a, b)]
+    compared = [
+        _compare(a, b, LAYERS)
+        for path in paths
+        for a, b in itertools.combinations(path, 2)
+        if _role(a.group) == _role(b.group) and a.path.selection.dim == b.path.selection.dim
+    ]
     for one, other in itertools.combinations(paths, 2):
         if {m.group: m.path.selection.dim for m in one} != {m.group: m.path.selection.dim for m in other}:
             raise UserError(f"{one[0].run} and {other[0].run} recorded different weights: compare runs of one model")
@@ -152,25 +163,18 @@ def _matrices(run: Run, name: str, k: int, until: int, pattern: str) -> Iterator
     held = _held_by_decay(trajectory, k)
     for position in chosen_groups(trajectory, pattern):
         group, span = selection.groups[position], selection.slices[position]
-        bases = [_of_matrix(group, next(b for b in basis.blocks if b.label == group)) for basis in (path, rest)]
+        # In a space of its own, which is that of the same matrix in another layer.
+        role, dim = _role(group), span.stop - span.start
+        own = ParameterSelection((role,), ((dim,),), (role,))
+        rows = (next(block.rows for block in basis.blocks if block.label == group) for basis in (path, rest))
+        bases = [Basis(own, (Block(role, slice(0, dim), part),)) for part in rows]
         shares = {null: float(values[position]) for null, values in held.items()}
         yield _Matrix(name, group, theta0[span], bases[0], bases[1], shares, _setting(run))
-
-
-def _of_matrix(group: str, block: Block) -> Basis:
-    """Directions of one matrix in a space of its own, which is that of the same matrix in another layer."""
-    dim, name = block.rows.shape[1], _role(group)
-    return Basis(ParameterSelection((name,), ((dim,),), (name,)), (Block(name, slice(0, dim), block.rows),))
 
 
 def _role(group: str) -> str:
     """Name of a matrix without its layer."""
     return match[2] if (match := _BLOCK.fullmatch(group)) else group
-
-
-def _alike(a: _Matrix, b: _Matrix) -> bool:
-    """Whether two matrices of a run are the same one of two layers."""
-    return _role(a.group) == _role(b.group) and a.path.selection.dim == b.path.selection.dim
 
 
 def _held_by_decay(trajectory: Trajectory, k: int) -> dict[str, Float[Tensor, " G"]]:
@@ -194,11 +198,11 @@ def _compare(a: _Matrix, b: _Matrix, kind: str | None) -> Overlap:
         common = one * other + (sizes[0] - one) * (sizes[1] - other) / max(dim - 1, 1)
         return (shared * common + (1 - shared) * sizes[0] * sizes[1] / dim) / min(sizes)
 
-    decaying = {null: expected(null) for null in a.held}
     if kind is None:
         setting = "one setting" if a.setting == b.setting else "two settings"
         kind = f"{setting}, {'same' if cosine > _SAME_START else 'other'} initial weights"
-    return Overlap(kind, a.run, b.run, a.group, b.group, cosine, path, decaying, Angles.between(a.rest, b.rest))
+    decaying = (expected("decaying_walk"), expected("innovation_walk"))
+    return Overlap(kind, a.run, b.run, a.group, b.group, cosine, path, *decaying, Angles.between(a.rest, b.rest))
 
 
 def _setting(run: Run) -> dict[str, Any]:

@@ -43,13 +43,8 @@ END = "end"
 def principal(gram: Float[Tensor, "n n"], k: int, until: int | None = None) -> Float[Tensor, "K n"]:
     """First k uncentred principal directions of the drift from theta_0, fewer where the path has fewer.
 
-    Args:
-        gram: H of the whole selection.
-        k: How many.
-        until: Index of the last snapshot that they may know; the last one for None.
-
-    Returns:
-        Coefficients over (theta_0, d_1, ..., d_T), the same in every group, of unit vectors over the whole selection.
+    They are coefficients over (theta_0, d_1, ..., d_T), the same in every group, of unit vectors over the whole
+    selection, whose Gram matrix is given. `until` is the index of the last snapshot that they may know.
 
     Raises:
         ValueError: Nothing has moved until then.
@@ -139,10 +134,6 @@ def fewest_directions(table: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
     A basis that knows the end needs few directions whatever the solution is: what counts is how many more, or fewer,
     one needs that does not know it, and the drift shortened to the same length.
 
-    Args:
-        table: Of `rebuild`.
-        level: Share of the accuracy at the end.
-
     Returns:
         A row for each basis but the end, a column for each accuracy; missing where K directions do not suffice, or the
         end has none.
@@ -153,21 +144,11 @@ def fewest_directions(table: pd.DataFrame, level: float = 0.98) -> pd.DataFrame:
     for basis, part in table[table["basis"] != END].groupby("basis", sort=False):
         row: dict[str, object] = {"basis": basis, "k": int(part["k"].max())}
         for name in scores:
-            pairs = list(zip(part["k"].tolist(), part[name].tolist(), strict=True))
-            row[name] = fewest(pairs, level * end[name]) if end[name] > 0 else None
+            below = part["k"][part[name] < level * end[name]]
+            enough = part["k"][part["k"] > below.max()] if len(below) else part["k"]
+            row[name] = int(enough.iloc[0]) if len(enough) and end[name] > 0 else None
         rows.append(row)
     return pd.DataFrame(rows).astype(dict.fromkeys(scores, "Int64"))
-
-
-def fewest(scores: Sequence[tuple[int, float]], level: float) -> int | None:
-    """Smallest k from which on a score stays at or above a level; None if the last one does not reach it.
-
-    Example:
-        >>> fewest([(1, 0.1), (2, 0.99), (3, 0.5), (4, 0.99)], 0.98)
-        4
-    """
-    below = [k for k, score in scores if score < level]
-    return next((k for k, _ in scores if not below or k > below[-1]), None)
 
 
 def _bases(
@@ -216,10 +197,7 @@ def restore(run: Run) -> tuple[ResidueClassifier, ResidueData]:
 def vectors(run: Run, module: ResidueClassifier, coefficients: Float[Tensor, "K n"]) -> Float[Tensor, "K D"]:
     """Vectors (K, D), float32, from their coefficients over (theta_0, d_1, ...), by one pass over the snapshots.
 
-    Args:
-        run: Whose snapshots.
-        module: As `restore` gave it; says which weights they are.
-        coefficients: One row a vector, the same in every group.
+    A row of coefficients is a vector, the same in every group; the module says which weights they are.
 
     Raises:
         UserError: A snapshot is missing, or of another model.

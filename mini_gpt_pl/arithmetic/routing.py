@@ -120,7 +120,9 @@ def steered(
     pairs: list[tuple[int, str, int, Correlated]] = []
     for name, values in quantities.items():
         by_step = values.to_dict()
-        shared = _even([step for step in trajectory.steps if step in by_step and step >= start])
+        shared = [step for step in trajectory.steps if step in by_step and step >= start]
+        gap = shared[1] - shared[0] if len(shared) > 1 else 0
+        shared = [step for place, step in enumerate(shared) if step == shared[0] + place * gap]
         if len(shared) < 9:
             raise UserError(
                 f"{name} was recorded at {len(shared)} evenly spaced snapshots from step {start} on: 9 are needed, so "
@@ -132,11 +134,6 @@ def steered(
             pairs.append((number, name, len(series), phases.correlate(score, series, draws)))
     adjusted = holm([pair[-1].p for pair in pairs])
     return [Steered(*pair, p) for pair, p in zip(pairs, adjusted, strict=True)]
-
-
-def _even(steps: list[int]) -> list[int]:
-    """The steps as long as they go on at their first distance."""
-    return [step for k, step in enumerate(steps) if step == steps[0] + k * (steps[min(1, len(steps) - 1)] - steps[0])]
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -130,8 +130,17 @@ class RoutingProbe(RecordedProbe, DeferringProbe):
         metrics: dict[str, Tensor] = {}
         for name, direction in self._directions(theta).items():
             drawn = [isotropic(direction, generator) for _ in range(self.draws)]
-            odd, even = zip(*(self._moved(at, theta, v, still) for v in [direction, *drawn]), strict=True)
-            metrics |= _named(f"routing/{name}/", torch.stack(odd), torch.stack(even))
+            moved = zip(*(self._moved(at, theta, v, still) for v in [direction, *drawn]), strict=True)
+            odd, even = map(torch.stack, moved)  # (N, L), the direction first
+            for layer in range(odd.shape[1]):
+                own, others = odd[0, layer], odd[1:, layer]
+                metrics |= {
+                    f"routing/{name}/layer{layer}/odd": own,
+                    f"routing/{name}/layer{layer}/odd_null": others.square().mean().sqrt(),
+                    f"routing/{name}/layer{layer}/odd_below": (others.abs() < own.abs()).double().mean(),
+                    f"routing/{name}/layer{layer}/even": even[0, layer],
+                    f"routing/{name}/layer{layer}/even_null": even[1:, layer].mean(),
+                }
         return metrics
 
     def _directions(self, theta: Vector) -> dict[str, Vector]:
@@ -163,18 +172,3 @@ class RoutingProbe(RecordedProbe, DeferringProbe):
             rows = [query_rows(weights, module, self.query) for weights in module.attention(batch)]
             entropies.append(torch.stack([concentration.entropy(row).double().mean() for row in rows]))
         return torch.stack(entropies).mean(0)
-
-
-def _named(prefix: str, odd: Float[Tensor, "N L"], even: Float[Tensor, "N L"]) -> dict[str, Tensor]:
-    """Name what a direction (the first row) did, beside what the random ones did."""
-    metrics: dict[str, Tensor] = {}
-    for layer in range(odd.shape[1]):
-        own, others = odd[0, layer], odd[1:, layer]
-        metrics |= {
-            f"{prefix}layer{layer}/odd": own,
-            f"{prefix}layer{layer}/odd_null": others.square().mean().sqrt(),
-            f"{prefix}layer{layer}/odd_below": (others.abs() < own.abs()).double().mean(),
-            f"{prefix}layer{layer}/even": even[0, layer],
-            f"{prefix}layer{layer}/even_null": even[1:, layer].mean(),
-        }
-    return metrics

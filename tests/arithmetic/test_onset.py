@@ -25,8 +25,8 @@ OPERATIONS = ["add"] * 3 + ["sub"] * 3 + ["mul"] * 3
 NEVER = [2000, 1800, 1900, 2000, 2300, 2100]
 
 
-def every(values: list[float], step: int = 100) -> tuple[list[int], list[float]]:
-    return [step * k for k in range(len(values))], values
+def every(values: list[float], step: int = 100) -> pd.Series[float]:
+    return pd.Series(values, index=[step * k for k in range(len(values))], dtype=float)
 
 
 # ------------------------------------------------------------------------------------------------------- rules
@@ -57,27 +57,27 @@ def every(values: list[float], step: int = 100) -> tuple[list[int], list[float]]
     ],
 )
 def test_rules_on_made_series(rule: onset.Rule, values: list[float], expected: int | None) -> None:
-    assert rule(*every(values)) == expected
+    assert rule(every(values)) == expected
 
 
 @pytest.mark.parametrize("name", sorted(onset.RULES))
 def test_no_rule_fires_without_a_rise(name: str) -> None:
     rng = np.random.Generator(np.random.Philox(key=1))
     flat = (2 + 0.1 * rng.standard_normal(60)).tolist()
-    assert onset.RULES[name](*every(flat)) is None
-    assert onset.RULES[name](*every(flat + [500.0] * 20)) == 6000
+    assert onset.RULES[name](every(flat)) is None
+    assert onset.RULES[name](every(flat + [500.0] * 20)) == 6000
 
 
 def test_only_the_rule_with_look_ahead_depends_on_where_the_run_is_cut() -> None:
     values = [2.0, 2.1, 1.9] * 6 + [7.0] * 4 + [40.0] * 160
     for name, rule in onset.RULES.items():
-        onsets = {rule(*every(values[:cut])) for cut in (30, 50, 180)}
+        onsets = {rule(every(values[:cut])) for cut in (30, 50, 180)}
         assert (len(onsets) > 1) == (name == "threefold"), name
 
 
 def test_generalisation_steps() -> None:
     accuracy = [0.1, 0.5, 0.91, 0.96, 0.985, 0.97, 0.98, 0.99, 0.995, 1.0]
-    steps = reached(every(accuracy)[0], {"test": accuracy})
+    steps = reached(every(accuracy).index.tolist(), {"test": accuracy})
     assert steps == {"test_50": 100, "test_90": 200, "test_95": 300, "test_98": 400, "test_98_thrice": 800}
     assert list(reached([0, 100], {"test": [0.1, 0.92]}).values()) == [100, 100, None, None, None]
     assert BEGUN.in_series(pd.Series([0.05, 0.1], index=[0, 100])) == 100
@@ -143,16 +143,16 @@ def test_an_event_that_is_merely_early_leads_and_knows_nothing() -> None:
         "warning": (0.6 * t90 + rng.normal(0, 50, 40)).tolist(),
         "placebo": (memorised * 1.5 + rng.normal(0, 40, 40)).tolist(),
     }
-    found = discrimination.compare_clocks(clocks, t90.tolist(), given=["train99"])
+    found = discrimination.compare_clocks(clocks, t90.tolist(), controls=["train99"])
     assert all(clock.ahead == clock.runs == 40 for clock in found.values())  # everything early leads
     assert found["warning"].partial > 0.9 and found["warning"].p < 0.01
     assert abs(found["placebo"].partial) < 0.35 and found["placebo"].p > 0.05
     assert found["train99"].partial == pytest.approx(found["train99"].correlation)  # nothing else is given
-    some = discrimination.compare_clocks({"a": [1, None, 9, 2], "b": [5, 5, 5, 5]}, [3, 4, 5, None], given=["b"])
+    some = discrimination.compare_clocks({"a": [1, None, 9, 2], "b": [5, 5, 5, 5]}, [3, 4, 5, None], controls=["b"])
     assert (some["a"].runs, some["a"].ahead, some["a"].lead) == (2, 1, -4.0)
     assert math.isnan(some["a"].partial) and math.isnan(some["b"].correlation)
     with one_line_error("no clock 'norm'"):
-        discrimination.compare_clocks({"a": [1]}, [2], given=["norm"])
+        discrimination.compare_clocks({"a": [1]}, [2], controls=["norm"])
 
 
 def test_published_onsets_hardly_follow_t90() -> None:

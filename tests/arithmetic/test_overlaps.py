@@ -84,12 +84,12 @@ def test_paths_that_only_decay_overlap_across_layers_as_their_null_says(decaying
         for one in found[kind]:
             assert one.cos_theta0 == pytest.approx(1.0)
             for null in ("decaying_walk", "innovation_walk"):
-                assert one.path.overlap == pytest.approx(one.decaying[null], rel=0.1)
+                assert one.path.overlap == pytest.approx(getattr(one, null), rel=0.1)
             assert one.path.overlap > 100 * one.path.chance
             assert one.rest.cosines[0] < 2 * one.rest.level
     for one in found["one setting, other initial weights"]:
         assert one.path.overlap < 10 * one.path.chance == pytest.approx(10 * 2 / SIDE**2)
-        assert one.decaying["decaying_walk"] == pytest.approx(one.path.chance, rel=1.5)
+        assert one.decaying_walk == pytest.approx(one.path.chance, rel=1.5)
 
 
 def test_a_motion_in_common_is_left_when_theta0_is_taken_out(tmp_path: Path, decaying: list[Run]) -> None:

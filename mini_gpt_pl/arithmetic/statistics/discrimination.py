@@ -35,7 +35,7 @@ class Discrimination:
         auc: Chance that a run that generalises has its onset before one that does not; ties, both never among them,
             count half.
         p: Share of relabellings of the units with an AUC as far from 1/2, the measured one among them.
-        smallest: No p can be less with so few units.
+        smallest: The least p that so few units can have.
         units: Number of independent units.
     """
 
@@ -60,7 +60,7 @@ def auc(
         others: Onset of each run that does not.
         clusters: Unit of each run of the two, such as its operation; labels are exchanged between whole units. Every
             run is a unit for None.
-        draws: Relabellings where there are too many to go through all of them, from `seed`.
+        draws: Relabellings where there are too many to go through all of them.
         seed: Of the relabellings.
 
     Raises:
@@ -126,7 +126,7 @@ class Clock:
 
 
 def compare_clocks(
-    clocks: Mapping[str, Steps], generalised: Steps, given: Sequence[str] = (), *, draws: int = 999, seed: int = 0
+    clocks: Mapping[str, Steps], generalised: Steps, controls: Sequence[str] = (), *, draws: int = 999, seed: int = 0
 ) -> dict[str, Clock]:
     """Put an onset beside placebo clocks: does it lead by more, and know more of when, than they do?
 
@@ -136,19 +136,19 @@ def compare_clocks(
     Args:
         clocks: Step of each clock in each run, None for never.
         generalised: Step of generalisation of each run; runs without one are left out.
-        given: Clocks whose part is taken out of the others' correlations.
+        controls: Clocks whose part is taken out of the others' correlations.
         draws: Permutations behind p.
         seed: Of the permutations.
 
     Raises:
         UserError: A control is not among the clocks.
     """
-    if unknown := set(given) - set(clocks):
-        raise UserError(f"there is no clock {min(unknown)!r} to be given; there are {', '.join(clocks)}")
+    if missing := set(controls) - set(clocks):
+        raise UserError(f"there is no clock {min(missing)!r} to be given; there are {', '.join(clocks)}")
     compared = {}
     for name, struck in clocks.items():
         leads = [value for pair in zip(struck, generalised, strict=True) if (value := lead(*pair)) is not None]
-        columns = [struck, generalised, *(clocks[other] for other in given if other != name)]
+        columns = [struck, generalised, *(clocks[other] for other in controls if other != name)]
         rows = [row for row in zip(*columns, strict=True) if None not in row]
         table = np.array(rows, dtype=float).reshape(len(rows), len(columns))
         partial, p = partial_correlation(table[:, 0], table[:, 1], table[:, 2:], draws=draws, seed=seed)
@@ -166,16 +166,9 @@ def partial_correlation(
 ) -> tuple[float, float]:
     """Correlation of what is left of x and y, values over R runs, after a linear fit on the controls, and its p.
 
-    Args:
-        x: (R,).
-        y: (R,).
-        controls: Columns taken out of both, (R, C); none gives the plain correlation.
-        draws: Permutations of the residuals of y (Freedman and Lane 1983).
-        seed: Of the permutations.
-
-    Returns:
-        The correlation and the two-sided p; NaN for both where fewer than C + 4 runs leave nothing to test, or where
-        nothing is left of x or y.
+    The controls are (R, C); none give the plain correlation. The two-sided p is from permutations of the residuals of y
+    (Freedman and Lane 1983). Both are NaN where fewer than C + 4 runs leave nothing to test, or nothing is left of x or
+    y.
     """
     runs, count = len(x), controls.shape[1]
     if runs < count + 4:
@@ -216,8 +209,7 @@ def sign_test(leads: Sequence[Number | None], clusters: Clusters | None = None) 
 
     Args:
         leads: Of each run, from `onset.lead`: -inf where a warning never came; None (nothing to warn of) is left out.
-        clusters: Unit of each run, such as its operation; the unit's lead is the median of its runs. Every run is a
-            unit for None.
+        clusters: Unit of each run; its lead is the median of its runs. Every run is a unit for None.
 
     Raises:
         UserError: There is not one unit for each run.

@@ -29,12 +29,7 @@ class Scaling:
 
 
 def scaling(x: Sequence[Number], y: Sequence[Number], scales: Sequence[Number]) -> Scaling:
-    """Fit y = prefactor x^exponent over at least four scales, to positive values of the same runs.
-
-    Args:
-        x: A value a run.
-        y: A value a run.
-        scales: Setting that each run belongs to.
+    """Fit y = prefactor x^exponent to positive values of the same runs, over at least four scales that they belong to.
 
     Raises:
         UserError: There are fewer than four scales, or a value is not positive.

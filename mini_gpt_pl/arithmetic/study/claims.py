@@ -39,8 +39,8 @@ from mini_gpt_pl.report.claims import Claim, Finding
 from mini_gpt_pl.report.sheet import Table
 from mini_gpt_pl.runs.folder import Run
 
-# A share within this of a null is not told apart from it: seeds of one setting differ by as much.
-_MARGIN = 0.03
+# A share within so many points of a null is not told apart from it: seeds of one setting differ by as much.
+_MARGIN = 3.0
 _MORE_THAN_HALF = 0.6  # of the records above a null that less than half are above by chance
 _TELLS_APART = 0.75  # an AUC up to here is no warning, whatever its p
 
@@ -54,7 +54,7 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
 def claims_table(runs: Sequence[Run]) -> Table:
     """The claims as a table."""
     said = words("claims")["grokking"]
-    notes = [said["note"].format(100 * _MARGIN), PUBLISHED["notes"]["not_repeated"]]
+    notes = [said["note"].format(_MARGIN), PUBLISHED["notes"]["not_repeated"]]
     return core.claims_table("grokking_claims", said["title"], claims(runs), notes)
 
 
@@ -98,8 +98,8 @@ def _pc1(runs: Sequence[ResidueRun]) -> Claim | None:
     if not cells:
         return None
     excess = [_excess(cells, null) for null in DECAYING]
-    both = sum(min(pair) > 100 * _MARGIN for pair in zip(*excess, strict=True))
-    neither = sum(max(pair) <= 100 * _MARGIN for pair in zip(*excess, strict=True))
+    both = sum(min(pair) > _MARGIN for pair in zip(*excess, strict=True))
+    neither = sum(max(pair) <= _MARGIN for pair in zip(*excess, strict=True))
     nulls = "; ".join(
         f"decay, {name}: {_measured(cells, null)} (excess {_spread(values, '{:+.1f}')} points)"
         for null, name, values in zip(DECAYING, ("‖d‖", "‖e‖"), excess, strict=True)
@@ -116,8 +116,8 @@ def _contrast(runs: Sequence[ResidueRun]) -> Claim | None:
         return None
     measured = [statistics.fmean(cell["measured"] for cell in side) for side in sides_of]
     d, e = ([statistics.fmean(_excess(side, null)) for side in sides_of] for null in DECAYING)
-    difference, margin = measured[0] - measured[1], 100 * _MARGIN
-    reading = "no" if difference <= margin else "null" if max(d[0] - d[1], e[0] - e[1]) <= margin else "yes"
+    difference = measured[0] - measured[1]
+    reading = "no" if difference <= _MARGIN else "null" if max(d[0] - d[1], e[0] - e[1]) <= _MARGIN else "yes"
     grok, others = (f"{value:.0f} %" for value in measured)
     return claim("contrast", reading, grok=grok, others=others, last=window.last, d=d, e=e, difference=difference)
 
@@ -128,12 +128,12 @@ def _no_decay(runs: Sequence[ResidueRun]) -> Claim | None:
     free, grokked = (_cells(side, window) for side in sides_of)
     if not free or not grokked:
         return None
-    of_free, margin = statistics.fmean(_excess(free, "walk")), 100 * _MARGIN
+    of_free = statistics.fmean(_excess(free, "walk"))
     d, e = (statistics.fmean(_excess(grokked, null)) for null in DECAYING)
     reading = "no" if of_free > max(d, e) else "yes" if of_free < min(d, e) else "between"
-    if max(of_free, d, e) <= margin:
+    if max(of_free, d, e) <= _MARGIN:
         reading = "null"
-    return claim("without decay", reading, measured=_measured(free), free=of_free, d=d, e=e, margin=margin)
+    return claim("without decay", reading, measured=_measured(free), free=of_free, d=d, e=e, margin=_MARGIN)
 
 
 def _motion(runs: Sequence[ResidueRun]) -> Claim | None:

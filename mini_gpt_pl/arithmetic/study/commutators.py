@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mini_gpt_pl.arithmetic.study.runs import (
     TEST,
@@ -21,21 +21,12 @@ from mini_gpt_pl.arithmetic.study.words import Value, Values, lay, metrics_of, w
 from mini_gpt_pl.report.sheet import Table
 
 
-def commutator_tables(run: ResidueRun) -> list[Table]:
-    """The tables of one run's commutator."""
-    return [defect(run), projections(run)]
-
-
-def commutator_comparison(runs: Sequence[ResidueRun]) -> list[Table]:
-    """The tables of several runs' commutators."""
-    return [defect_at_grok(runs), last_defects(runs), projections_of_runs(runs)]
-
-
 def defect(run: ResidueRun) -> Table:
     """The commutator defect beside the gradient's length, and the forms of it without 1/‖g‖, step by step."""
-    rows: list[Values] = []
+    rows, own = [], run.phases[1:]
     for step in map(int, run.commutator("norm_a").index):
-        row: dict[str, Value] = {"step": step, "phase": _phase_at(run, step)}
+        phase = next((window.name for window in own if step <= window.last), own[-1].name if own else "-")
+        row: dict[str, Value] = {"step": step, "phase": phase}
         row |= {"train": run.at(TRAIN, step), "test": run.at(TEST, step)}
         for column, name in metrics_of("grokking_defect").items():
             row[column] = float(run.commutator(name).get(step, math.nan))
@@ -43,21 +34,12 @@ def defect(run: ResidueRun) -> Table:
     return lay_runs("grokking_defect", rows, [run])
 
 
-def _phase_at(run: ResidueRun, step: int) -> str:
-    own = run.phases[1:]
-    return next((window.name for window in own if step <= window.last), own[-1].name if own else "-")
-
-
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A defect around generalisation.
 
-    Args:
-        baseline: Median of the first three defects, 0.1 at least.
-        before: Largest defect before t90 over the baseline.
-        after: Largest defect from t90 on over the baseline; NaN without t90.
-        ratios: Medians behind the stop over medians on the plateau, by the commutator's number. NaN for a run that does
-            not generalise, and for one that ended at its stop: it says nothing of what comes after.
+    The baseline is the median of the first three defects, 0.1 at least; before and after are the largest defects on
+    the two sides of t90, over the baseline. Ratios are medians behind the stop over medians on the plateau, NaN for a
+    run that does not generalise, and for one that ended at its stop: it says nothing of what comes after.
     """
 
     baseline: float

@@ -48,11 +48,11 @@ def _dotted(axes: Axes, steps: Sequence[int | None]) -> None:
             axes.axvline(step, color=NULL, lw=0.6, ls=":")
 
 
-def _grid(count: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, height: float, *, sharex: bool = False, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """A figure with two columns of panels, a spare one hidden."""
     rows = (count + 1) // 2
     figure = Figure(figsize=(WIDTH, height))
-    grid: list[Axes] = np.ravel(figure.subplots(rows, 2, squeeze=False, **shared)).tolist()
+    grid: list[Axes] = np.ravel(figure.subplots(rows, 2, squeeze=False, sharex=sharex, sharey=sharey)).tolist()
     for spare in grid[count:]:
         spare.set_visible(False)
     return figure, grid

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from mini_gpt_pl.arithmetic.statistics.lifetimes import Lifetimes, kaplan_meier
@@ -78,7 +79,7 @@ class Ended:
         return cls(seed, outcome.milestones[milestone], outcome.step, lowest, run.last("eval/weight_norm"), *means)
 
     @property
-    def known(self) -> int:
+    def until(self) -> int:
         """Step that it generalised at, or was stopped at without."""
         return self.stopped if self.at is None else self.at
 
@@ -121,9 +122,8 @@ def ended(arms: Mapping[str, Sequence[Run]], milestone: str) -> dict[str, list[E
 class Delays:
     """How much later runs generalised than runs of the same seeds in another arm, in steps, shortest first.
 
-    Args:
-        steps: One a seed that both arms have. From run to stop where a run had not generalised: it takes longer.
-        censored: Which of them are only known to be longer.
+    There is one for each seed that both arms have, to its stop where a run had not generalised. Such a delay is only
+    known to be longer: censored.
     """
 
     steps: tuple[int, ...]
@@ -133,7 +133,7 @@ class Delays:
     def between(cls, runs: Sequence[Ended], others: Sequence[Ended]) -> Delays:
         """Compare by seed; a seed whose other run did not generalise is left out."""
         bare = {run.seed: run.at for run in others}
-        pairs = [(run.known - start, run.at is None) for run in runs if (start := bare.get(run.seed)) is not None]
+        pairs = [(run.until - start, run.at is None) for run in runs if (start := bare.get(run.seed)) is not None]
         ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))  # what is only known to be longer comes last
         return cls(tuple(steps for steps, _ in ordered), tuple(censored for _, censored in ordered))
 
@@ -160,12 +160,10 @@ class Delays:
 
 
 def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: str = "test_90") -> list[Table]:
-    """Make tables of what was claimed, of all arms, of every run, and of the arms' survival curves.
+    """Tables of what was claimed, of all arms, of every run, and of the arms' survival curves.
 
-    Args:
-        arms: Runs of each arm; those that have not ended are left out.
-        control: The arm without intervention.
-        milestone: What counts as having generalised.
+    Runs that have not ended are left out; `control` is the arm without intervention, and the milestone what counts as
+    having generalised.
 
     Raises:
         UserError: No run of the control has ended, or a run did not watch for the milestone.
@@ -176,7 +174,14 @@ def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: 
     waiting = sum(map(len, arms.values())) - sum(map(len, finished.values()))
     left_out = f"{waiting} runs that have not ended are left out." if waiting else None
     rows = [_row(name, runs, finished[control]) for name, runs in finished.items()]
-    curves = [row for name, runs in finished.items() for row in _curve(name, survival(runs))]
+    lived = {name: survival(runs) for name, runs in finished.items()}
+    curves: list[Values] = [
+        dict(zip(("arm", "step", "at risk", "not yet", "low", "high"), (name, *values), strict=True))
+        for name, one in lived.items()
+        for values in zip(
+            *map(np.ndarray.tolist, (one.times, one.at_risk, one.surviving, one.low, one.high)), strict=True
+        )
+    ]
     every: list[Values] = [
         {
             "arm": name,
@@ -199,7 +204,7 @@ def tables(arms: Mapping[str, Sequence[Run]], control: str = "none", milestone: 
 
 def _row(name: str, runs: Sequence[Ended], control: Sequence[Ended]) -> Values:
     lived, delays = survival(runs), Delays.between(runs, control)
-    everyone = max(run.known for run in control)
+    everyone = max(run.until for run in control)
     past = lived.surviving[lived.times <= everyone]
     delay = None
     if delays.steps:
@@ -217,13 +222,6 @@ def _row(name: str, runs: Sequence[Ended], control: Sequence[Ended]) -> Values:
         "|P x| / |x|": statistics.fmean(run.parallel for run in runs),
         "random in the same blocks": statistics.fmean(run.null for run in runs),
     }
-
-
-def _curve(name: str, lived: Lifetimes) -> Iterator[Values]:
-    columns = {"step": lived.times, "at risk": lived.at_risk}
-    columns |= {"not yet": lived.surviving, "low": lived.low, "high": lived.high}
-    for values in zip(*(column.tolist() for column in columns.values()), strict=True):
-        yield {"arm": name, **dict(zip(columns, values, strict=True))}
 
 
 def figure(arms: Mapping[str, Sequence[Run]], names: Sequence[str], milestone: str = "test_90") -> Figure:
@@ -396,10 +394,10 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables and the figure")
     options = parser.parse_args(args)
     arms = arms_below(options.runs, options.operation)
-    made = [table for table in tables(arms, options.control, options.milestone) if table.rows]
-    written = write_tables(made, options.out)
+    shown = [table for table in tables(arms, options.control, options.milestone) if table.rows]
+    written = write_tables(shown, options.out)
     written += save(figure(arms, options.draw or list(arms), options.milestone), options.out, "interventions")
-    for table in made[:2]:
+    for table in shown[:2]:
         print(table.markdown())
     for path in written:
         print(path)

@@ -42,12 +42,7 @@ def moments(run: Run) -> dict[str, int | None]:
 
 
 def recorded_at(run: Run, metric: str) -> dict[int, str]:
-    """Steps of the records of a metric at or last before each moment, with the moments' names.
-
-    Args:
-        run: Its metrics.
-        metric: Was logged at least once.
-    """
+    """Steps of the records of a metric, logged at least once, at or last before each moment, with their names."""
     steps = [int(step) for step in run.series(metric).index]
     words_at: dict[int, list[str]] = {steps[0]: ["first"]}
     for name, step in moments(run).items():
@@ -171,7 +166,7 @@ def marker_runs(runs: Sequence[Run]) -> list[Table]:
         metrics, steps = markers(run), moments(run)
         if not metrics:
             continue
-        row: dict[str, Value] = {"run": label} | settings_of(run)
+        row: dict[str, Value] = {"run": label, **settings_of(run)}
         for m, name in metrics.items():
             row[f"90 %, m = {m}"] = step_of(steps[f"90 % with m = {m}"])
             row[f"end, m = {m}"] = run.last(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -66,21 +66,12 @@ def _commutators(run: Run) -> Table:
             row: dict[str, Value] = {"window": window.words, "batch A": pair[0], "batch B": pair[1]}
             for column, metric in metrics_of("grokking_cross_task").items():
                 row[column] = window.middle(run.series(f"commutator/{name}/{metric}"))
-            row["c over that within tasks"] = _over_within(scaled, pair)
+            # Over the geometric mean of what the two tasks have with themselves.
+            within = math.sqrt(math.prod(scaled.get((task, task), math.nan) for task in pair))
+            row["c over that within tasks"] = scaled[pair] / within if within > 0 and pair[0] != pair[1] else None
             if not math.isnan(scaled[pair]):
                 rows.append(row)
     return lay("grokking_cross_task", rows)
-
-
-def _over_within(scaled: Mapping[Pair, float], pair: Pair) -> float:
-    """A pair's value over the geometric mean of those that its tasks have with themselves."""
-    within = math.sqrt(math.prod(scaled.get((task, task), math.nan) for task in pair))
-    return scaled[pair] / within if within > 0 and pair[0] != pair[1] else math.nan
-
-
-def multitask_comparison(runs: Sequence[Run]) -> list[Table]:
-    """What runs with several tasks, or several weight decays, say together."""
-    return multitask_claims(runs) + tasks_table(runs) + decay_table(runs)
 
 
 def order_of(run: Run, milestone: str = "test_90") -> list[str] | None:
@@ -162,10 +153,7 @@ class Fits(NamedTuple):
 
 
 def fits(runs: Sequence[ResidueRun]) -> Fits:
-    """Fit the three forms of arXiv 2602.18523 to the runs that generalise.
-
-    Args:
-        runs: Of one kind; those without decay are left out.
+    """Fit the three forms of arXiv 2602.18523 to the runs of one kind that generalise under decay.
 
     Raises:
         UserError: There are fewer than four decays.
@@ -228,8 +216,7 @@ def _onset(runs: Sequence[Run]) -> Claim | None:
         t90 = ResidueRun.of(run).steps["test_90"]
         if not cross or t90 is None:
             continue
-        series = run.series(f"commutator/{cross[0]}/defect")
-        begun = onset.tenfold([int(step) for step in series.index], series.tolist())
+        begun = onset.tenfold(run.series(f"commutator/{cross[0]}/defect"))
         memorised = [milestones_of(run, task)["train_99"] for task in tasks_of(run)]
         leads.append(begun is not None and begun < t90)
         placebo.append(None not in memorised and max(step or 0 for step in memorised) < t90)

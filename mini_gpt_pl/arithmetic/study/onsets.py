@@ -6,8 +6,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import pandas as pd
 
@@ -32,13 +30,8 @@ from mini_gpt_pl.report.sheet import Table
 ONSET = "D, 10 × and 20"
 """The paper's rule."""
 PLACEBO, NORM = "train 99 %", "‖θ‖ halved"
-GIVEN = (PLACEBO, NORM)
+CONTROLS = (PLACEBO, NORM)
 """Plain clocks whose part is taken out of the others' correlations with the step of generalisation."""
-
-
-def onset_comparison(runs: Sequence[ResidueRun]) -> list[Table]:
-    """The tables of several runs' onsets."""
-    return [onsets(runs), rules(runs), rates(runs), discrimination(runs)]
 
 
 def clock_steps(run: ResidueRun) -> dict[str, int | None]:
@@ -47,29 +40,22 @@ def clock_steps(run: ResidueRun) -> dict[str, int | None]:
     The rule, fixed beforehand, is the paper's: above ten times the median of the first three records. Weights and
     training loss fall, so theirs is a half and a tenth of the first value.
     """
+    tenfold = {name: onset.tenfold(run.commutator(name), above=0.0) for name in ("defect", "c", "c_theta2", "norm_a")}
 
-    def struck(series: pd.Series[float], rule: onset.Rule) -> int | None:
-        return rule([int(step) for step in series.index], series.tolist())
+    def fallen_to(share: float, series: pd.Series[float]) -> int | None:
+        steps = series.index[series < share * series.iloc[0]] if len(series) else series.index
+        return int(steps[0]) if len(steps) else None
 
-    tenfold = partial(onset.tenfold, above=0.0)
     return {
-        ONSET: struck(run.commutator("defect"), onset.tenfold),
-        "D, 10 ×": struck(run.commutator("defect"), tenfold),
-        "c, 10 ×": struck(run.commutator("c"), tenfold),
-        "c‖θ‖², 10 ×": struck(run.commutator("c_theta2"), tenfold),
-        "‖g‖, 10 ×": struck(run.commutator("norm_a"), tenfold),
+        ONSET: onset.tenfold(run.commutator("defect")),
+        "D, 10 ×": tenfold["defect"],
+        "c, 10 ×": tenfold["c"],
+        "c‖θ‖², 10 ×": tenfold["c_theta2"],
+        "‖g‖, 10 ×": tenfold["norm_a"],
         PLACEBO: run.steps["train_99"],
-        NORM: struck(run.series("eval/weight_norm"), _fallen_to(0.5)),
-        "training loss, a tenth": struck(run.series(LOSS), _fallen_to(0.1)),
+        NORM: fallen_to(0.5, run.series("eval/weight_norm")),
+        "training loss, a tenth": fallen_to(0.1, run.series(LOSS)),
     }
-
-
-def _fallen_to(share: float) -> onset.Rule:
-    def rule(steps: Sequence[int], values: Sequence[onset.Number]) -> int | None:
-        fallen = (step for step, value in zip(steps, values, strict=True) if value < share * values[0])
-        return next(fallen, None)
-
-    return rule
 
 
 def leads(runs: Sequence[ResidueRun]) -> list[float]:
@@ -173,7 +159,7 @@ def rules(runs: Sequence[ResidueRun]) -> Table:
         row = dict(run_values(run, runs))
         t90, stop = run.steps["test_90"], run.steps["test_98_thrice"]
         for name, rule in onset.RULES.items():
-            begun = rule([int(step) for step in defects.index], defects.tolist())
+            begun = rule(defects)
             ahead = None if stop is None else onset.lead(begun, t90, stop)
             row[columns[name]] = step_of(begun)
             row[f"lead / stop, {columns[name]}"] = None if ahead is None or math.isinf(ahead) else ahead
@@ -201,7 +187,14 @@ def rates(runs: Sequence[ResidueRun]) -> Table:
         paper = {} if any(run.differs for run in here) else PUBLISHED["rates"].get(rate, {})
         for groks, said in ((True, "all that generalise"), (False, "all that do not generalise")):
             if chosen := [run for run in here if run.groks is groks]:
-                rows.append({"lr": plain(rate), "operation": said, **_of_rate(chosen), **_published(paper, groks)})
+                row = {"lr": plain(rate), "operation": said, **_of_rate(chosen)}
+                for column, name in words("tables")["grokking_rates"]["paper"].items():
+                    value, form = (
+                        paper.get(name if groks else f"others_{name}"),
+                        "{:.3g}" if name == "largest" else "{:,.0f}",
+                    )
+                    row[f"{column}, paper"] = spread(value, form) if isinstance(value, list) else value
+                rows.append(row)
     law = _power_law([run for run in measured if run.groks])
     return lay_runs("grokking_rates", rows, runs, law=law)
 
@@ -225,18 +218,6 @@ def _of_rate(runs: Sequence[ResidueRun]) -> Values:
 
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def _published(paper: Mapping[str, Any], groks: bool) -> Values:
-    """What the paper has beside the row of all operations that generalise, or that do not."""
-    columns = words("tables")["grokking_rates"]["paper"]
-    row = {column: paper.get(name if groks else f"others_{name}") for column, name in columns.items()}
-    return {
-        f"{column}, paper": spread(value, "{:.3g}" if column == "largest D" else "{:,.0f}")
-        if isinstance(value, list)
-        else value
-        for column, value in row.items()
-    }
 
 
 def _power_law(runs: Sequence[ResidueRun]) -> str:
@@ -274,7 +255,7 @@ def _clocks(runs: Sequence[ResidueRun], rate: float) -> list[Values]:
     if not (compared := [*chosen, *(run for side in kinds.values() for run in side)]):
         return []
     struck = {name: [clock_steps(run)[name] for run in chosen] for name in clock_steps(compared[0])}
-    clocks = compare_clocks(struck, [run.steps["test_90"] for run in chosen], given=GIVEN) if chosen else {}
+    clocks = compare_clocks(struck, [run.steps["test_90"] for run in chosen], controls=CONTROLS) if chosen else {}
     rows: list[Values] = []
     for name, of_chosen in struck.items():
         row: dict[str, Value] = {"lr": plain(rate), "clock": name, "runs that generalise": _range(of_chosen)}
@@ -289,8 +270,8 @@ def _clocks(runs: Sequence[ResidueRun], rate: float) -> list[Values]:
             row["median lead"] = clock.lead if math.isfinite(clock.lead) else None
             row["r with t90"] = clock.correlation
             # None for those that are taken out of the others'.
-            row[f"r, {' and '.join(GIVEN)} given"] = None if name in GIVEN else clock.partial
-            row["p of r"] = None if name in GIVEN else clock.p
+            row[f"r, {' and '.join(CONTROLS)} given"] = None if name in CONTROLS else clock.partial
+            row["p of r"] = None if name in CONTROLS else clock.p
         rows.append(row)
     return rows
 

@@ -5,15 +5,15 @@ mini_gpt_pl overlaps runs/grokking/* --out overlaps
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
-from mini_gpt_pl.arithmetic.nulls import DECAYING
 from mini_gpt_pl.arithmetic.overlaps import ATTENTION, LAYERS, Overlap, overlaps
 from mini_gpt_pl.arithmetic.study.paths import short
-from mini_gpt_pl.arithmetic.study.runs import NULLS
-from mini_gpt_pl.arithmetic.study.words import Value, Values, lay
+from mini_gpt_pl.arithmetic.study.words import Value, Values, lay, metrics_of
 from mini_gpt_pl.command_line import CommandParser
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.report.families import names
@@ -22,13 +22,7 @@ from mini_gpt_pl.runs.folder import Run, runs_below
 
 
 def overlap_tables(runs: Sequence[Run], k: int = 2, until: int | None = None, pattern: str = ATTENTION) -> list[Table]:
-    """Tabulate overlaps over layers and runs: means by kind and matrix, then every pair.
-
-    Args:
-        runs: With their snapshots, of one model.
-        k: Directions of each path.
-        until: Last step that counts; that of the shortest run for None.
-        pattern: Which recorded groups.
+    """Tabulate overlaps over layers and runs: means by kind and matrix, then every pair; arguments as in `overlaps`.
 
     Raises:
         UserError: A run has no snapshots, nothing matches or can be compared.
@@ -79,25 +73,13 @@ def _matrix(one: Overlap) -> str:
 
 
 def _values(part: Sequence[Overlap]) -> dict[str, Value]:
-    """Means over some pairs, overlaps with their spread."""
-
-    def mean(of: Callable[[Overlap], float]) -> float:
-        return statistics.fmean(map(of, part))
-
-    def spread(of: Callable[[Overlap], float]) -> Value:
-        return (mean(of), statistics.stdev(map(of, part))) if len(part) > 1 else mean(of)
-
-    return {
-        "cos(θ₀, θ₀)": mean(lambda one: one.cos_theta0),
-        "overlap": spread(lambda one: one.path.overlap),
-        "chance": mean(lambda one: one.path.chance),
-        **{NULLS[null]: mean(lambda one, null=null: one.decaying[null]) for null in DECAYING},  # type: ignore[misc]
-        "largest": mean(lambda one: one.path.cosines[0]),
-        "95 %": mean(lambda one: one.path.level),
-        "without θ₀": spread(lambda one: one.rest.overlap),
-        "without θ₀: chance": mean(lambda one: one.rest.chance),
-        "without θ₀: largest": mean(lambda one: one.rest.cosines[0]),
-    }
+    """Means over some pairs of what `tables.yaml` names, the overlaps with their spread."""
+    row: dict[str, Value] = {}
+    for column, name in metrics_of("grokking_overlaps").items():
+        values = [float(attrgetter(name)(one)) for one in part]
+        spread = statistics.stdev(values) if len(part) > 1 and name.endswith(".overlap") else math.nan
+        row[column] = (statistics.fmean(values), spread)
+    return row
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -45,16 +45,6 @@ _COMPONENTS = {
 """Words and form of the statistics that share a column."""
 
 
-def path_tables(run: ResidueRun) -> list[Table]:
-    """The tables of one run's path, by phase."""
-    return [milestones(run), pc1(run), quantiles(run), components(run), initial_weights(run), persistence(run)]
-
-
-def path_comparison(runs: Sequence[ResidueRun]) -> list[Table]:
-    """The tables of several runs' paths."""
-    return [seed_by_seed(runs), pc1_to_the_stop(runs), pc1_in_windows(runs), persistence_of_runs(runs)]
-
-
 def short(label: str) -> str:
     """Name of a matrix as the studies have it, such as `L0 Q`; other weights keep theirs."""
     parts = label.split(".")
@@ -106,6 +96,15 @@ def _parts(run: ResidueRun) -> Iterator[tuple[Phase, str, Numbers, dict[str, Val
             yield phase, label, of, {"window": phase.words, "weights": short(label)}
 
 
+def _beside_decay(table: str, of: Numbers) -> dict[str, Value]:
+    """Columns of a table's statistics, each as measured and of the two nulls that decay."""
+    return {
+        f"{column}: {NULLS[null]}" if null else column: of[name][null or "measured"]
+        for column, name in metrics_of(table).items()
+        for null in ("", *DECAYING)
+    }
+
+
 def _against(seeds: Sequence[Mapping[str, float]], form: str, **beside: Value) -> dict[str, Value]:
     """Means of a statistic over seeds: as measured, what is put beside it, its nulls, and the excess over two."""
     measured = [one["measured"] for one in seeds]
@@ -135,12 +134,12 @@ def pc1(run: ResidueRun) -> Table:
 
 def pc1_to_the_stop(runs: Sequence[ResidueRun]) -> Table:
     """Centred PC1 of every matrix from the start to the stop, mean over seeds, beside the paper's and every null."""
-    return lay_runs("grokking_pc1_published", list(_pc1_rows(runs, None)), runs)
+    return lay_runs("grokking_pc1_published", _pc1_rows(runs, None), runs)
 
 
 def pc1_in_windows(runs: Sequence[ResidueRun]) -> Table:
     """The same over the same steps for all runs: the medians of the phases of those that generalise."""
-    return lay("grokking_pc1_windows", [row for window in common_windows(runs) for row in _pc1_rows(runs, window)])
+    return lay("grokking_pc1_windows", (row for window in common_windows(runs) for row in _pc1_rows(runs, window)))
 
 
 def _pc1_rows(runs: Sequence[ResidueRun], window: Phase | None) -> Iterator[Values]:
@@ -165,9 +164,7 @@ def quantiles(run: ResidueRun) -> Table:
     """Where the numbers of the path to the stop lie among draws of each null in as many dimensions as the weights."""
     rows: list[Values] = []
     for label in run.numbers(run.cut):
-        trajectory = run.within(run.cut)
-        group = None if label == run.trunk else label
-        placed = resampled.place(trajectory.gram(group), trajectory.survival, trajectory.dim_of(group), _DRAWS)
+        placed = resampled.place(*run.part(run.cut, label), _DRAWS)
         for name, (column, form) in {"pc1_centred": ("centred PC1", _SHARE), **_COMPONENTS}.items():
             row: dict[str, Value] = {"weights": short(label), "number": column}
             row["measured"] = number(placed[name].value, form)
@@ -194,19 +191,15 @@ def initial_weights(run: ResidueRun) -> Table:
     """How much of the path is the weights that it starts from, to the stop and by phase, beside decay alone."""
     rows: list[Values] = []
     for phase, label, of, head in _parts(run):
-        path, group = run.within(phase), None if label == run.trunk else label
-        gram = path.gram(group)
-        nulls = walks(gram, path.survival)
+        gram, survival, _ = run.part(phase, label)
+        nulls = walks(gram, survival)
         start, *_, end = pca.weights(len(gram))
         paths = {"": gram} | {f": {NULLS[null]}": nulls[null] for null in DECAYING}
         lengths = {f"‖θ‖{null}": float(pca.norms(one, end[None])[0]) for null, one in paths.items()}
-        decayed = float(pca.norms(gram, start[None])[0]) * path.survival[-1]
+        decayed = float(pca.norms(gram, start[None])[0]) * survival[-1]
         row = head | {"‖θ‖": lengths.pop("‖θ‖"), "‖θ‖: decay alone": decayed} | lengths
         row |= {f"cos(θ, θ₀){null}": pca.cosine(one, start, end) for null, one in paths.items()}
-        for column, name in metrics_of("grokking_theta0").items():
-            row[column] = of[name]["measured"]
-            row |= {f"{column}: {NULLS[null]}": of[name][null] for null in DECAYING}
-        rows.append(row)
+        rows.append(row | _beside_decay("grokking_theta0", of))
     return lay("grokking_theta0", rows)
 
 
@@ -259,14 +252,8 @@ def rank_tables(run: Run) -> list[Table]:
 
 def _ranks(run: Run) -> Table:
     path = ResidueRun.of(run).numbers(Phase("whole run", 0, run.trajectory.steps[-1]))
-    rows: list[Values] = []
+    rows = [{"weights": short(label), **_beside_decay("grokking_ranks", numbers)} for label, numbers in path.items()]
     layout = words("tables")["grokking_ranks"]
-    for label, numbers in path.items():
-        row: dict[str, Value] = {"weights": short(label)}
-        for column, name in layout["metrics"].items():
-            row[column] = numbers[name]["measured"]
-            row |= {f"{column}: {NULLS[null]}": numbers[name][null] for null in DECAYING}
-        rows.append(row)
     repeats = markers(run) and facts(run)["model"] == layout["model"]
     return lay("grokking_ranks", rows, printed=layout["printed"] if repeats else None)
 

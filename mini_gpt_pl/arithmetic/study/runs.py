@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -17,11 +18,12 @@ from typing_extensions import override
 from mini_gpt_pl.arithmetic.milestones import BEGUN, MEMORISED, MILESTONES
 from mini_gpt_pl.arithmetic.nulls import walks
 from mini_gpt_pl.arithmetic.operations import OPERATIONS
-from mini_gpt_pl.arithmetic.study.words import Values, lay, words
+from mini_gpt_pl.arithmetic.study.words import Value, Values, lay, words
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.geometry.path import innovations, resampled, windows
 from mini_gpt_pl.geometry.path.centred import centred_statistics
 from mini_gpt_pl.geometry.path.innovations import Correlation
+from mini_gpt_pl.geometry.path.pca import Gram
 from mini_gpt_pl.geometry.path.trajectory import Trajectory
 from mini_gpt_pl.report.families import names
 from mini_gpt_pl.report.published import listed
@@ -83,14 +85,7 @@ def residue_facts(run: Run) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps.
-
-    Args:
-        name: What happens in it.
-        first: Step that it starts at.
-        last: Step that it ends at.
-        steps: The snapshots in it that count; all of them for None.
-    """
+    """A stretch of steps; of its snapshots those at `steps` count, all of them for None."""
 
     name: str
     first: int
@@ -183,12 +178,10 @@ class ResidueRun(Subject):
 
         Of several that of the training loss, else the first of one task (one loss for both batches), else the first.
         """
-        losses_of = {
-            probe.get("name", "all"): probe.get("losses") for probe in self.callback_settings("CommutatorProbe")
-        }
+        probes = {probe.get("name", "all"): probe for probe in self.callback_settings("CommutatorProbe")}
 
         def rank(name: str) -> int:
-            losses = losses_of.get(name)
+            losses = probes.get(name, {}).get("losses")
             return 0 if losses is None else 1 + (losses[0] != losses[1])
 
         return min(self.commutators, key=rank, default="")
@@ -214,10 +207,9 @@ class ResidueRun(Subject):
         return tuple(differing)
 
     def published(self, name: str, default: Any = None) -> Any:
-        """What is published of the run's operation under a name of `published.yaml`.
+        """What `published.yaml` has of the run's operation, without decay under `<name>_no_decay`.
 
-        The default for runs that do not repeat one of the paper's at its main learning rate. Without decay, what is
-        published under `<name>_no_decay`.
+        The default for a run that does not repeat one of the paper's at its main learning rate.
         """
         if self.differs or self.rate != SETTING["learning rate"]:
             return default
@@ -229,9 +221,7 @@ class ResidueRun(Subject):
     def steps(self) -> dict[str, int | None]:
         """When it memorised (train_99), began to generalise (test_10), and the grok step by every definition."""
         listed = (MEMORISED, BEGUN, *MILESTONES[1:])
-        return {
-            milestone.name: milestone.in_series(self.series(f"eval/{milestone.of}_accuracy")) for milestone in listed
-        }
+        return {one.name: one.in_series(self.series(f"eval/{one.of}_accuracy")) for one in listed}
 
     def reached(self, *names: str) -> Values:
         """Steps of milestones by column, in words where one was never reached."""
@@ -278,18 +268,18 @@ class ResidueRun(Subject):
         grams = torch.cat([trajectory.grams, trajectory.gram()[None]])
         moved = grams.diagonal(dim1=1, dim2=2)[:, 1:].sum(1) > 0
         labels = [label for label, moves in zip((*trajectory.groups, self.trunk), moved, strict=True) if moves]
-        if not labels:
-            return {}
-        described = _described(grams[moved].contiguous().numpy().tobytes(), len(labels), tuple(trajectory.survival))
+        content = grams[moved].contiguous().numpy().tobytes()
+        described = _described(content, len(labels), tuple(trajectory.survival)) if labels else []
         return dict(zip(labels, described, strict=True))
+
+    def part(self, phase: Phase, label: str) -> tuple[Gram, list[float], int]:
+        """Gram matrix, survival and number of weights of a group, or of the whole, in a phase."""
+        trajectory, group = self.within(phase), None if label == self.trunk else label
+        return trajectory.gram(group), trajectory.survival, trajectory.dim_of(group)
 
     def correlation(self, phase: Phase, label: str, *, tangential: bool) -> Correlation:
         """Correlation of successive innovations of a group, or of the whole, in a phase."""
-        trajectory = self.within(phase)
-        group = None if label == self.trunk else label
-        return innovations.correlation(
-            trajectory.gram(group), trajectory.survival, trajectory.dim_of(group), tangential=tangential
-        )
+        return innovations.correlation(*self.part(phase, label), tangential=tangential)
 
 
 # Tables, claims and figures of one report ask for the same paths; fifteen runs have 90 windows.
@@ -322,13 +312,9 @@ def phases(steps: Mapping[str, int | None], last: int) -> list[Phase]:
         return []
     begun = last if begun is None else max(begun, memorised)
     ended = last if stop is None else max(stop, begun)
-    listed = [
-        Phase("memorisation", 0, memorised),
-        Phase("plateau", memorised, begun),
-        Phase("transition", begun, ended),
-        Phase("after", ended, last),
-    ]
-    return [window for window in listed if window.last > window.first]
+    borders = itertools.pairwise((0, memorised, begun, ended, last))
+    named = zip(("memorisation", "plateau", "transition", "after"), borders, strict=True)
+    return [Phase(name, first, end) for name, (first, end) in named if end > first]
 
 
 def common_windows(runs: Sequence[ResidueRun]) -> list[Phase]:
@@ -370,7 +356,7 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(numbers) if numbers else math.nan
 
 
-def settings_of(run: Run) -> Values:
+def settings_of(run: Run) -> dict[str, Value]:
     """Columns that say what sets a run apart from others of its task."""
     of = facts(run)
     return {"lr": plain(of["learning rate"]), "decay": plain(of["weight decay"]), "seed": plain(of["seed"])}
@@ -383,15 +369,13 @@ def step_of(step: int | None) -> int | str:
 
 def generalised(run: Run) -> tuple[str, ...]:
     """When a run memorised and generalised, in a sentence for the head of its report; nothing for any other run."""
-    sentences = []
-    for one in residue_runs([run]):
-        steps, end = (one.steps["train_99"], one.steps["test_90"]), one.series(TEST)
-        memorised, t90 = ("were never reached" if step is None else f"were reached at step {step:,}" for step in steps)
-        sentences.append(
-            f"99 % of the training set {memorised}, 90 % of the test set {t90}; the last evaluation, at step "
-            f"{int(end.index[-1]):,}, has {end.iloc[-1]:.1%}."
-        )
-    return tuple(sentences)
+    runs = residue_runs([run])
+    if not runs:
+        return ()
+    steps, end = (runs[0].steps["train_99"], runs[0].steps["test_90"]), runs[0].series(TEST)
+    memorised, t90 = ("were never reached" if step is None else f"were reached at step {step:,}" for step in steps)
+    last = f"the last evaluation, at step {int(end.index[-1]):,}, has {end.iloc[-1]:.1%}"
+    return (f"99 % of the training set {memorised}, 90 % of the test set {t90}; {last}.",)
 
 
 # ------------------------------------------------------------------------------------------- runs side by side
@@ -416,28 +400,24 @@ def groups_of(runs: Sequence[ResidueRun]) -> list[list[ResidueRun]]:
 
 def distinct(runs: Sequence[ResidueRun]) -> list[ResidueRun]:
     """Keep one run of each setting and seed, the longest: the same run once more is no second draw."""
-    kept: dict[str, ResidueRun] = {}
+    draws: dict[str, list[ResidueRun]] = {}
     for k, run in enumerate(runs):
-        key = _setting(run, *_LENGTH) if run.seed is not None else str(k)
-        if key not in kept or (bool(run.reported), run.last_step) > (bool(kept[key].reported), kept[key].last_step):
-            kept[key] = run
-    return [run for run in runs if any(run is other for other in kept.values())]
+        draws.setdefault(_setting(run, *_LENGTH) if run.seed is not None else str(k), []).append(run)
+    longest = [max(alike, key=lambda run: (bool(run.reported), run.last_step)) for alike in draws.values()]
+    return [run for run in runs if any(run is other for other in longest)]
 
 
 def repeated_note(runs: Sequence[ResidueRun]) -> str | None:
     """Name the runs that `distinct` leaves out; None if there are none."""
-    kept = distinct(runs)
-    twice = [run.label for run in runs if not any(run is other for other in kept)]
+    draws = distinct(runs)
+    twice = [run.label for run in runs if not any(run is draw for draw in draws)]
     return f"Of one setting and seed as a longer run, and not counted again: {', '.join(twice)}." if twice else None
 
 
 def run_values(run: ResidueRun, runs: Sequence[ResidueRun], seeds: int | None = None) -> Values:
-    """What a run was: columns at the head of its row.
+    """What a run was, at the head of its row; what else the runs of the table differ in has a column.
 
-    Args:
-        run: Any of a group, for the row of a group of `groups_of`.
-        runs: All runs of the table; what else they differ in has a column.
-        seeds: Number of runs in the group; None for the row of a single run, which has its own seed.
+    In the row of a group of `groups_of`, of which it is any, the number of seeds takes the place of its own.
     """
     facts = run.facts
     apart = [key for key in facts if key not in _OWN_COLUMNS and len({repr(r.facts.get(key)) for r in runs}) > 1]
@@ -460,7 +440,7 @@ def spread(values: Sequence[float], form: str = "{:,.0f}") -> Cell | None:
     return Cell(low if low == high else f"{low} to {high}", None, ends)
 
 
-def lay_runs(name: str, rows: Sequence[Values], runs: Sequence[ResidueRun], **noted: object) -> Table:
+def lay_runs(name: str, rows: Iterable[Values], runs: Sequence[ResidueRun], **noted: object) -> Table:
     """Lay out a table over runs; see `lay`. Notes may say which commutator is shown, or why no published number is."""
     return lay(name, rows, commutator=commutator_note(runs), setting=_setting_note(runs), **noted)
 

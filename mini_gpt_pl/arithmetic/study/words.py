@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -26,19 +26,15 @@ def words(file: str) -> Mapping[Any, Any]:
     return loaded
 
 
-def lay(name: str, rows: Sequence[Values], **noted: object) -> Table:
-    """Lay rows out as a table, with the title, number formats and notes that `tables.yaml` has for it.
+def lay(name: str, rows: Iterable[Values], **noted: object) -> Table:
+    """Lay rows, values by column, out as a table, with the title, number formats and notes of `tables.yaml`.
 
-    Args:
-        name: File stem.
-        rows: Values by column; columns keep the order in which they first appear.
-        noted: Values for the notes' placeholders; a note of which nothing is left is left out.
+    Notes are filled with what is `noted`; one of which nothing is left is left out.
     """
     layout = words("tables")[name]
     forms = words("tables")["forms"] | layout.get("forms", {})
-    filled = {key: "" if value is None else value for key, value in noted.items()} | {
-        "published": words("published")["notes"]
-    }
+    filled = {key: "" if value is None else value for key, value in noted.items()}
+    filled["published"] = words("published")["notes"]
     title, *notes = (text.format_map(filled) for text in (layout["title"], *layout.get("notes", ())))
     cells = [{column: _cell(value, _form(forms, column)) for column, value in row.items()} for row in rows]
     return tabulate(name, title, cells, notes)
@@ -65,13 +61,7 @@ def _cell(value: Value, form: str) -> Cell:
 
 
 def claim(name: str, reading: str, **numbers: object) -> Claim:
-    """Fill a claim of `claims.yaml` with numbers.
-
-    Args:
-        name: Of the claim.
-        reading: Which of its readings the numbers call for.
-        numbers: Values for the placeholders of its words.
-    """
+    """Fill a claim of `claims.yaml` with numbers, and with the one of its readings that they call for."""
     said = words("claims")[name]
     here, null, read = (text.format_map(numbers) for text in (said["here"], said["null"], said["readings"][reading]))
     return Claim(said["said"], here, null, read, said.get("anchor", ""), said.get("topic", ""))
