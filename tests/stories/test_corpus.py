@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -158,6 +159,39 @@ def test_config_is_checked() -> None:
         CorpusConfig(val_rows=0)
     with pytest.raises(UserError, match="train_rows=2000000"):
         CorpusConfig(train_rows=2_000_000)
+
+
+def test_texts_that_cannot_be_read_are_named_in_one_line(tmp_path: Path, cache: str) -> None:
+    """Whatever the libraries raise for it: decoding, damaged archives, columns that hold no text."""
+    long = "a text of more than forty characters, to be kept"
+    rows = "\n".join(json.dumps({"text": long}) for _ in range(40))
+    packed = gzip.compress(rows.encode())
+    for name, content, words in (
+        ("latin.jsonl", rows.replace("a text", "\u00e9t\u00e9").encode("latin-1"), "cannot be read"),
+        ("latin.txt", f"\u00e9{long}\n{long}\n".encode("latin-1"), "cannot read"),
+        ("cut.jsonl.gz", packed[: len(packed) // 2], "ended before"),
+        ("list.jsonl", b'{"text": ["a", "b"]}\n{"text": ["c"]}\n', "not text"),
+        ("mixed.jsonl", f'{{"text": "{long}"}}\n{{"text": 3}}\n'.encode(), "not text"),
+        ("one.txt", long.encode(), "holds one text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with one_line_error(words):
+            load_texts(CorpusConfig(name="files", train_files=[str(tmp_path / name)]), "train", cache)
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/cache"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / place  # an absolute path stays as it is
+    if place == "file":
+        folder.write_text("")
+    with one_line_error(r"--data\.cache_dir"):
+        load_texts(CorpusConfig(train_rows=4), "train", str(folder))
+
+
+@pytest.mark.parametrize("option", [{"train_files": ["a.txt"]}, {"val_files": ["a.txt"]}, {"text_column": "story"}])
+def test_options_of_files_are_refused_for_other_texts(option: dict[str, Any]) -> None:
+    with one_line_error(f"{next(iter(option))} is read only with --data.corpus.name=files"):
+        CorpusConfig(name="builtin", **option)
 
 
 def test_corpus_without_stories_is_empty_and_refused(tmp_path: Path, cache: str) -> None:

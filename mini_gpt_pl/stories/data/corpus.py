@@ -89,6 +89,13 @@ class CorpusConfig:
             raise UserError(f"--data.corpus.train_rows={self.train_rows}: builtin has {VAL_OFFSET:,} training stories")
         if self.name == "files" and not self.train_files:
             raise UserError("--data.corpus.name=files needs --data.corpus.train_files=[PATH,...]")
+        if self.name != "files":
+            unread = [name for name in ("train_files", "val_files") if getattr(self, name)]
+            unread += ["text_column"] * (self.text_column != "text")
+            if unread:
+                raise UserError(
+                    f"--data.corpus.{unread[0]} is read only with --data.corpus.name=files, and this one is {self.name}"
+                )
 
     def rows(self, split: Split) -> int | None:
         """Give the number of rows to read of a split; None means all."""
@@ -110,8 +117,28 @@ def load_texts(config: CorpusConfig, split: Split, cache_dir: str | None = None)
         A dataset with the one column "text"; it may be empty (see ``require_rows``).
 
     Raises:
-        UserError: The hub is out of reach, or a file is missing, damaged or without the column.
+        UserError: The hub is out of reach, a file is missing, damaged or without the column, or the cache cannot be
+            written.
     """
+    try:
+        return _clean_texts(config, split, cache_dir)
+    except UserError:
+        raise
+    except OSError as error:
+        place = "its default folder" if cache_dir is None else cache_dir
+        raise UserError(
+            f"corpus {config.name}: the cache in {place} cannot be used ({_first_line(error)}); give another folder "
+            "with --data.cache_dir"
+        ) from error
+    except Exception as error:  # of datasets, pyarrow and the decoders, which raise a dozen types for damaged rows
+        if config.name != "files":
+            raise
+        files = config.val_files if split == "val" and config.val_files else config.train_files
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(f"corpus files: cannot read the texts of {', '.join(files)} ({reason}); check them") from error
+
+
+def _clean_texts(config: CorpusConfig, split: Split, cache_dir: str | None) -> datasets.Dataset:
     column = "text"
     if config.name == "tinystories":
         texts = _tinystories(config, split, cache_dir)
@@ -275,8 +302,13 @@ def _hub_answers() -> bool:
 def _own_files(config: CorpusConfig, split: Split, cache_dir: str | None) -> tuple[datasets.Dataset, str]:
     own = config.val_files if split == "val" else config.train_files
     texts, column = _read_files(own or config.train_files, config.text_column, cache_dir)
+    if not config.val_files and len(texts) == 1:
+        raise UserError(
+            f"corpus files: {', '.join(config.train_files)} holds one text, of which none can be held out to validate: "
+            "give --data.corpus.val_files, or more texts (each line of a .txt file is one)"
+        )
     if not config.val_files:
-        held_out = max(1, round(HELD_OUT * len(texts))) if len(texts) > 1 else 0
+        held_out = min(max(1, round(HELD_OUT * len(texts))), len(texts))
         border = len(texts) - held_out
         texts = texts.select(range(border) if split == "train" else range(border, len(texts)))
     rows = config.rows(split)
@@ -288,8 +320,9 @@ def _read_files(paths: list[str], column: str, cache_dir: str | None) -> tuple[d
     named = ", ".join(paths)
     try:
         texts = datasets.load_dataset(builder, data_files=paths, split="train", cache_dir=cache_dir)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        # StopIteration: the JSON builder's word for files without a single row
+    except Exception as error:  # StopIteration, EOFError, UnicodeDecodeError, ...: a type for every kind of damage
+        if isinstance(error, FileExistsError | FileNotFoundError | PermissionError):
+            raise  # of the cache: the files are there
         reason = _first_line(error.__cause__ or error)
         raise UserError(f"corpus files: cannot read {named} as {builder} ({reason}); check the files") from error
     column = "text" if builder == "text" else column
@@ -299,8 +332,9 @@ def _read_files(paths: list[str], column: str, cache_dir: str | None) -> tuple[d
             "name one with --data.corpus.text_column"
         )
     if texts.features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
+        kind = texts.features[column]
         raise UserError(
-            f"corpus files: column {column!r} of {named} holds {texts.features[column].dtype}, not text; "
+            f"corpus files: column {column!r} of {named} holds {getattr(kind, 'dtype', kind)}, not text; "
             "name another with --data.corpus.text_column"
         )
     return texts, column
