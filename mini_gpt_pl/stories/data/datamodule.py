@@ -231,15 +231,13 @@ class FixedExamples(Dataset[Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        wanted = tuple(indices)
-        if wanted not in self._batches:
-            self._batches[wanted] = self._cut(indices)
-        return self._batches[wanted]
-
-    def _cut(self, indices: list[int]) -> Batch:
-        tokens, targets, mask = (column[indices] for column in self.columns)
-        batch = Batch.of(tokens, targets, mask)
-        return Batch(*(column.pin_memory() for column in batch)) if torch.cuda.is_available() else batch
+        key = tuple(indices)
+        if key not in self._batches:
+            tokens, targets, mask = (column[indices] for column in self.columns)
+            batch = Batch.of(tokens, targets, mask)
+            pinned = torch.cuda.is_available()
+            self._batches[key] = Batch(*(column.pin_memory() for column in batch)) if pinned else batch
+        return self._batches[key]
 
     def sha256(self) -> str:
         """Of the examples' bytes: tokens, targets, mask."""

@@ -205,26 +205,21 @@ class TrainingBatches(Dataset[Batch]):
         sequences = np.full((len(stories), length), probe.eos, dtype=self.stories.tokens.dtype)
         ends = np.zeros(len(stories), dtype=np.int64)
         probed: dict[int, Example] = {}
+        rng = self._generator
         for row, index in enumerate(stories.tolist()):
-            story, rng = self.stories[index], self._rng(epoch, index)
+            # One object is put to the beginning of each sample's generator: to make one each takes longer.
+            self._state["state"]["counter"][1:3] = index, epoch
+            rng.bit_generator.state = self._state
+            story = self.stories[index]
             if probe.asks(rng):
                 probed[row] = probe.inject(story, rng)
                 continue
             start = probe.crop(len(story), rng)
             ends[row] = end = min(len(story) - start, length)
             sequences[row, :end] = story[start : start + end]
-        return self._join(sequences, ends, probed)
-
-    def _rng(self, epoch: int, index: int) -> np.random.Generator:
-        """The generator of one sample at its beginning: one object is put to each, which ends the sample before."""
-        self._state["state"]["counter"][1:3] = index, epoch
-        self._generator.bit_generator.state = self._state
-        return self._generator
-
-    def _join(self, sequences: np.ndarray, ends: np.ndarray, probed: dict[int, Example]) -> Batch:
-        """Cut rows of T + 1 tokens, end of text from ``ends`` on, into inputs and targets; put in the examples."""
+        # Rows of T + 1 tokens, end of text from `ends` on, become inputs and targets.
         tokens, targets = sequences[:, :-1].astype(np.int64), sequences[:, 1:].astype(np.int64)
-        targets[np.arange(1, self.probe.length) >= ends[:, None]] = IGNORE
+        targets[np.arange(1, length) >= ends[:, None]] = IGNORE
         mask = np.zeros(tokens.shape, dtype=bool)
         for row, example in probed.items():
             tokens[row], targets[row], mask[row] = example

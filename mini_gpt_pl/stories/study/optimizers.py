@@ -226,14 +226,11 @@ def _matched(paths: Sequence[Subject]) -> list[Table]:
         bests = [path.series(LOSS).min() for path in pair]
         if not any(math.isnan(best) for best in bests):
             level = float(max(bests))
-            rows += [_matched_row(pair, f"loss {level:.2f}", path, _first_below(path, level)) for path in pair]
+            firsts = [int(loss.index[loss <= level][0]) for loss in (path.series(LOSS) for path in pair)]
+            rows += [
+                _matched_row(pair, f"loss {level:.2f}", path, first) for path, first in zip(pair, firsts, strict=True)
+            ]
     return laid_out("table10_matched", rows, repeated=len(first) < len(sound), lost=", ".join(lost))
-
-
-def _first_below(path: Subject, level: float) -> int:
-    """First evaluation at which the validation loss is at or below a level that it reaches."""
-    loss = path.series(LOSS)
-    return int(loss.index[loss <= level][0])
 
 
 def _matched_row(pair: Sequence[Subject], matched: str, path: Subject, step: int) -> Row:
