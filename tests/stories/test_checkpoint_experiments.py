@@ -389,7 +389,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(run: Run) -> None:
 
 def test_a_run_without_checkpoints_at_its_events_says_which(run: Run) -> None:
     with one_line_error(r"peak 4, trough 8.*replayable\.yaml"):
-        Checkpoints(dict, {}, TRUNK, [2, 24], events_of(run), seed=1)
+        Checkpoints(lambda step: {}, {}, TRUNK, [2, 24], events_of(run), seed=1)
 
 
 def test_a_damaged_record_is_named(done: Run, tmp_path: Path) -> None:
