@@ -13,6 +13,7 @@ from mini_gpt_pl.geometry.path.nulls import calibrate
 from mini_gpt_pl.report.statistics import t_interval
 from mini_gpt_pl.report.subject import Subject
 from mini_gpt_pl.runs.folder import Run, runs_below
+from mini_gpt_pl.stories.study.optimizers import window_of
 
 FOLDER = Path(__file__).parents[2] / "docs" / "replication"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -93,7 +94,7 @@ def test_the_page_shows_the_optimizers_that_learn() -> None:
 def test_the_numbers_of_an_optimizer_are_those_of_its_kept_run(name: str) -> None:
     subject = Subject.of(Run(FOLDER / "runs" / name))
     path = subject.trajectory
-    whole, window = calibrate(path.gram(), path.survival), subject.window(600, 2000)
+    whole, window = calibrate(path.gram(), path.survival), window_of(path, 600, 2000)
     assert window is not None
     numbers = [subject.series("val/loss").min(), subject.series("probe/p_ood").max()]
     for one in (whole["pc1"], whole["pc1_unit"], window.numbers["pc1"]):

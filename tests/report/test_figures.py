@@ -184,8 +184,8 @@ def test_where_decay_is_unknown_figures_say_so_and_numbers_have_no_excess(run: R
     made = {table.name: table for table in path_tables(subject, NOTHING)}
     assert set(made) == {table.name for table in path_tables(Subject.of(run), NOTHING)}
     assert "excess" not in made["overview"].columns and "walk" in made["overview"].columns
-    said = [*(row["value"] for row in lines(subject)), *verdicts(subject), *headline(subject).facts.values()]
-    assert "not known" in said and not any("nan" in text for text in said)
+    words = [*(row["value"] for row in lines(subject)), *verdicts(subject), *headline(subject).facts.values()]
+    assert "not known" in words and not any("nan" in text for text in words)
     assert "is not known" in headline(subject).found
     assert not any("decaying walk" in finding.topic for finding in findings([subject, subject]))
 
