@@ -342,7 +342,7 @@ def test_sketches_have_the_null_of_groups_of_one_rate_each(
 
 
 @pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"fused": True}])
-def test_a_decay_below_the_rounding_of_the_weights_is_unknown(settings: dict[str, bool]) -> None:
+def test_a_decay_below_the_rounding_of_the_weights_is_unknown(settings: dict[str, Any]) -> None:
     """A run of noise alone keeps all of its weights where each product is rounded, and decays where sums are."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(0.05 * torch.randn(300, 100, generator=generator).bfloat16())

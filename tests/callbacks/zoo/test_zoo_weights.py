@@ -79,7 +79,7 @@ class Evaluated(Plain):
 def test_averages_in_place_of_the_weights_are_not_recorded(averaging: Any, first: bool, tmp_path: Path) -> None:
     recorder, witness = TrajectoryRecorder(Plain.pattern, Schedule(every=5)), Witness(Plain.pattern)
     order = [averaging(), recorder] if first else [recorder, averaging()]
-    settings = {"max_steps": -1, "max_epochs": 2, "val_check_interval": 4}
+    settings: dict[str, Any] = {"max_steps": -1, "max_epochs": 2, "val_check_interval": 4}
     fit(Evaluated, [*order, witness], tmp_path, **settings)
     assert recorder.trajectory is not None and recorder.trajectory.steps == [0, 5, 10, 15, 20, 24]
     check_rows(tmp_path, witness, [5, 10, 15, 20, 24])
@@ -157,7 +157,8 @@ def test_a_weight_that_is_exchanged_while_training_is_followed(tmp_path: Path) -
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
                 for layer in (self.layers[0], self.layers[2]):
-                    layer.weight = nn.Parameter(layer.weight.detach().clone())
+                    weight: Any = layer.weight
+                    layer.weight = nn.Parameter(weight.detach().clone())
                 self.trainer.optimizers[0].param_groups[0]["params"] = list(self.parameters())
 
     recorder = TrajectoryRecorder(Plain.pattern, Schedule(every=5))
@@ -183,8 +184,9 @@ class Clamped(Plain):
     """A forward that clamps its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.layers[0].weight
         with torch.no_grad():
-            self.layers[0].weight.clamp_(-0.1, 0.1)
+            weight.clamp_(-0.1, 0.1)
         return super().forward(x)
 
 
