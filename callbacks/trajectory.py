@@ -388,8 +388,8 @@ class TrajectoryRecorder(Probe):
                 f"{type(step.optimizer).__name__} ignores its closure: its first step, {step.number}, is not seen"
             )
             self.before_step(step)
-        decay, overflow = _need(self._decay), getattr(step.optimizer, "found_inf", None)
-        decay.step(effective=overflow is None or not bool(overflow))  # fused optimizers leave out a step by themselves
+        decay = _need(self._decay)
+        decay.step()
         if self.steps.outside and self.selection.shards is None:
             self._say("not only optimizers move the weights, and the null knows nothing of what else does")
         for reason in decay.reasons:

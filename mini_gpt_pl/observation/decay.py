@@ -227,14 +227,10 @@ class DecayShadows:
             sparse = any(g is not None and g.is_sparse for g in gradients)
             self._attempt(found, partial(found.prepare, optimizer, sparse))
 
-    def step(self, effective: bool = True) -> None:
-        """Step the shadows of the weights that have just been stepped.
-
-        Args:
-            effective: Whether the step has moved anything, which it has not where a loss scaler has found an overflow.
-        """
+    def step(self) -> None:
+        """Step the shadows of the weights that have just been stepped."""
         self.taken = [0.0] * len(self.parameters)
-        moving, self._moving = (self._moving if effective else []), []
+        moving, self._moving = self._moving, []
         random = torch.get_rng_state()
         for found in moving:
             share = self._attempt(found, partial(self._share, found))

@@ -180,13 +180,14 @@ def test_decay_that_begins_late_is_seen_and_asked_again() -> None:
     assert math.isnan(shadows.left[0])
 
 
-def test_a_step_without_effect_decays_nothing() -> None:
+def test_a_step_that_is_left_out_decays_nothing() -> None:
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     optimizer, shadows = AdamW([weight], lr=0.1, weight_decay=0.5), DecayShadows([weight])
-    for effective in (True, False, True):
+    for taken in (True, False, True):
         shadows.read(optimizer)
-        shadows.step(effective)
+        if taken:
+            shadows.step()
     assert shadows.left == [0.95**2] and shadows.taken == [pytest.approx(0.05)]
 
 
