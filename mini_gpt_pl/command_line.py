@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,31 @@ from typing import Any, NoReturn
 
 from mini_gpt_pl.errors import UserError, did_you_mean, missing_package
 
+# Of a shell: 128 and the number of the signal.
+INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
+
+
+def expanded(word: str) -> str:
+    """Put the home folder in place of `~` in a word of a command line, also behind `--option=`."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return option + equals + (os.path.expanduser(value) if value.startswith("~") else value)
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Show an error that the user can put right as one line, and exit with status 2."""
+    """Show an error that the user can put right as one line, and exit with status 2.
+
+    An interrupt ends with status 130, and so does a reader of the output that goes away with 141, without a traceback.
+    """
     try:
         yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("mini_gpt_pl: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit has nowhere to go
+        raise SystemExit(BROKEN_PIPE) from None
     except (UserError, ModuleNotFoundError) as error:
         shown = missing_package(error) if isinstance(error, ModuleNotFoundError) else error
         if shown is None:

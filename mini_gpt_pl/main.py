@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from mini_gpt_pl.command_line import one_line_errors
+from mini_gpt_pl.command_line import expanded, one_line_errors
 from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.tasks import TRAINING, commands
 
@@ -49,7 +50,8 @@ def load(name: str) -> ModuleType:
 
 def main() -> None:
     """Run the command line; an error that the user can put right is one line and exit status 2."""
-    args = sys.argv[1:]
+    sys.argv[1:] = args = [expanded(word) for word in sys.argv[1:]]
+    sys.path.append(os.getcwd())  # a reader's own probes; behind everything that is installed
     with one_line_errors():
         listed = commands()
         if not args:

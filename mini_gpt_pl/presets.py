@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import yaml
+
 from mini_gpt_pl.errors import UserError, did_you_mean
 
 _OPTIONS = ("-c", "--config")
@@ -60,11 +62,24 @@ def with_presets(args: Sequence[str]) -> list[str]:
     return words
 
 
+def _require_options(file: Path) -> None:
+    """Refuse a configuration that is no text, or that holds nothing: a parser would not name the file."""
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"the configuration {file} is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError:
+        return  # the parser says where
+    if not isinstance(loaded, dict):
+        raise UserError(f"the configuration {file} holds no options: fill it, or leave it out")
+
+
 def _file(value: str) -> str:
     """The file that the value of `-c` names; what is a path or a configuration's text stays as it is."""
     if len(value.split()) != 1 or set(value) & set(":{}\\"):
         return value
     if (file := preset(value)) is not None:
+        _require_options(file)
         return str(file)
     if value.endswith((".yaml", ".yml", ".json")):
         return value

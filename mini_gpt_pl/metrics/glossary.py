@@ -132,7 +132,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return print(markdown(), end="")
     if not options.names:
         parser.error("give the name of a metric, or a run folder")
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console(markup=False, width=None if sys.stdout.isatty() else 160)
     for name in options.names:
         console.print(run_table(Run(Path(name)))) if Path(name).is_dir() else print(explain(name))
 

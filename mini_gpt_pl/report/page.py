@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help=f"folder to write to (default: RUN/{REPORT}; {_SEVERAL}/ for several)")
     parser.add_argument("--title", help="title of the page (default: the run's name)")
     options = parser.parse_args(args)
-    console = Console()
+    console = Console(markup=False)
     runs = expand(options.runs, lambda line: console.print(line, highlight=False, soft_wrap=True))
     folder = options.out or (runs[0].path / REPORT if len(runs) == 1 else _SEVERAL)
     with Steps(console) as steps:

@@ -193,7 +193,7 @@ def print_summary(run: Run, console: Console | None = None) -> None:
         table.add_column(column, justify="right")
     for line in lines(run, bootstrap=100):
         table.add_row(*line.values())
-    console = console or Console()
+    console = console or Console(markup=False)
     console.print(table)
     console.print(
         "* the same step lengths in mutually orthogonal directions, without and with the run's weight decay;\n"
@@ -206,8 +206,8 @@ def print_summary(run: Run, console: Console | None = None) -> None:
 
 
 def table_console() -> Console:
-    """A console as wide as the terminal, or wide enough for the table where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    """A console as wide as the terminal, or wide enough for the table where there is none; brackets are text."""
+    return Console(markup=False, width=None if sys.stdout.isatty() else 110)
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def main(args: Sequence[str]) -> None:
     passed_on += ["--program", *options.program] if options.program != PROGRAM else []
     call = Call(sweep, options.root or Path("runs/sweeps") / folder_name(sweep.name), extras, tuple(passed_on))
     runs = call.runs if options.point is None else [_find(call.runs, options.point)]
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(markup=False, width=None if sys.stdout.isatty() else 120)
     if options.dry_run:
         _list(runs, options.retry_diverged, console)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -118,6 +119,9 @@ def submit(call: Call, runs: Sequence[PointRun], pairs: Sequence[str]) -> list[s
     except ImportError:
         raise UserError("--launcher slurm needs submitit: pip install submitit") from None
     cluster, settings = cluster_settings(pairs)
+    if cluster in (None, "slurm") and shutil.which("sbatch") is None:
+        # submitit would start every point on this machine at once
+        raise UserError("--launcher slurm: there is no Slurm here (no sbatch); use --launcher local")
     commands = [[sys.executable, *PROGRAM, *call.arguments(run.name)] for run in runs]
     try:
         executor = submitit.AutoExecutor(folder=call.root / ".jobs", cluster=cluster)

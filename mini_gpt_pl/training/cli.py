@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from mini_gpt_pl.atomic import write_text
@@ -31,7 +33,7 @@ from mini_gpt_pl.callbacks.progress import LiveNumbers
 from mini_gpt_pl.callbacks.settled import SettledObjects
 from mini_gpt_pl.callbacks.termination import AgreedTermination
 from mini_gpt_pl.callbacks.wandb_run import WandbSegments
-from mini_gpt_pl.command_line import split_options
+from mini_gpt_pl.command_line import INTERRUPTED, TERMINATED, split_options
 from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.presets import with_presets
 from mini_gpt_pl.report.figures import draw_all
@@ -84,6 +86,28 @@ class RunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
+
+
+class WayOn(Callback):
+    """Say where a training that is told to end has got to, and how to go on.
+
+    Args:
+        folder: The run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero and isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            kept = Run(self.folder).checkpoints
+            way = (
+                f"go on from step {max(kept)} with: mini_gpt_pl fit --ckpt_path {kept[max(kept)]}"
+                if kept
+                else "no checkpoint was due yet, so that it begins anew"
+            )
+            print(f"stopped at step {trainer.global_step}; {way}", file=sys.stderr)
 
 
 class ProbedCLI(LightningCLI):
@@ -147,6 +171,10 @@ class ProbedCLI(LightningCLI):
             of_command = getattr(self, "_subcommand_parsers", {}).get(command)
             options = list(getattr(of_command, "_option_string_actions", ()))
             raise UserError(_one_line_usage(str(error), command, options)) from None
+        _expand_home(self.config)
+        seed = self.config[command].get("seed_everything") if command else None
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything={seed}: give a number from 0 to {2**32 - 1}")
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -154,9 +182,16 @@ class ProbedCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if commands()[self.config.subcommand].option and config.ckpt_path:
             config.ckpt_path = str(Path(config.ckpt_path).resolve())  # recorded: a resume may come from elsewhere
+        if config.get("ckpt_path") == "":
+            raise UserError("--ckpt_path is empty: give RUN/checkpoints/STEP.ckpt, or leave it out")
         path = config.get("resume") or config.get("ckpt_path")
         if path:
             loaded = read_checkpoint(path)
+            if (self.config.subcommand == "fit" or config.get("resume")) and "optimizer_states" not in loaded:
+                raise UserError(
+                    f"{path} holds weights alone, without an optimizer: it can be validated, replayed and reheated "
+                    "with --moments zeroed, not resumed; give a full checkpoint"
+                )
             self.checkpoint = {key: loaded.get(key) for key in ("global_step", "callbacks")}
         elif self.config.subcommand != "fit":
             raise UserError(f"{self.config.subcommand} needs a checkpoint: give --ckpt_path RUN/checkpoints/STEP.ckpt")
@@ -175,6 +210,9 @@ class ProbedCLI(LightningCLI):
             config.trainer.callbacks = None
             return
         branch = self.subcommand if self.subcommand != "fit" else None
+        if (batches := config.trainer.accumulate_grad_batches) is not None and batches < 1:
+            raise UserError(f"--trainer.accumulate_grad_batches={batches}: give 1 or more")
+        config.data = _whole_paths(config.data)
         _end_if_finished(run, config, self.checkpoint)
         self._replaces = _claim(run, config, branch)
         _direct_wandb(config, run, branch, self.checkpoint)
@@ -211,6 +249,7 @@ class ProbedCLI(LightningCLI):
                 callback.dirpath = str(root / CHECKPOINTS)
         extra = [
             OwnCheckpoints(root),
+            WayOn(root),
             Timer(),
             StopOnDivergence(),
             SettledObjects(),
@@ -278,6 +317,31 @@ def _fixed_seed(seed: bool | int) -> int:
 # ------------------------------------------------------------------------------------------------ run folders
 
 
+def _expand_home(value: Any) -> Any:
+    """Put the home folder in place of `~` wherever an option's value begins with it, however deep."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") or value == "~" else value
+    if isinstance(value, list):
+        value[:] = [_expand_home(item) for item in value]
+    elif isinstance(value, dict | Namespace):
+        for key, item in list(vars(value).items() if isinstance(value, Namespace) else value.items()):
+            value[key] = _expand_home(item)
+    return value
+
+
+def _whole_paths(value: Any) -> Any:
+    """Write the files that options of the data name with their whole path: a resume may come from another folder."""
+    if isinstance(value, str):
+        names_a_file = ("/" in value or Path(value).suffix) and Path(value).is_file()
+        return str(Path(value).resolve()) if names_a_file else value
+    if isinstance(value, list):
+        return [_whole_paths(item) for item in value]
+    if isinstance(value, dict | Namespace):
+        for key, item in list(vars(value).items() if isinstance(value, Namespace) else value.items()):
+            value[key] = _whole_paths(item)
+    return value
+
+
 # Options of the trainer that say how long a run lasts.
 _LENGTHS = ("max_steps", "max_epochs", "max_time")
 
@@ -342,10 +406,15 @@ def _make_folder(run: Run, *, clear: bool) -> None:
         raise UserError(f"{run.path} cannot be a run folder ({error.strerror}): choose another --run_dir") from None
 
 
+_WANDB_MODES = ("online", "offline", "disabled", "dryrun", "shared")
+
+
 def _direct_wandb(config: Any, run: Run, branch: str | None, checkpoint: dict[str, Any] | None) -> None:
     """Point W&B loggers at the run folder, obey WANDB_MODE, and trace resumed and branched runs to their origin."""
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-    mode = os.environ.get("WANDB_MODE")
+    mode = os.environ.get("WANDB_MODE") or None
+    if mode is not None and mode not in _WANDB_MODES:
+        raise UserError(f"WANDB_MODE={mode}: give {', '.join(_WANDB_MODES)}, or unset it")
     origin = ((checkpoint or {}).get("callbacks") or {}).get(WandbSegments.__name__, {})
     for logger in loggers:
         if not str(getattr(logger, "class_path", "")).endswith("WandbLogger"):
@@ -460,8 +529,20 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
         )
     except MisconfigurationException as error:  # Lightning's word for an error of the user
         raise UserError(str(error)) from error
+    except SIGTERMException:
+        raise SystemExit(TERMINATED) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has ended the run and exits with 1
+            raise SystemExit(INTERRUPTED) from None
+        raise
     except ValueError as error:  # the parser wraps what the constructor of a callback says
         raise (_said_by_us(error) or error) from error
+    except Exception as error:
+        wandb = sys.modules.get("wandb.errors")  # imported by the logger if there is one
+        if wandb is None or not isinstance(error, wandb.Error):
+            raise
+        remedy = "log in with `wandb login`, give WANDB_MODE=offline, or correct --trainer.logger"
+        raise UserError(f"W&B refuses the run ({' '.join(str(error).split())}): {remedy}") from error
     finally:
         _finish_wandb()
 

@@ -14,7 +14,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_ROOMS = {
+    "curvature": ("commutator", "fisher", "two_steps"),
+    "directions": ("axes", "steering", "subspace", "subspace_nulls"),
+    "optimizer": ("counterfactual", "displacement", "moments", "predictions"),
+    "path": (
+        *("centred", "growth", "innovations", "leading", "nulls", "pca", "phases", "rebuild", "resampled", "rows"),
+        *("sketch", "snapshots", "surrogates", "switching", "trajectory", "windows"),
+    ),
+    "vectors": ("alignment", "files", "free_weights", "products", "selection", "staging"),
+}
 MODULES = {
+    **{
+        f"mini_gpt_pl.geometry.{name}": f"mini_gpt_pl.geometry.{room}.{name}"
+        for room in _ROOMS
+        for name in _ROOMS[room]
+    },
     "callbacks": "mini_gpt_pl.callbacks",
     "mini_gpt_pl.logs": "mini_gpt_pl.runs.logs",
     "mini_gpt_pl.one_sum": "mini_gpt_pl.training.one_sum",

@@ -167,7 +167,7 @@ def test_texts_that_cannot_be_read_are_named_in_one_line(tmp_path: Path, cache: 
     rows = "\n".join(json.dumps({"text": long}) for _ in range(40))
     packed = gzip.compress(rows.encode())
     for name, content, words in (
-        ("latin.jsonl", rows.replace("a text", "\u00e9t\u00e9").encode("latin-1"), "cannot be read"),
+        ("latin.jsonl", rows.replace("a text", "\u00e9t\u00e9").encode("latin-1"), "cannot read"),
         ("latin.txt", f"\u00e9{long}\n{long}\n".encode("latin-1"), "cannot read"),
         ("cut.jsonl.gz", packed[: len(packed) // 2], "ended before"),
         ("list.jsonl", b'{"text": ["a", "b"]}\n{"text": ["c"]}\n', "not text"),
