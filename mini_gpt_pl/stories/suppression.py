@@ -23,6 +23,7 @@ from mini_gpt_pl.geometry.vectors.selection import ParameterSelection, Vector
 from mini_gpt_pl.stories.data.batch import Batch
 from mini_gpt_pl.stories.data.datamodule import EVALUATION_SETS, ProbedStories
 from mini_gpt_pl.stories.data.probe import Stream, sample_rng
+from mini_gpt_pl.stories.module import ProbedGPT
 
 FOLDER = "suppression"
 
@@ -126,7 +127,7 @@ class ObjectiveSuppression(SubspaceIntervention):
             for name, batch in batches.items():
                 there = trainer.strategy.batch_to_device(batch, module.device)
                 gradients[name] = gradient_of(
-                    lambda name=name, there=there: module.named_losses(there)[name],  # type: ignore[misc]
+                    lambda name=name, there=there: cast(ProbedGPT, module).named_losses(there)[name],  # type: ignore[misc]
                     self._files.selection,
                     module,
                     name,

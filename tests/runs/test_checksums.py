@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_steps=8, default_root_dir=folder, callbacks=[recorder, kept], plugins=[WholeCheckpoints()], logger=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
-    trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(64, 20), batch_size=4))
+    trainer.fit(Net(), _loader())
     return folder
+
+
+def _loader() -> Iterable[Tensor]:
+    return [torch.randn(4, 20) for _ in range(16)]
 
 
 def _read_all(folder: Path) -> list[Tensor]:
@@ -127,7 +132,7 @@ def test_lightning_resumes_from_whole_checkpoints_alone(trained: Path, tmp_path:
         enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
     with one_line_error("is damaged"):
-        trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(64, 20), batch_size=4), ckpt_path=last)
+        trainer.fit(Net(), _loader(), ckpt_path=last)
 
 
 def test_a_checkpoint_that_cannot_be_finished_leaves_the_old_one(

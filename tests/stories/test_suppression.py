@@ -149,4 +149,4 @@ def test_a_resumed_run_is_the_whole_one(tmp_path: Path, arm: str) -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     for settings in ({"strength": 1.5}, {"rank": 0}, {"rank": 4, "history": 3}):
         with one_line_error("ObjectiveSuppression: strength"):
-            ObjectiveSuppression(**settings)  # type: ignore[arg-type]
+            ObjectiveSuppression(**settings)
