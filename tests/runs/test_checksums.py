@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from mini_gpt_pl.callbacks import TrajectoryRecorder
 from mini_gpt_pl.callbacks.schedule import Schedule
@@ -34,8 +35,8 @@ class Net(LightningModule):
         torch.manual_seed(1)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(20, 20) for _ in range(4))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return torch.stack([layer(batch).square().mean() for layer in self.layers]).sum()
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return torch.stack([layer(batch[0]).square().mean() for layer in self.layers]).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -57,8 +58,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _loader() -> Iterable[Tensor]:
-    return [torch.randn(4, 20) for _ in range(16)]
+def _loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.randn(64, 20)), batch_size=4)
 
 
 def _read_all(folder: Path) -> list[Tensor]:
