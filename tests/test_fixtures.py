@@ -88,9 +88,10 @@ def test_validate_repeats_what_the_run_logged(task: str, runs: Path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     printed = {line[0]: float(line[1]) for line in lines if len(line) == 2 and "/" in line[0]}
     logged = metrics(KEPT / task).loc[step]
-    assert len(printed) >= 5
-    for name, value in printed.items():
-        assert value == pytest.approx(logged[name], rel=1e-3, abs=1e-3), name
+    known = [name for name in printed if name in logged.index]  # what 0.1.0 evaluated too
+    assert len(known) >= 5
+    for name in known:
+        assert printed[name] == pytest.approx(logged[name], rel=1e-3, abs=1e-3), name
 
 
 def test_predict_continues_a_prompt(runs: Path) -> None:
@@ -150,7 +151,7 @@ def test_fit_goes_on_from_a_checkpoint(task: str, tmp_path: Path) -> None:
     # Lightning says so of each callback whose state nobody took.
     assert "Please add the following callbacks" not in done.stderr
     old, new = checkpoint(KEPT / task, middle), checkpoint(run, middle)
-    assert new["callbacks"].keys() == old["callbacks"].keys()
+    assert new["callbacks"].keys() >= old["callbacks"].keys()  # some callbacks keep a state only since then
     assert new["state_dict"].keys() == old["state_dict"].keys()
     for name, weights in old["state_dict"].items():
         # The same steps again, up to the rounding of another processor.
