@@ -35,7 +35,7 @@ from mini_gpt_pl.callbacks.termination import AgreedTermination
 from mini_gpt_pl.callbacks.wandb_run import WandbSegments
 from mini_gpt_pl.command_line import INTERRUPTED, TERMINATED, split_options
 from mini_gpt_pl.errors import UserError, did_you_mean
-from mini_gpt_pl.presets import with_presets
+from mini_gpt_pl.presets import presets, with_presets
 from mini_gpt_pl.report.figures import draw_all
 from mini_gpt_pl.report.summary import print_summary, table_console
 from mini_gpt_pl.runs.checkpoints import read_checkpoint, write_whole
@@ -468,6 +468,8 @@ def with_run_config(args: Sequence[str]) -> list[str]:
     position = next((i for i, arg in enumerate(args) if arg in commands(trainer=True)), None)
     others, options = split_options(args[(position or 0) + 1 :], "--ckpt_path")
     checkpoint = options[-1][1] if options else ""
+    if position is not None and args[position] == "fit" and not options:
+        _require_a_choice(args[position + 1 :])
     if position is None or not checkpoint or (run := Run.of_checkpoint(checkpoint)) is None:
         return args
     command, rest = args[position], args[position + 1 :]
@@ -482,6 +484,18 @@ def with_run_config(args: Sequence[str]) -> list[str]:
         command, rest = branch, ["--resume", checkpoint, *others]
     base = ["--config", yaml.safe_dump(shared), "--run_dir", str(folder)]
     return [*args[:position], command, *base, *rest]
+
+
+def _require_a_choice(words: Sequence[str]) -> None:
+    """Refuse a bare `fit`, which would train a model of 51 million weights without an end and without a probe."""
+    given = {word.partition("=")[0] for word in words}
+    chosen = {"-c", "--config", "--model", "--model.size", "-h", "--help", "--print_config"}
+    if not given & chosen:
+        shipped = [name for name in presets() if "/" not in name] + ["paper/base", "grokking/smoke"]
+        raise UserError(
+            f"fit: say what is to be trained, as in -c {shipped[0]} or with --model.size; what is shipped: "
+            f"{', '.join(shipped)} and more (README)"
+        )
 
 
 # Lines of a parser's complaint that only say that alternatives nobody meant do not fit either.

@@ -79,6 +79,12 @@ def test_options_that_make_no_sense_are_one_line(options: list[str], words: str,
     assert not Path("mine").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--trainer.max_steps", "3"], ["--run_dir=runs/a"]])
+def test_a_bare_fit_names_what_can_be_trained(options: list[str], mistake: Command) -> None:
+    assert "fit: say what is to be trained, as in -c quickstart" in mistake("fit", *options)
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_wandb_has_its_modes_and_names(mistake: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     logged = (*QUICK, "--run_dir", "mine", "-c", str(ROOT / "configs" / "logger" / "wandb_offline.yaml"))
     assert "W&B refuses the run" in mistake(*logged, "--trainer.logger.init_args.project", "a/b")
