@@ -46,6 +46,7 @@ from mini_gpt_pl.training import (
     former_names,
     one_sum,  # noqa: F401 (registers the strategy)
 )
+from mini_gpt_pl.training.lock import hold, release
 from mini_gpt_pl.training.trust import OwnCheckpoints, require_no_way_out, split_trust, trusted_config
 
 # What a run's configuration gives to a later command on one of its checkpoints.
@@ -235,6 +236,8 @@ class ProbedCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"{str(error).rstrip('.!')}: correct the --trainer options") from error
         if self._trains:
+            if trainer.is_global_zero:
+                hold(Path(trainer.default_root_dir))
             _make_folder(Run(Path(trainer.default_root_dir)), clear=self._replaces)
             self._complete(trainer)
         return trainer
@@ -559,6 +562,7 @@ def run_cli(args: Sequence[str]) -> ProbedCLI:
         raise UserError(f"W&B refuses the run ({' '.join(str(error).split())}): {remedy}") from error
     finally:
         _finish_wandb()
+        release()
 
 
 def _said_by_us(error: BaseException | None) -> UserError | None:

@@ -17,6 +17,7 @@ from conftest import Command
 from mini_gpt_pl.command_line import expanded, one_line_errors
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.training import cli as trainer_cli
+from mini_gpt_pl.training.lock import LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -113,6 +114,22 @@ def test_the_folder_that_one_stands_in_can_be_imported_from(command: Command) ->
         "        print('turned', cosines.__name__)\n"
     )
     assert "turned cosines" in command(*QUICK, "--run_dir", "r", "--trainer.callbacks+=mine_here.Turn")
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path, mistake: Command, command: Command) -> None:
+    """Refused while another process holds it, also with --overwrite; a lock that a killed one left holds nothing."""
+    script = (
+        "import sys, time; from pathlib import Path; from mini_gpt_pl.training.lock import hold; hold(Path('mine'))"
+    )
+    holder = [sys.executable, "-c", f"{script}; print('held', flush=True); time.sleep(100)"]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for more in ([], ["--overwrite", "true"]):
+            assert "mine is being trained by another process" in mistake(*QUICK, "--run_dir", "mine", *more)
+        other.kill()
+    assert (tmp_path / "mine" / LOCK).exists()
+    command(*QUICK, "--run_dir", "mine")
+    assert Run(tmp_path / "mine").outcome is not None and not (tmp_path / "mine" / LOCK).exists()
 
 
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
