@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.metrics.registry import Metric, data, find
@@ -141,7 +142,7 @@ def table(runs: Sequence[PointRun], title: str) -> Table:
     readings = [Reading.of(run.folder) for run in runs]
     logged = {name: metric for name, metric in outcomes().items() if any(name in one.last for one in readings)}
     headers = [f"best {_label(name)}" if metric.best == "max" else _label(name) for name, metric in logged.items()]
-    shown = Table(title=escape(title), title_justify="left")
+    shown = Table(title=Text(title), title_justify="left")
     shown.add_column("point", overflow="fold")
     shown.add_column("state")
     for column in ("step", *headers, "seconds"):
@@ -149,8 +150,8 @@ def table(runs: Sequence[PointRun], title: str) -> Table:
     for run, reading in zip(runs, readings, strict=True):
         record, state, values = run.record, run.state, {**reading.last, **reading.best}
         shown.add_row(
-            escape(run.name),
-            f"[{_STYLE[state]}]{state}" if state in _STYLE else state,
+            Text(run.name),
+            Text(state, style=_STYLE.get(state, "")),
             str(reading.step) if reading.step else "-",
             *(metric.write(values[name]) if name in values else "-" for name, metric in logged.items()),
             f"{record.seconds:.0f}" if record is not None and record.seconds else "-",

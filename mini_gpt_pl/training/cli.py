@@ -183,7 +183,7 @@ class ProbedCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if commands()[self.config.subcommand].option and config.ckpt_path:
             config.ckpt_path = str(Path(config.ckpt_path).resolve())  # recorded: a resume may come from elsewhere
-        if config.get("ckpt_path") == "":
+        if config.get("ckpt_path") == "" and self.config.subcommand == "fit":
             raise UserError("--ckpt_path is empty: give RUN/checkpoints/STEP.ckpt, or leave it out")
         path = config.get("resume") or config.get("ckpt_path")
         if path:

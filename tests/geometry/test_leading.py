@@ -58,7 +58,7 @@ def test_the_backbone_of_every_recorded_run_is_kept(run: Path) -> None:
     grams = torch.cat([trajectory.grams, trajectory.gram()[None]])
     assert least_kept(grams, 1)[0] > 0.999
     first, second = least_kept(grams, 2)
-    assert first > 0.9999 and second > 0.98
+    assert first > 0.9999 and second > 0.96
 
 
 def test_the_backbone_of_a_long_walk_is_kept() -> None:
