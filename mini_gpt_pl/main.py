@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mini_gpt_pl.command_line import expanded, one_line_errors
 from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.tasks import TRAINING, commands
+
+# A class by its dotted path, `module.Class` or `package.module.Class`; the group is its top-level name.
+_OWN_CLASS = re.compile(r"(?<![\w./])([A-Za-z_]\w*)(?:\.[a-z_]\w*)*\.[A-Z]\w*")
 
 
 def run(line: str, *, verbose: bool = False) -> Any:
@@ -48,10 +55,30 @@ def load(name: str) -> ModuleType:
         gc.enable()
 
 
+def _names_a_module_here(args: Sequence[str]) -> bool:
+    """Whether the user names a class of a module in the folder where he is, in a word or in a file behind `-c`.
+
+    Only then is that folder importable: in a run folder that somebody sent, a planted module could else stand in for a
+    package that is not installed.
+    """
+    texts = [*args, *(_text(Path(args[i + 1])) for i, word in enumerate(args[:-1]) if word in ("-c", "--config"))]
+    names = {name for text in texts for name in _OWN_CLASS.findall(text)}
+    mine = [name for name in names if Path(f"{name}.py").is_file() or Path(name, "__init__.py").is_file()]
+    return any(find_spec(name) is None for name in mine)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # whatever is wrong with it, its reader says better
+        return ""
+
+
 def main() -> None:
     """Run the command line; an error that the user can put right is one line and exit status 2."""
     sys.argv[1:] = args = [expanded(word) for word in sys.argv[1:]]
-    sys.path.append(os.getcwd())  # a reader's own probes; behind everything that is installed
+    if _names_a_module_here(args):
+        sys.path.append(os.getcwd())  # behind everything that is installed
     with one_line_errors():
         listed = commands()
         if not args:

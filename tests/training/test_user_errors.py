@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import Command
 
+from mini_gpt_pl import main as entry
 from mini_gpt_pl.command_line import expanded, one_line_errors
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.training import cli as trainer_cli
@@ -130,6 +131,24 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path, mistake
     assert (tmp_path / "mine" / LOCK).exists()
     command(*QUICK, "--run_dir", "mine")
     assert Run(tmp_path / "mine").outcome is not None and not (tmp_path / "mine" / LOCK).exists()
+
+
+def test_a_folder_is_importable_only_for_what_its_user_names(tmp_path: Path) -> None:
+    """In a received folder, a module stands in for no package that is not installed."""
+    (tmp_path / "turn.py").write_text("")
+    (tmp_path / "lightning").mkdir()
+    (tmp_path / "lightning" / "__init__.py").write_text("")
+    (tmp_path / "config.py").write_text("")
+    (tmp_path / "mine.yaml").write_text("trainer: {callbacks: [{class_path: turn.Turn}]}")
+    named = (["--trainer.callbacks+=turn.Turn"], ["fit", "-c", "mine.yaml"])
+    others = (
+        ["fit", "-c", "config.yaml"],
+        ["--trainer.callbacks=lightning.pytorch.callbacks.Timer"],
+        ["a/turn.Turn"],
+        [],
+    )
+    assert all(entry._names_a_module_here(args) for args in named)
+    assert not any(entry._names_a_module_here(args) for args in others)
 
 
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
