@@ -38,6 +38,7 @@ from mini_gpt_pl.stories.data.datamodule import ProbedStories
 from mini_gpt_pl.stories.data.probe import ProbeConfig
 from mini_gpt_pl.training import cli as trainer_cli
 from mini_gpt_pl.training.optimizers import ClippedCosine
+from mini_gpt_pl.training.run_folder import direct_wandb
 
 ROOT = Path(cli.__file__).resolve().parents[1]
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -612,7 +613,7 @@ def test_the_environment_wins_over_the_configured_mode(monkeypatch: pytest.Monke
         monkeypatch.setenv("WANDB_MODE", mode)
         logger = Namespace(class_path="x.WandbLogger", init_args=Namespace(offline=not offline))
         config = Namespace(trainer=Namespace(logger=logger), ckpt_path=None)
-        trainer_cli._direct_wandb(config, Run(Path("run")), None, None)
+        direct_wandb(config, Run(Path("run")), None, None)
         assert logger.init_args.offline == offline
         assert logger.init_args.save_dir == "run"
 
@@ -623,7 +624,7 @@ def test_online_a_resumed_run_goes_on_under_its_id(monkeypatch: pytest.MonkeyPat
     for name, resume, wanted in (("fit", None, "two"), ("reheat", None, None), ("reheat", "y", "two")):
         logger = Namespace(class_path="x.WandbLogger", init_args=Namespace(offline=True, id=None))
         config = Namespace(trainer=Namespace(logger=[logger]), ckpt_path="x", resume=resume)
-        trainer_cli._direct_wandb(config, Run(Path("run")), None if name == "fit" else name, state)
+        direct_wandb(config, Run(Path("run")), None if name == "fit" else name, state)
         assert logger.init_args.id == wanted
         assert logger.dict_kwargs["group"] == "one"
 
