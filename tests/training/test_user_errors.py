@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,18 @@ def test_interrupts_have_their_status(
 def test_a_training_that_is_told_to_end_says_how_to_go_on(tmp_path: Path, sent: signal.Signals, status: int) -> None:
     options = ("--trainer.max_steps", "100000", "--trainer.val_check_interval", "500", "--run_dir", "run")
     line = [sys.executable, "-m", "mini_gpt_pl", "fit", "-c", TINY, *options, "--data.cache_dir", "cache"]
+    # A shell's background job ignores interrupts, and so would what it starts.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, preexec_fn=heard
     ) as job:
-        until = time.monotonic() + 120
-        while not list(tmp_path.glob("run/checkpoints/*.ckpt")) and time.monotonic() < until:
-            time.sleep(0.1)
-        job.send_signal(sent)
-        _, errors = job.communicate(timeout=60)
+        try:
+            until = time.monotonic() + 120
+            while not list(tmp_path.glob("run/checkpoints/*.ckpt")) and time.monotonic() < until:
+                time.sleep(0.1)
+            job.send_signal(sent)
+            _, errors = job.communicate(timeout=60)
+        finally:
+            job.kill()
     assert job.returncode == status, errors
     assert "go on from step" in errors and "mini_gpt_pl fit --ckpt_path" in errors
