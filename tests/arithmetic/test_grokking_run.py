@@ -137,12 +137,15 @@ def test_what_jumps_at_grok_is_one_over_the_gradient(grokked: dict[int, Run]) ->
 
 def test_behind_the_grok_step_the_defect_is_high_where_c_is_low(grokked: dict[int, Run]) -> None:
     """Over the records from 300 steps before t90 on: if the commutator itself exploded, both would rise together."""
+    found = []
     for run in grokked.values():
         defect, c = (
             run.series(f"commutator/all/{name}").loc[milestone(run, "test_90") - 300 :] for name in ("defect", "c")
         )
-        # -0.70 to -0.89 in eight runs of these seeds under three instruction sets, -0.52 at most in eleven seeds.
-        assert float(np.corrcoef(np.log(defect), np.log(c))[0, 1]) < -0.4
+        found.append(float(np.corrcoef(np.log(defect), np.log(c))[0, 1]))
+    # -0.70 to -0.89 in eight runs of these seeds under three instruction sets, -0.52 at most in eleven seeds; a later
+    # run without vector instructions has -0.25, -0.79 and -0.31: only the sign does not depend on the path.
+    assert max(found) < -0.1
 
 
 def test_c_falls_and_the_report_says_how_far(grokked: dict[int, Run]) -> None:
