@@ -142,7 +142,7 @@ def test_a_folder_is_importable_only_for_what_its_user_names(tmp_path: Path) -> 
     (tmp_path / "config.py").write_text("")
     (tmp_path / "mine.yaml").write_text("trainer: {callbacks: [{class_path: turn.Turn}]}")
     named = (["--trainer.callbacks+=turn.Turn"], ["fit", "-c", "mine.yaml"])
-    others = (
+    others: tuple[list[str], ...] = (
         ["fit", "-c", "config.yaml"],
         ["--trainer.callbacks=lightning.pytorch.callbacks.Timer"],
         ["a/turn.Turn"],
