@@ -36,7 +36,7 @@ REPORT = "report"
 WEIGHTS_ONLY = "weights-"
 """How the names of checkpoints begin that cannot be resumed, as they hold no optimizer."""
 PRODUCTS: tuple[str, ...] = (CONFIG, METRICS, CHECKPOINTS, SNAPSHOTS, TRAJECTORY, FIGURES, OUTCOME, RECORD)
-PRODUCTS += (LINEAGE, REPLAY, REPORT, "experiments", "switching.json", "wandb")
+PRODUCTS += (LINEAGE, REPLAY, REPORT, "experiments", "suppression", "switching.json", "wandb")
 PRODUCTS += ("sketches", "directions", "earlier")
 """Everything a run writes into its folder; overwriting a run removes these and nothing else."""
 

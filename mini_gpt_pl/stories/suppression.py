@@ -39,8 +39,9 @@ class ObjectiveSuppression(SubspaceIntervention):
     length in every weight. Its strength in the gradient is what chance holds, `parallel_null` in what is logged; see
     `SubspaceIntervention`.
 
-    The directions lie in `suppression/<name>` of the run's folder, 4 D bytes each and at most `history` of them, and
-    are read again on resume; batches are a function of the data's seed and the step.
+    The directions lie in `suppression/<name>` of the run's folder, 4 D bytes each. A checkpoint names those that count,
+    and a resume reads them, so that none is deleted while the run lasts; batches are a function of the data's seed and
+    the step.
 
     Args:
         strength: s, from 0 (nothing) to 1 (all of it).
@@ -88,7 +89,14 @@ class ObjectiveSuppression(SubspaceIntervention):
         self.pattern = pattern
         self.seed = seed
         self._directions: dict[int, Vector] = {}
+        self._gram = torch.zeros(0, 0, dtype=torch.float64)  # their inner products
+        self._past: list[int] = []  # steps of those that a checkpoint counts on
         self._files: SnapshotFolder | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._past = []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,9 +104,10 @@ class ObjectiveSuppression(SubspaceIntervention):
             raise UserError("ObjectiveSuppression: it needs questions to ask, and the data are no probed stories")
         selection = ParameterSelection.of(pl_module, self.pattern)
         self._files = SnapshotFolder(Path(trainer.default_root_dir) / FOLDER / self.name, selection, limit=2)
-        past = [step for step in self._files.steps() if step < trainer.global_step][-self.history :]
-        self._directions = {step: self._files.read(step) for step in past}
-        if not past:
+        self._directions, self._gram = {}, torch.zeros(0, 0, dtype=torch.float64)
+        for step in self._past:
+            self._take(step, self._files.read(step))
+        if not self._past:
             self._add_direction(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
@@ -117,6 +126,20 @@ class ObjectiveSuppression(SubspaceIntervention):
         if self._files is not None:
             self._files.close()
 
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._files is not None:
+            self._files.flush()  # a resume from this checkpoint reads them
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "directions": list(self._directions)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._past = list(state_dict["directions"])
+
     def _add_direction(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._files is not None
         data, step = cast(ProbedStories, trainer.datamodule), trainer.global_step  # type: ignore[attr-defined]
@@ -134,17 +157,25 @@ class ObjectiveSuppression(SubspaceIntervention):
                 )
         difference = gradients["probe"].values - gradients["lm"].values
         unit = Vector((difference / difference.norm().clamp_min(1e-30)).cpu(), self._files.selection)
-        self._directions[step] = unit
         if trainer.is_global_zero:
             self._files.write(step, unit)
-        for old in list(self._directions)[: -self.history]:
-            del self._directions[old]
-            self._files.file(old).unlink(missing_ok=True)
+        self._take(step, unit)
+
+    def _take(self, step: int, unit: Vector) -> None:
+        """Let a direction count, and the oldest no longer where there are more than `history`."""
+        directions = [*self._directions.values(), unit]
+        row = [inner_products(unit.values[None], one.values[None], unit.selection).sum() for one in directions]
+        self._gram = torch.nn.functional.pad(self._gram, (0, 1, 0, 1))
+        self._gram[-1] = self._gram[:, -1] = torch.stack(row)
+        self._directions[step] = unit
+        if len(self._directions) > self.history:
+            del self._directions[next(iter(self._directions))]
+            self._gram = self._gram[1:, 1:]
 
     def latest_basis(self, device: torch.device) -> Basis:
         """The basis of the directions so far, on a device: fewer than `rank` of them at the beginning."""
         directions = list(self._directions.values())
-        rows = leading(directions, self.rank)
+        rows = leading(directions, self._gram, self.rank)
         selection = directions[0].selection
         if self.arm == "random":
             generator = torch.Generator().manual_seed(self.seed * (1 << 32) + max(self._directions))
@@ -162,15 +193,16 @@ class _Latest:
         return self._owner.latest_basis(next(module.parameters()).device)
 
 
-def leading(directions: Sequence[Vector], rank: int) -> Float[Tensor, "k D"]:
-    """Leading right singular vectors of some vectors as rows, uncentred; at most as many as are independent."""
-    count = len(directions)
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    for i, u in enumerate(directions):
-        for j, w in enumerate(directions[: i + 1]):
-            gram[i, j] = gram[j, i] = inner_products(u.values[None], w.values[None], u.selection).sum()
+def leading(directions: Sequence[Vector], gram: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "k D"]:
+    """Leading right singular vectors of n vectors as rows, uncentred; at most as many as are independent.
+
+    Args:
+        directions: The vectors.
+        gram: Their inner products.
+        rank: Most rows.
+    """
     energy, vectors = torch.linalg.eigh(gram)
-    chosen = [k for k in range(count - 1, -1, -1) if energy[k] > 1e-10 * energy[-1]][:rank]
+    chosen = [k for k in range(len(gram) - 1, -1, -1) if energy[k] > 1e-10 * energy[-1]][:rank]
     rows = torch.zeros(len(chosen), directions[0].selection.dim)
     for direction, coefficients in zip(directions, vectors[:, chosen] / energy[chosen].sqrt(), strict=True):
         rows.addr_(coefficients.float(), direction.values)  # not stacked: fifty vectors of a model are large

@@ -42,14 +42,15 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_the_leading_directions_are_right_singular_vectors() -> None:
     dense = torch.randn(7, SELECTION.dim, generator=torch.Generator().manual_seed(1))
-    rows = leading([Vector(row, SELECTION) for row in dense], 3)
+    rows = leading([Vector(row, SELECTION) for row in dense], dense.double() @ dense.double().T, 3)
     expected = torch.linalg.svd(dense.double(), full_matrices=False).Vh[:3]
     assert torch.allclose((rows.double() @ expected.T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-5)
 
 
 def test_directions_that_repeat_count_once() -> None:
     row = torch.randn(SELECTION.dim, generator=torch.Generator().manual_seed(1))
-    assert leading([Vector(row, SELECTION)] * 4, 3).shape == (1, SELECTION.dim)
+    gram = row.double().square().sum().expand(4, 4)
+    assert leading([Vector(row, SELECTION)] * 4, gram, 3).shape == (1, SELECTION.dim)
 
 
 def test_random_directions_are_as_long_in_every_weight() -> None:
@@ -144,6 +145,13 @@ def test_a_resumed_run_is_the_whole_one(tmp_path: Path, arm: str) -> None:
         patch.setattr(sys, "argv", ["mini_gpt_pl"])
         trainer_cli.main(["fit", "--ckpt_path", str(last)])
     assert _same(whole, read_checkpoint(Run(broken / "run").checkpoints[6])["state_dict"])
+
+
+def test_another_run_in_the_folder_takes_nothing_of_the_one_before(tmp_path: Path) -> None:
+    first = _fit(tmp_path, every=1)
+    _fit(tmp_path, "--overwrite", "true", every=2)
+    assert len(list((tmp_path / "run" / "suppression" / "objectives").iterdir())) == 3  # before steps 1, 3 and 5
+    assert _same(first, _fit(tmp_path, "--overwrite", "true", every=1))
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
