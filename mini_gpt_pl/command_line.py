@@ -19,7 +19,7 @@ INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
 def expanded(word: str) -> str:
     """Put the home folder in place of `~` in a word of a command line, also behind `--option=`."""
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    return option + equals + (os.path.expanduser(value) if value.startswith("~") else value)
+    return option + equals + os.path.expanduser(value)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mini_gpt_pl.command_line import expanded, one_line_errors
+from mini_gpt_pl.command_line import expanded, one_line_errors, split_options
 from mini_gpt_pl.errors import UserError, did_you_mean
 from mini_gpt_pl.tasks import TRAINING, commands
 
@@ -61,7 +61,7 @@ def _names_a_module_here(args: Sequence[str]) -> bool:
     Only then is that folder importable: in a run folder that somebody sent, a planted module could else stand in for a
     package that is not installed.
     """
-    texts = [*args, *(_text(Path(args[i + 1])) for i, word in enumerate(args[:-1]) if word in ("-c", "--config"))]
+    texts = [*args, *(_text(Path(file)) for _, file in split_options(args, "-c", "--config")[1])]
     names = {name for text in texts for name in _OWN_CLASS.findall(text)}
     mine = [name for name in names if Path(f"{name}.py").is_file() or Path(name, "__init__.py").is_file()]
     return any(find_spec(name) is None for name in mine)

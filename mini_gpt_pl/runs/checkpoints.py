@@ -108,8 +108,6 @@ class WholeCheckpoints(TorchCheckpointIO):
 def write_whole(trainer: Trainer) -> None:
     """Let a trainer write its checkpoints by `WholeCheckpoints`, unless it shards them or was given another plugin."""
     strategy = trainer.strategy
-    if not isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and type(strategy.checkpoint_io) in (
-        TorchCheckpointIO,
-        WholeCheckpoints,
-    ):
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    if not sharded and type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = WholeCheckpoints()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,30 @@ from mini_gpt_pl.errors import UserError
 from mini_gpt_pl.runs.folder import PRODUCTS, Run
 
 
-def expand_home(value: Any) -> Any:
+def expand_home(config: Any) -> Any:
     """Put the home folder in place of `~` wherever an option's value begins with it, however deep."""
+    return _with_texts(config, os.path.expanduser)
+
+
+def whole_paths(config: Any) -> Any:
+    """Write the files that options of the data name with their whole path: a resume may come from another folder."""
+
+    def whole(text: str) -> str:
+        names_a_file = ("/" in text or Path(text).suffix) and Path(text).is_file()
+        return str(Path(text).resolve()) if names_a_file else text
+
+    return _with_texts(config, whole)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Change every text in nested options, which stay the same objects."""
     if isinstance(value, str):
-        return os.path.expanduser(value) if value.startswith("~/") or value == "~" else value
+        return change(value)
     if isinstance(value, list):
-        value[:] = [expand_home(item) for item in value]
+        value[:] = [_with_texts(item, change) for item in value]
     elif isinstance(value, dict | Namespace):
         for key, item in list(vars(value).items() if isinstance(value, Namespace) else value.items()):
-            value[key] = expand_home(item)
-    return value
-
-
-def whole_paths(value: Any) -> Any:
-    """Write the files that options of the data name with their whole path: a resume may come from another folder."""
-    if isinstance(value, str):
-        names_a_file = ("/" in value or Path(value).suffix) and Path(value).is_file()
-        return str(Path(value).resolve()) if names_a_file else value
-    if isinstance(value, list):
-        return [whole_paths(item) for item in value]
-    if isinstance(value, dict | Namespace):
-        for key, item in list(vars(value).items() if isinstance(value, Namespace) else value.items()):
-            value[key] = whole_paths(item)
+            value[key] = _with_texts(item, change)
     return value
 
 
