@@ -6,9 +6,12 @@ A replay measures here, and so does whatever else asks something of weights that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 from itertools import count, islice
+from typing import Any
 
 import torch
 
@@ -168,6 +171,21 @@ def sha256(batches: Iterable[Batch]) -> str:
             digest.update(f"{column.dtype} {tuple(column.shape)} ".encode())
             digest.update(column.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of every command that computes at stored checkpoints."""
+    parser.add_argument("--accelerator", choices=("cpu", "cuda", "auto"), default="auto", help="(%(default)s)")
+    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="(%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace records that are there")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="data.OPTION=VALUE", help="for data that has moved"
+    )
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the context of a forward pass in a precision: `32`, or `bf16`."""
+    return nullcontext if precision == "32" else partial(torch.autocast, device.type, torch.bfloat16)
 
 
 def device_of(accelerator: str) -> torch.device:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,10 +19,10 @@ from mini_gpt_pl.report.summary import table_console
 from mini_gpt_pl.runs.folder import Run
 from mini_gpt_pl.stories.experiments import trials
 from mini_gpt_pl.stories.experiments.records import Records
-from mini_gpt_pl.stories.experiments.relaxation import Laboratory
+from mini_gpt_pl.stories.experiments.relaxation import Laboratory, Protocol
 from mini_gpt_pl.stories.experiments.tables import EXPERIMENTS
 from mini_gpt_pl.stories.experiments.trials import Checkpoints, Trial
-from mini_gpt_pl.stories.stored import StoredRun, device_of
+from mini_gpt_pl.stories.stored import StoredRun, add_options, device_of
 from mini_gpt_pl.stories.switches import events_of
 
 
@@ -44,13 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--relax", action="store_true", help="for blocks: evaluate after training too")
     parser.add_argument("--steps", type=int, help="training steps of a trial, instead of the published number")
     parser.add_argument("--batch_size", type=int, help="stories a step, instead of the published 64")
-    parser.add_argument("--accelerator", choices=("cpu", "cuda", "auto"), default="auto", help="(%(default)s)")
-    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="(%(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the model first")
-    parser.add_argument("--overwrite", action="store_true", help="replace records that are there")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="data.OPTION=VALUE", help="for data that has moved"
-    )
+    add_options(parser)
     return parser
 
 
@@ -100,16 +94,16 @@ def _trials(options: argparse.Namespace, checkpoints: Checkpoints) -> list[Trial
         plan = trials.depth(checkpoints, options.pairs, options.trials)
     else:
         plan = trials.blocks(checkpoints, options.pairs, relax=options.relax, original=options.original)
-    changed: dict[str, Any] = {}
-    if options.batch_size:
-        changed["batch_size"] = options.batch_size
-    found = []
-    for trial in plan:
-        protocol = replace(trial.protocol, **changed)
-        if options.steps and protocol.steps:
-            protocol = replace(protocol, steps=options.steps, eval_every=min(protocol.eval_every, options.steps))
-        found.append(replace(trial, protocol=protocol))
-    return found
+    return [replace(trial, protocol=_as_asked(trial.protocol, options)) for trial in plan]
+
+
+def _as_asked(protocol: Protocol, options: argparse.Namespace) -> Protocol:
+    """A protocol with the options' batch size and number of steps; one without training stays without."""
+    steps = options.steps if options.steps and protocol.steps else protocol.steps
+    size = options.batch_size or protocol.batch_size
+    return replace(
+        protocol, batch_size=size, steps=steps, eval_every=min(protocol.eval_every, steps or protocol.eval_every)
+    )
 
 
 def _checkpoints(stored: StoredRun) -> Checkpoints:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from mini_gpt_pl.stories.data.probe import Stream, sample_rng
 from mini_gpt_pl.stories.evaluation import StoryEvaluation
 from mini_gpt_pl.stories.module import ProbedGPT
 from mini_gpt_pl.stories.objective import combine
+from mini_gpt_pl.stories.stored import autocast
 from mini_gpt_pl.training.optimizers import decay_groups
 
 
@@ -81,7 +80,7 @@ class Laboratory:
         self.module = module.to(device)
         self.device = device
         self._data = data
-        self._precision = precision
+        self._autocast = autocast(device, precision)
         self._evaluation = StoryEvaluation().to(device)
         self._questions = _on(data.val_dataloader()[2], device)
         self._batches: tuple[tuple[int, int], list[Batch]] = ((-1, 0), [])
@@ -136,12 +135,6 @@ class Laboratory:
                 rng = sample_rng(self._data.seed, Stream.EXPERIMENTS, trial, step)
                 made.append(move_data_to_device(self._data.draw_batch(rng, protocol.batch_size), self.device))
             yield made[step]
-
-    @property
-    def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        if self._precision == "32":
-            return nullcontext
-        return partial(torch.autocast, self.device.type, torch.bfloat16)
 
 
 def _on(loader: Any, device: torch.device) -> Sequence[Batch]:

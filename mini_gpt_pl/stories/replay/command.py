@@ -17,7 +17,7 @@ from mini_gpt_pl.runs.folder import REPLAY, Run
 from mini_gpt_pl.stories.replay import steps
 from mini_gpt_pl.stories.replay.measure import Replay, Settings
 from mini_gpt_pl.stories.replay.records import Line, Record, Records, lines
-from mini_gpt_pl.stories.stored import device_of
+from mini_gpt_pl.stories.stored import add_options, device_of
 from mini_gpt_pl.stories.switches import events_of
 
 _HEADS = ("step", "p_ood is at a", "|cos| / floor", "b = <g, v_b>", "interference", "anisotropy", "overlap / floor")
@@ -43,8 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fisher_batches", type=int, default=default.fisher_batches, help="for the Fisher (%(default)s)"
     )
-    parser.add_argument("--accelerator", choices=("cpu", "cuda", "auto"), default="auto", help="(%(default)s)")
-    parser.add_argument("--precision", choices=("32", "bf16"), default=default.precision, help="(%(default)s)")
     parser.add_argument(
         "--lens",
         choices=("all", "events", "none"),
@@ -58,10 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="gradients held at a time for the Fisher, 0 for all; fewer take less memory and more time (%(default)s)",
     )
     parser.add_argument("--out", type=Path, help="folder for the records (RUN/replay)")
-    parser.add_argument("--overwrite", action="store_true", help="replace records that are there")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="data.OPTION=VALUE", help="for data that has moved"
-    )
+    add_options(parser)
     return parser
 
 

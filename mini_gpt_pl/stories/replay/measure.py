@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -22,7 +21,7 @@ from mini_gpt_pl.stories.evaluation import EVALUATIONS
 from mini_gpt_pl.stories.replay.gradients import BatchGradients, curvature, summarise
 from mini_gpt_pl.stories.replay.lens import lens_accuracy
 from mini_gpt_pl.stories.replay.records import Record
-from mini_gpt_pl.stories.stored import CPU, StoredRun, fixed_batches, sha256
+from mini_gpt_pl.stories.stored import CPU, StoredRun, autocast, fixed_batches, sha256
 from mini_gpt_pl.stories.switches import switch_of
 
 # Leading eigenvalues of the Fisher that are listed.
@@ -131,7 +130,13 @@ class Replay(StoredRun):
         """
         module, weight, settings = self.load(step), self.probe_weight(step), self.settings
         gradients = BatchGradients(
-            module, self.selection, self._on_device, weight, self.axes[BACKBONE], self._autocast, settings.batches
+            module,
+            self.selection,
+            self._on_device,
+            weight,
+            self.axes[BACKBONE],
+            autocast(self.device, self.settings.precision),
+            settings.batches,
         )
         number = settings.fisher_batches
         survey = fisher.survey(gradients, number, self.axes, block=settings.block or number, gram=True).cpu()
@@ -152,12 +157,7 @@ class Replay(StoredRun):
             self.data.setup("validate")
             loaders = dict(zip(EVALUATIONS, self.data.val_dataloader(), strict=True))
             record["logit_lens"] = {
-                name: lens_accuracy(module.gpt, loaders[name], self._autocast) for name in ("in", "ood")
+                name: lens_accuracy(module.gpt, loaders[name], autocast(self.device, self.settings.precision))
+                for name in ("in", "ood")
             }
         return record
-
-    @property
-    def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        if self.settings.precision == "32":
-            return nullcontext
-        return partial(torch.autocast, self.device.type, torch.bfloat16)
